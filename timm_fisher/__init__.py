@@ -1,0 +1,24 @@
+"""Pooling heads for timm: replace the global pool of any timm model by a named, pluggable head.
+
+Importing this package registers the architecture `timm_fisher` with timm.
+"""
+
+from timm_fisher.fitting import fit
+from timm_fisher.head import PoolingHead
+from timm_fisher.hub import save_pretrained
+from timm_fisher.model import PooledModel, create_model
+from timm_fisher.registry import create_head, get_head, list_heads
+from timm_fisher.stream import DescriptorStream, ListStream
+
+__all__ = [
+    'DescriptorStream',
+    'ListStream',
+    'PooledModel',
+    'PoolingHead',
+    'create_head',
+    'create_model',
+    'fit',
+    'get_head',
+    'list_heads',
+    'save_pretrained',
+]

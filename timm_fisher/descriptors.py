@@ -1,0 +1,178 @@
+"""Local descriptors `[B, N, C]` from any timm backbone.
+
+`find_descriptors` looks at a backbone once, on the meta device, and decides how to read it:
+
+1. `forward_features` gives a map (NCHW or NHWC): flatten it.
+2. `forward_features` gives tokens: drop the prefix tokens. Their number is believed only if what
+   is left is the grid of `forward_intermediates`, so that no class token passes for a descriptor.
+3. Anything else, and every stage but the last: `forward_intermediates`, which gives NCHW maps.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+CLASS_TOKEN_MODES = ('drop', 'keep', 'append')
+
+
+class Descriptors(nn.Module):
+    """Reads one stage of a backbone as local descriptors. Has no parameters.
+
+    Args:
+        stage: -1 for the backbone's output, -2 for the stage before its last one, and so on, as
+            `feature_info` counts them.
+        layout: of what `features` returns: 'NCHW', 'NHWC' or 'NLC'.
+        num_features: channels C of one descriptor.
+        num_prefix_tokens: tokens ahead of the grid, in the layout 'NLC'.
+        class_token: 'drop' it, 'keep' the prefix tokens among the descriptors, or leave the class
+            token to be appended ('append') to the pooled vector.
+        intermediate: read by `forward_intermediates` instead of `forward_features`.
+    """
+
+    def __init__(
+        self,
+        *,
+        stage: int,
+        layout: str,
+        num_features: int,
+        num_prefix_tokens: int = 0,
+        class_token: str = 'drop',
+        intermediate: bool = False,
+    ) -> None:
+        super().__init__()
+        self.stage = stage
+        self.layout = layout
+        self.num_features = num_features
+        self.num_prefix_tokens = num_prefix_tokens
+        self.class_token = class_token
+        self.intermediate = intermediate
+
+    def features(self, backbone: nn.Module, x: Tensor) -> Tensor:
+        """The backbone's plain tensor for images `[B, 3, H, W]`: a map, or tokens."""
+        if not self.intermediate:
+            return backbone.forward_features(x)
+        return backbone.forward_intermediates(
+            x, indices=[self.stage], stop_early=True, output_fmt='NCHW', intermediates_only=True
+        )[0]
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Descriptors `[B, N, C]` of a backbone's plain tensor."""
+        if self.layout == 'NCHW':
+            return features.flatten(2).transpose(1, 2)
+        if self.layout == 'NHWC':
+            return features.flatten(1, 2)
+        return features if self.class_token == 'keep' else features[:, self.num_prefix_tokens :]
+
+    def appended(self, features: Tensor) -> Tensor | None:
+        """The class token `[B, C]` that goes behind the pooled vector, if there is one."""
+        return features[:, 0] if self.class_token == 'append' else None
+
+    def extra_repr(self) -> str:
+        rule = 'forward_intermediates' if self.intermediate else 'forward_features'
+        text = f'{rule}, stage={self.stage}, {self.layout}, {self.num_features} channels'
+        if self.num_prefix_tokens:
+            text += f', {self.num_prefix_tokens} prefix tokens: {self.class_token}'
+        return text
+
+
+def find_descriptors(
+    backbone: nn.Module, image: Tensor, *, stage: int = -1, class_token: str = 'drop'
+) -> Descriptors:
+    """Decide how to read a timm backbone.
+
+    Args:
+        backbone: a timm model without classifier, best built on `torch.device('meta')`, where
+            looking costs nothing.
+        image: an input `[B, C, H, W]` on the same device.
+        stage: -1 for the output, or an earlier stage, -2, -3, ...
+        class_token: 'drop', 'keep' or 'append'; see `Descriptors`.
+
+    Raises:
+        ValueError: no such stage or mode, or the backbone has no class token there.
+    """
+    name = type(backbone).__name__
+    stages = len(getattr(backbone, 'feature_info', None) or ())
+    if not isinstance(stage, int) or not -max(stages, 1) <= stage <= -1:
+        raise ValueError(
+            f'{stage=} does not exist in {name}: give -1 for its output'
+            + (f', or -2 ... -{stages} for an earlier stage.' if stages > 1 else '.')
+        )
+    if class_token not in CLASS_TOKEN_MODES:
+        raise ValueError(f'{class_token=} is not one of {", ".join(CLASS_TOKEN_MODES)}.')
+
+    descriptors = _from_features(backbone, image, class_token) if stage == -1 else None
+    if descriptors is None:
+        descriptors = Descriptors(stage=stage, layout='NCHW', num_features=0, intermediate=True)
+        descriptors.num_features = descriptors.features(backbone, image).shape[1]
+    if class_token != 'drop' and not descriptors.num_prefix_tokens:
+        raise ValueError(
+            f'{class_token=} needs tokens ahead of the grid, and {name} has none at {stage=}.'
+        )
+    if class_token == 'append' and not _has_class_token(backbone):
+        raise ValueError(
+            f"class_token='append' needs a class token; the {descriptors.num_prefix_tokens} prefix "
+            f"tokens of this {name} are registers. Use 'drop' or 'keep'."
+        )
+    return descriptors
+
+
+def _from_features(backbone: nn.Module, image: Tensor, class_token: str) -> Descriptors | None:
+    """Rules 1 and 2, or None where they do not hold."""
+    features = backbone.forward_features(image)
+    if not isinstance(features, Tensor):
+        return None
+    if features.ndim == 4:
+        layout = str(getattr(backbone, 'output_fmt', 'NCHW'))
+        channels = features.shape[3 if layout == 'NHWC' else 1]
+        return Descriptors(stage=-1, layout=layout, num_features=channels)
+    if features.ndim != 3:
+        return None
+    prefix = getattr(backbone, 'num_prefix_tokens', 0)
+    grid = backbone.forward_intermediates(
+        image, indices=[-1], output_fmt='NCHW', intermediates_only=True
+    )[0]
+    if features.shape[1] - prefix != grid.shape[2] * grid.shape[3]:
+        return None
+    return Descriptors(
+        stage=-1,
+        layout='NLC',
+        num_features=features.shape[2],
+        num_prefix_tokens=prefix,
+        class_token=class_token,
+    )
+
+
+def _has_class_token(backbone: nn.Module) -> bool:
+    return getattr(backbone, 'cls_token', None) is not None
+
+
+def dead_parameters(backbone: nn.Module, descriptors: Descriptors, image: Tensor) -> set[str]:
+    """Names of the parameters that the descriptors do not depend on.
+
+    They belong to what sits behind the old pool, or behind an earlier `stage`. Run it on the meta
+    device, where a graph costs nothing.
+    """
+    with torch.enable_grad():
+        names, parameters = zip(*backbone.named_parameters(), strict=True)
+        features = descriptors.features(backbone, image)
+        gradients = torch.autograd.grad(features.sum(), parameters, allow_unused=True)
+    return {name for name, gradient in zip(names, gradients, strict=True) if gradient is None}
+
+
+def remove_parameters(backbone: nn.Module, names: set[str]) -> None:
+    """Replace, in place, the largest modules that hold none but these parameters by `nn.Identity`.
+
+    So they reach neither optimizer nor checkpoint. A lone parameter of a module that is otherwise
+    in use stays, frozen.
+    """
+    own = {name for name, _ in backbone.named_parameters(recurse=False)}
+    for name in own & names:
+        getattr(backbone, name).requires_grad_(False)
+    for child_name, child in backbone.named_children():
+        inside = {name for name, _ in child.named_parameters(prefix=child_name)}
+        if inside and inside <= names:
+            setattr(backbone, child_name, nn.Identity())
+        elif inside & names:
+            start = len(child_name) + 1
+            remove_parameters(child, {name[start:] for name in inside & names})

@@ -1,0 +1,1 @@
+"""The built-in heads: one file each, named like its entry point."""

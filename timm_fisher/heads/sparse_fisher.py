@@ -1,0 +1,225 @@
+"""Deep sparse coding Fisher vector.
+
+    y  = R x + r                                reduction C -> d, started from PCA
+    u0 = T(W y),  uk = T(S u(k-1) + W y)        LISTA: sparse code over the atoms of B
+    G  = 1/N sum_i (y_i - B u_i) u_i^T          Fisher code, d x m (eq. 4)
+    z  = power_l2(vec G)
+
+T is the soft threshold with one positive value per atom. The own loss (eq. 1), used while the
+backbone is frozen, is the mean of `|y - B u|^2 + sparsity |u|_1`.
+
+Where the paper is silent, and what is done here:
+- The normalisation at the end is the one of the off-the-shelf method that the paper builds on
+  (Liu et al., NIPS 2014).
+- The penalty is absolute, so its effect would depend on the backbone's scale. `fit` therefore
+  scales the reduction by one number, such that the mean squared length of y is 1.
+- Eq. 1 alone can be lowered without end by longer atoms and shorter codes. `project_` keeps each
+  atom within the unit ball, the usual constraint of dictionary learning.
+
+Paper: "Deep sparse coding Fisher vector"; sections and equations are numbered as there.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from timm_fisher.fitting import pca
+from timm_fisher.head import PoolingHead
+from timm_fisher.linalg import at_least_float32, power_l2, without_autocast
+from timm_fisher.stream import DescriptorStream
+
+FIT_SAMPLE = 10_000  # descriptors that PCA and dictionary are fitted to (section 3.3)
+
+
+class SparseFisher(PoolingHead):
+    """Fisher vector of a sparse-coding model, with the sparse code unfolded (LISTA).
+
+    Args:
+        in_features: channels C of one descriptor.
+        reduce_dim: d, dimensions after the reduction, at most C; None keeps C.
+        code_dim: m, atoms of the dictionary.
+        iterations: LISTA iterations after the first threshold.
+        sparsity: weight of the L1 penalty, for descriptors of unit mean squared length.
+        tied: compute W, S and the threshold from the dictionary (plain ISTA) instead of training
+            them as parameters of their own.
+        normalize: end with `power_l2`.
+
+    Output: `[B, d * m]`, row-major in (d, m).
+
+    Raises:
+        ValueError: a size below 1, negative iterations or a penalty that is not positive.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        *,
+        reduce_dim: int | None = 128,
+        code_dim: int = 32,
+        iterations: int = 2,
+        sparsity: float = 0.1,
+        tied: bool = False,
+        normalize: bool = True,
+    ) -> None:
+        super().__init__()
+        d = in_features if reduce_dim is None else min(reduce_dim, in_features)
+        if d < 1 or code_dim < 1 or iterations < 0 or not sparsity > 0:
+            raise ValueError(
+                f'sparse_fisher needs reduce_dim >= 1, code_dim >= 1, iterations >= 0 and '
+                f'sparsity > 0, got {reduce_dim=}, {code_dim=}, {iterations=}, {sparsity=}.'
+            )
+        self.in_features = in_features
+        self.out_features = d * code_dim
+        self.iterations = iterations
+        self.sparsity = sparsity
+        self.tied = tied
+        self.normalize = normalize
+
+        self.reduce = nn.Linear(in_features, d)
+        nn.init.orthogonal_(self.reduce.weight)
+        nn.init.zeros_(self.reduce.bias)
+        self.dictionary = nn.Parameter(F.normalize(torch.randn(d, code_dim), dim=0))
+        if not tied:
+            self.encoder = nn.Parameter(torch.empty(code_dim, d))
+            self.lateral = nn.Parameter(torch.empty(code_dim, code_dim))
+            self.log_threshold = nn.Parameter(torch.empty(code_dim))
+            self._start_from_dictionary()
+
+    def forward(self, x: Tensor) -> Tensor:
+        with without_autocast(x):
+            code, residual = self._sparse_code(x.to(at_least_float32(x.dtype)))
+            return self._pool(code, residual).to(x.dtype)
+
+    def forward_with_loss(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        with without_autocast(x):
+            code, residual = self._sparse_code(x.to(at_least_float32(x.dtype)))
+            loss = residual.square().sum(-1).mean() + self.sparsity * code.abs().sum(-1).mean()
+            return self._pool(code, residual).to(x.dtype), loss
+
+    def sparse_code(self, x: Tensor) -> Tensor:
+        """Sparse codes `[B, N, m]` of descriptors `[B, N, C]`, float32 or better."""
+        with without_autocast(x):
+            return self._sparse_code(x.to(at_least_float32(x.dtype)))[0]
+
+    @torch.no_grad()
+    def fit(self, stream: DescriptorStream) -> None:
+        """PCA for the reduction, dictionary learning for B, then W, S and the threshold from B."""
+        rows = stream.sample(FIT_SAMPLE)
+        components, mean = pca(rows, len(self.reduce.weight))
+        y = (rows.double() - mean) @ components.T
+        scale = y.square().sum(1).mean().sqrt()
+        scale = torch.where(scale > 0, scale, 1.0)  # all descriptors alike
+        self.reduce.weight.copy_(components / scale)
+        self.reduce.bias.copy_(-(components @ mean) / scale)
+        self.dictionary.copy_(learn_dictionary(y / scale, self.dictionary.shape[1], self.sparsity))
+        if not self.tied:
+            self._start_from_dictionary()
+
+    @torch.no_grad()
+    def project_(self) -> None:
+        """Atoms longer than 1 are cut back to length 1."""
+        self.dictionary.div_(self.dictionary.norm(dim=0).clamp_min(1))
+
+    def extra_repr(self) -> str:
+        d, m = self.dictionary.shape
+        return (
+            f'{self.in_features} -> {d} x {m}, iterations={self.iterations}, '
+            f'sparsity={self.sparsity}, tied={self.tied}, normalize={self.normalize}'
+        )
+
+    def _sparse_code(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes `[B, N, m]` and residuals `[B, N, d]` of descriptors `[B, N, C]`."""
+        dictionary = self.dictionary.to(x.dtype)
+        if self.tied:
+            encoder, lateral, threshold = ista(dictionary, self.sparsity)
+        else:
+            encoder, lateral = self.encoder.to(x.dtype), self.lateral.to(x.dtype)
+            threshold = self.log_threshold.to(x.dtype).exp()
+        y = F.linear(x, self.reduce.weight.to(x.dtype), self.reduce.bias.to(x.dtype))
+        drive = F.linear(y, encoder)
+        code = soft_threshold(drive, threshold)
+        for _ in range(self.iterations):
+            code = soft_threshold(drive + F.linear(code, lateral), threshold)
+        return code, y - F.linear(code, dictionary)
+
+    def _pool(self, code: Tensor, residual: Tensor) -> Tensor:
+        fisher = (residual.transpose(1, 2) @ code / code.shape[1]).flatten(1)
+        return power_l2(fisher) if self.normalize else fisher
+
+    @torch.no_grad()
+    def _start_from_dictionary(self) -> None:
+        encoder, lateral, threshold = ista(self.dictionary.double(), self.sparsity)
+        self.encoder.copy_(encoder)
+        self.lateral.copy_(lateral)
+        self.log_threshold.copy_(threshold.log().expand_as(self.log_threshold))
+
+
+def soft_threshold(v: Tensor, threshold: Tensor) -> Tensor:
+    """`sign(v) max(|v| - threshold, 0)`."""
+    return v - torch.clamp(v, -threshold, threshold)
+
+
+def ista(dictionary: Tensor, sparsity: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The matrices of one ISTA step on `|x - B u|^2 + sparsity |u|_1` (section 3.2).
+
+    Args:
+        dictionary: B `[d, m]`.
+        sparsity: weight of the L1 penalty.
+
+    Returns:
+        `W = 2t B^T` `[m, d]`, `S = I - 2t B^T B` `[m, m]` and the threshold `sparsity * t` `[]`,
+        for the step `t = 1 / (2 lambda_max(B^T B))`, which is held constant in the gradient.
+    """
+    gram = dictionary.T @ dictionary
+    step = 0.5 / torch.linalg.eigvalsh(gram.detach())[-1]
+    identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    return 2 * step * dictionary.T, identity - 2 * step * gram, sparsity * step
+
+
+def learn_dictionary(
+    y: Tensor, code_dim: int, sparsity: float, *, rounds: int = 40, steps: int = 25, seed: int = 0
+) -> Tensor:
+    """Unit-norm atoms that lower the mean of `|y - B u|^2 + sparsity |u|_1` over B and u.
+
+    Alternates ISTA steps on the codes, warm-started, with projected gradient steps on the
+    dictionary. Neither raises the objective. An atom that no code uses is replaced by a
+    descriptor that is badly represented, which does not change the objective either.
+
+    Args:
+        y: descriptors `[M, d]`, float64.
+        code_dim: m, number of atoms.
+        sparsity: weight of the L1 penalty.
+        rounds: alternations.
+        steps: steps on the codes, and on the dictionary, per round.
+        seed: of the descriptors that the atoms start from.
+
+    Returns:
+        B `[d, m]`, float64.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randperm(len(y), generator=generator)[:code_dim]
+    # The noise fills in for descriptors that are missing (M < m) or zero.
+    noise = torch.randn(code_dim, y.shape[1], generator=generator, dtype=y.dtype).to(y.device)
+    atoms = 1e-3 * noise
+    atoms[: len(chosen)] += y[chosen.to(y.device)]
+    dictionary = F.normalize(atoms, dim=1).T
+    code = y.new_zeros(len(y), code_dim)
+    for _ in range(rounds):
+        encoder, lateral, threshold = ista(dictionary, sparsity)
+        drive = y @ encoder.T
+        for _ in range(steps):
+            code = soft_threshold(drive + code @ lateral, threshold)
+
+        gram, cross = code.T @ code, y.T @ code
+        curvature = torch.linalg.eigvalsh(gram)[-1].clamp_min(torch.finfo(y.dtype).tiny)
+        for _ in range(steps):
+            dictionary = dictionary - (dictionary @ gram - cross) / curvature
+            dictionary = dictionary / dictionary.norm(dim=0).clamp_min(1)
+
+        unused = (gram.diagonal() == 0).nonzero().flatten()[: len(y)]
+        residual = y - code @ dictionary.T
+        worst = residual.square().sum(1).topk(len(unused)).indices
+        dictionary[:, unused] = F.normalize(residual[worst] + 1e-3 * noise[unused], dim=1).T
+    return F.normalize(dictionary, dim=0)

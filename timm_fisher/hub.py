@@ -1,0 +1,44 @@
+"""Saving a model as a folder that plain `timm.create_model('local-dir:...')` loads."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import timm
+
+from timm_fisher.model import PooledModel
+
+
+def save_pretrained(
+    model: PooledModel, folder: str | Path, *, label_names: Sequence[str] | None = None
+) -> None:
+    """Write `model.safetensors` and `config.json` in timm's own form.
+
+    Both files are written beside and then renamed, so that a full disk or a kill leaves what was
+    in the folder before.
+
+    Args:
+        model: what to save.
+        folder: made if it does not exist.
+        label_names: names of the classes, by index.
+
+    Raises:
+        ValueError: the number of label names is not that of the classes.
+    """
+    if label_names is not None and len(label_names) != model.num_classes:
+        raise ValueError(
+            f'{len(label_names)} label names were given for {model.num_classes} classes.'
+        )
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {} if label_names is None else {'label_names': list(label_names)}
+    with tempfile.TemporaryDirectory(dir=folder, prefix='.saving-') as beside:
+        timm.models.save_for_hf(model, beside, model_config=config, safe_serialization=True)
+        for name in ('model.safetensors', 'config.json'):
+            with open(Path(beside, name), 'rb') as file:
+                os.fsync(file.fileno())
+        for name in ('model.safetensors', 'config.json'):
+            os.replace(Path(beside, name), folder / name)

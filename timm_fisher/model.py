@@ -1,0 +1,401 @@
+"""`PooledModel`: a timm backbone whose global pool is a pooling head, and how to create one."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import timm
+import torch
+from safetensors import SafetensorError
+from timm.models import (
+    PretrainedCfg,
+    group_parameters,
+    load_pretrained,
+    register_model,
+    resolve_pretrained_cfg,
+)
+from torch import Tensor, nn
+
+from timm_fisher.descriptors import dead_parameters, find_descriptors, remove_parameters
+from timm_fisher.registry import check_arguments, create_head, get_head, nearest
+
+# What a pretrained_cfg says about images; the rest of it is about the backbone's own weights.
+_DATA_KEYS = (
+    'input_size', 'test_input_size', 'min_input_size', 'fixed_input_size', 'interpolation',
+    'crop_pct', 'test_crop_pct', 'crop_mode', 'mean', 'std', 'license',
+)  # fmt: skip
+
+
+class PooledModel(nn.Module):
+    """A timm backbone -> local descriptors -> pooling head -> linear classifier.
+
+    Speaks timm's language, so that timm's own scripts take it. Parts of the backbone that the
+    descriptors do not depend on (an old pre-classifier, the stages behind an earlier `stage`) are
+    taken out. While the whole backbone is frozen (`model.backbone.requires_grad_(False)`) it stays
+    in eval mode under `model.train()`.
+
+    Args:
+        backbone: any name that `timm.create_model` takes, `hf-hub:` and `local-dir:` included.
+        head: name of an installed head; see `timm_fisher.list_heads()`.
+        head_kwargs: arguments of the head.
+        backbone_kwargs: further arguments of the backbone, as `timm.create_model` takes them.
+        num_classes: outputs of the classifier; 0 gives embeddings.
+        in_chans: channels of the image; None for the backbone's own.
+        img_size: input size of a backbone that fixes one; None for the backbone's own.
+        drop_rate: dropout between head and classifier.
+        drop_path_rate: stochastic depth of the backbone.
+        stage: -1 pools the backbone's output; -2, -3, ... an earlier stage of its `feature_info`.
+        class_token: of a backbone that has one: 'drop' it, 'keep' the prefix tokens among the
+            descriptors, or 'append' the class token to the pooled vector.
+        pretrained: load the backbone's pretrained weights.
+        pretrained_cfg_overlay: of the backbone, `dict(file=...)` for weights of your own.
+        cache_dir: of downloaded weights.
+
+    Raises:
+        ValueError: an unknown backbone, head, stage or class-token mode.
+        TypeError: an unknown argument of the head.
+    """
+
+    def __init__(
+        self,
+        backbone: str,
+        head: str = 'avg',
+        *,
+        head_kwargs: dict[str, Any] | None = None,
+        backbone_kwargs: dict[str, Any] | None = None,
+        num_classes: int = 1000,
+        in_chans: int | None = None,
+        img_size: int | tuple[int, int] | None = None,
+        drop_rate: float = 0.0,
+        drop_path_rate: float | None = None,
+        stage: int = -1,
+        class_token: str = 'drop',
+        pretrained: bool = False,
+        pretrained_cfg_overlay: dict[str, Any] | None = None,
+        cache_dir: str | Path | None = None,
+    ) -> None:
+        super().__init__()
+        _check_backbone(backbone)
+        arguments: dict[str, Any] = dict(
+            backbone_kwargs or {},
+            num_classes=0,
+            cache_dir=cache_dir,
+            pretrained_cfg_overlay=pretrained_cfg_overlay,
+        )
+        requested = dict(in_chans=in_chans, img_size=img_size, drop_path_rate=drop_path_rate)
+        arguments |= {key: value for key, value in requested.items() if value is not None}
+
+        with torch.device('meta'):
+            twin = timm.create_model(backbone, **arguments).eval()
+            image = torch.empty(1, *timm.models.get_model_input_config(twin)['input_size'])
+        descriptors = find_descriptors(twin, image, stage=stage, class_token=class_token)
+
+        self.backbone = timm.create_model(backbone, pretrained=pretrained, **arguments)
+        remove_parameters(self.backbone, dead_parameters(twin, descriptors, image))
+        self.descriptors = descriptors
+        self.head = create_head(head, descriptors.num_features, **(head_kwargs or {}))
+        self.head_drop = nn.Dropout(drop_rate)
+
+        self.in_chans = image.shape[1]
+        self.num_features = descriptors.num_features
+        self.head_hidden_size = self.head.out_features
+        if class_token == 'append':
+            self.head_hidden_size += self.num_features
+        self.num_classes = num_classes
+        self.classifier = _create_classifier(self.head_hidden_size, num_classes)
+        self.pretrained_cfg = _wrap_cfg(self.backbone, num_classes)
+        self.register_state_dict_post_hook(_make_contiguous)
+
+    @property
+    def default_cfg(self) -> dict[str, Any]:
+        """Alias of `pretrained_cfg`, as timm has it."""
+        return self.pretrained_cfg
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """The backbone's plain tensor, as timm gives it, for images `[B, 3, H, W]`."""
+        return self.descriptors.features(self.backbone, x)
+
+    def forward_head(
+        self, x: Tensor, pre_logits: bool = False, head_loss: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Pool and classify.
+
+        Args:
+            x: what `forward_features` gives.
+            pre_logits: stop before the classifier, at `[B, head_hidden_size]`.
+            head_loss: give the head's own loss, a scalar, as a second result.
+
+        Returns:
+            Logits `[B, num_classes]`.
+        """
+        descriptors, appended = self.descriptors(x), self.descriptors.appended(x)
+        if head_loss:
+            pooled, loss = self.head.forward_with_loss(descriptors)
+        else:
+            pooled = self.head(descriptors)
+        if appended is not None:
+            pooled = torch.cat([pooled, appended], 1)
+        pooled = self.head_drop(pooled)
+        out = pooled if pre_logits else self.classifier(pooled)
+        return (out, loss) if head_loss else out
+
+    def forward(self, x: Tensor, head_loss: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """Logits `[B, num_classes]` of images `[B, 3, H, W]`.
+
+        With `head_loss`, the head's own loss is the second result. It comes through here so that
+        `DistributedDataParallel` sees it.
+        """
+        return self.forward_head(self.forward_features(x), head_loss=head_loss)
+
+    def get_classifier(self) -> nn.Module:
+        """The last layer: `nn.Linear`, or `nn.Identity` without classes."""
+        return self.classifier
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A fresh classifier for another number of classes; device, dtype and mode stay.
+
+        Raises:
+            ValueError: `global_pool` is given; the pool of this model is its head.
+        """
+        if global_pool is not None:
+            raise ValueError(
+                f'{global_pool=} cannot be set: this model pools by its head. Create another model.'
+            )
+        like = next(self.parameters())
+        self.num_classes = num_classes
+        self.classifier = _create_classifier(self.head_hidden_size, num_classes)
+        self.classifier.to(device=like.device, dtype=like.dtype).train(self.training)
+
+    def train(self, mode: bool = True) -> PooledModel:
+        """As `nn.Module.train`, but a frozen backbone stays in eval mode: its batch-norm statistics
+        would move otherwise."""
+        super().train(mode)
+        if not any(parameter.requires_grad for parameter in self.backbone.parameters()):
+            self.backbone.eval()
+        return self
+
+    def project_(self) -> None:
+        """Bring the head back to its feasible set; call it after each optimizer step."""
+        self.head.project_()
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Trade the backbone's activations for a second forward pass."""
+        self.backbone.set_grad_checkpointing(enable)
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that the backbone wants without weight decay."""
+        names = getattr(self.backbone, 'no_weight_decay', set)()
+        return {f'backbone.{name}' for name in names}
+
+    def group_matcher(self, coarse: bool = False) -> Callable[[str], float]:
+        """Layer numbers of parameter names, for layer-wise learning rates: the backbone's own
+        layers first, then head and classifier together."""
+        matcher = self.backbone.group_matcher(coarse=coarse)
+        layers = {
+            f'backbone.{name}': layer
+            for name, layer in group_parameters(self.backbone, matcher, reverse=True).items()
+        }
+        return lambda name: layers.get(name, float('inf'))
+
+    @property
+    def _model_args(self) -> dict[str, Any]:
+        return self.__dict__.get('_recorded_args', {})
+
+    @_model_args.setter
+    def _model_args(self, arguments: dict[str, Any]) -> None:
+        # timm's factory records here what it must pass to build this model again. A backbone that
+        # came from a folder or a repository is recorded as the architecture that it turned out to
+        # be: the saved model must not need that place again.
+        arguments = dict(arguments)
+        if ':' in arguments.get('backbone', ''):
+            known = {'num_classes', *arguments}
+            arguments['backbone'] = self.backbone.pretrained_cfg['architecture']
+            arguments['backbone_kwargs'] = {
+                key: value for key, value in self.backbone._model_args.items() if key not in known
+            }
+        self._recorded_args = arguments
+
+
+def create_model(
+    backbone: str, head: str = 'avg', *, pretrained: bool = False, **arguments: Any
+) -> PooledModel:
+    """`timm.create_model('timm_fisher', ...)` with the head's arguments beside the model's.
+
+    ```python
+    create_model('resnet50', head='sparse_fisher', code_dim=100, num_classes=67)
+    ```
+
+    Args:
+        backbone: any name that `timm.create_model` takes.
+        head: name of an installed head.
+        pretrained: load the backbone's pretrained weights.
+        **arguments: those of `PooledModel` and of the head.
+
+    Raises:
+        ValueError: an unknown backbone, head, stage or class-token mode.
+        TypeError: an argument that neither model nor head has; the nearest ones are named.
+    """
+    of_model = set(inspect.signature(PooledModel).parameters)
+    of_head = set(inspect.signature(get_head(head)).parameters) - {'in_features'}
+    for key in arguments:
+        if key not in of_model | of_head:
+            raise TypeError(
+                f"Neither the model nor the head '{head}' has an argument '{key}'."
+                f'{nearest(key, of_model | of_head)}'
+            )
+    for_head = {key: arguments.pop(key) for key in of_head - of_model if key in arguments}
+    head_kwargs = (arguments.pop('head_kwargs', None) or {}) | for_head
+    return cast(
+        PooledModel,
+        timm.create_model(
+            'timm_fisher',
+            pretrained=pretrained,
+            backbone=backbone,
+            head=head,
+            head_kwargs=head_kwargs,
+            **arguments,
+        ),
+    )
+
+
+@register_model
+def timm_fisher(
+    pretrained: bool = False,
+    pretrained_cfg: PretrainedCfg | dict[str, Any] | None = None,
+    pretrained_cfg_overlay: dict[str, Any] | None = None,
+    cache_dir: str | Path | None = None,
+    pretrained_model_args: dict[str, Any] | None = None,
+    **arguments: Any,
+) -> PooledModel:
+    """timm's entry point for a `PooledModel`; the arguments are those of the class.
+
+    `pretrained=True` on the plain name loads the backbone's weights; on `hf-hub:` or `local-dir:`
+    it loads everything that was saved.
+
+    Raises:
+        RuntimeError: a checkpoint that is damaged or not of this model; nothing is loaded then.
+    """
+    check_arguments(
+        'timm_fisher', PooledModel, arguments, given=('pretrained', 'pretrained_cfg_overlay')
+    )
+    saved = None
+    if pretrained_cfg:
+        saved = resolve_pretrained_cfg('timm_fisher', pretrained_cfg, pretrained_cfg_overlay)
+        if not saved.has_weights and not saved.state_dict:
+            saved = None
+    model = PooledModel(
+        **arguments,
+        pretrained=pretrained and saved is None,
+        pretrained_cfg_overlay=pretrained_cfg_overlay if saved is None else None,
+        cache_dir=cache_dir,
+    )
+    if saved is not None:
+        model.pretrained_cfg = saved.to_dict()
+        if pretrained:
+            _load_saved(model, cache_dir)
+    return model
+
+
+def _load_saved(model: PooledModel, cache_dir: str | Path | None) -> None:
+    """Load backbone, head and classifier from where `model.pretrained_cfg` says."""
+    cfg = model.pretrained_cfg
+    where = cfg.get('hf_hub_id') or cfg.get('file') or cfg.get('url') or 'state_dict'
+    if cfg.get('source') == 'hf-hub':
+        cfg = dict(cfg, hf_hub_filename='model.safetensors')
+    elif cfg.get('source') == 'local-dir' and not Path(where, 'model.safetensors').is_file():
+        raise RuntimeError(
+            f"'{where}' holds no model.safetensors. Save it by timm_fisher.save_pretrained, or by "
+            'timm.models.save_for_hf(model, folder, safe_serialization=True).'
+        )
+    try:
+        load_pretrained(
+            model,
+            pretrained_cfg=cfg,
+            num_classes=model.num_classes,
+            in_chans=model.in_chans,
+            filter_fn=lambda weights, model: _check_weights(weights, model, cfg, where),
+            cache_dir=cache_dir,
+        )
+    except SafetensorError as error:
+        raise RuntimeError(
+            f"The weights of '{where}' are damaged or cut short, nothing was loaded: {error}. "
+            'Copy or download them again.'
+        ) from error
+
+
+def _check_weights(
+    weights: dict[str, Tensor], model: PooledModel, cfg: dict[str, Any], where: str
+) -> dict[str, Tensor]:
+    """Refuse weights that do not fit, before any of them is copied.
+
+    Left to timm: a classifier for another number of classes, a stem for other image channels.
+    """
+    adapted: tuple[str, ...] = ()
+    if cfg['num_classes'] != model.num_classes:
+        adapted += (cfg['classifier'],)
+    if cfg['input_size'][0] != model.in_chans:
+        stem = cfg.get('first_conv') or ()
+        adapted += (stem,) if isinstance(stem, str) else tuple(stem)
+
+    def strict(state: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
+        return {k: tuple(v.shape) for k, v in state.items() if k.rpartition('.')[0] not in adapted}
+
+    wanted, given = strict(model.state_dict()), strict(weights)
+    problems = [f'missing {key} {wanted[key]}' for key in wanted if key not in given]
+    problems += [f'unexpected {key} {given[key]}' for key in given if key not in wanted]
+    problems += [
+        f'{key} is {given[key]}, not {wanted[key]}'
+        for key in wanted
+        if key in given and given[key] != wanted[key]
+    ]
+    if problems:
+        shown = '\n  '.join(problems[:20] + ['...'] * (len(problems) > 20))
+        raise RuntimeError(
+            f"The weights of '{where}' are not of this model ({type(model.backbone).__name__} with "
+            f'{type(model.head).__name__}), nothing was loaded; {len(problems)} differences:\n'
+            f'  {shown}'
+        )
+    return weights
+
+
+def _check_backbone(name: str) -> None:
+    source, architecture = timm.models.parse_model_name(name)
+    architecture = timm.models.get_arch_name(architecture)
+    if source is None and (not timm.is_model(architecture) or architecture == 'timm_fisher'):
+        known = [known for known in timm.list_models() if known != 'timm_fisher']
+        raise ValueError(
+            f"Unknown backbone '{name}'.{nearest(architecture, known)} "
+            'timm.list_models() lists all of them.'
+        )
+
+
+def _create_classifier(in_features: int, num_classes: int) -> nn.Module:
+    return nn.Linear(in_features, num_classes) if num_classes > 0 else nn.Identity()
+
+
+def _wrap_cfg(backbone: nn.Module, num_classes: int) -> dict[str, Any]:
+    """The backbone's image configuration, with module names as seen from the wrapped model."""
+    cfg = backbone.pretrained_cfg
+    stem = cfg.get('first_conv')
+    if stem is not None:
+        names = [f'backbone.{name}' for name in ([stem] if isinstance(stem, str) else stem)]
+        stem = names[0] if isinstance(stem, str) else names
+    return {key: cfg[key] for key in _DATA_KEYS if key in cfg} | dict(
+        architecture='timm_fisher',
+        input_size=timm.models.get_model_input_config(backbone)['input_size'],
+        num_classes=num_classes,
+        first_conv=stem,
+        classifier='classifier',
+    )
+
+
+def _make_contiguous(
+    module: nn.Module, state: dict[str, Tensor], prefix: str, metadata: dict[str, Any]
+) -> None:
+    """safetensors refuses other memory formats, such as that of a channels-last model."""
+    for key in state:
+        if key.startswith(prefix):
+            state[key] = state[key].contiguous()

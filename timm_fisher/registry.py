@@ -1,0 +1,126 @@
+"""Heads by name, over the entry points of the group `timm_fisher.heads`.
+
+Listing reads names and imports nothing; a head's module is imported when it is first asked for,
+so a broken plug-in hurts only whoever asks for it. Built-in heads come through the same door.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Collection, Mapping
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+from timm_fisher.head import PoolingHead
+
+GROUP = 'timm_fisher.heads'
+
+
+def list_heads() -> list[str]:
+    """Names of the installed heads, sorted. Imports none of them."""
+    return sorted(entry_points(group=GROUP).names)
+
+
+def get_head(name: str) -> type[PoolingHead]:
+    """The class of an installed head.
+
+    Args:
+        name: entry-point name, as `list_heads()` gives it.
+
+    Raises:
+        ValueError: no head has this name, or two distributions claim it.
+        ImportError: the head's distribution is installed but broken.
+        TypeError: the entry point is not a subclass of `PoolingHead`.
+    """
+    found = list(entry_points(group=GROUP, name=name))
+    if not found:
+        names = list_heads()
+        if not names:
+            raise ValueError(
+                f"Unknown head '{name}': no head is registered at all, so timm_fisher is not "
+                'installed in this environment. Run `pip install -e .` in its folder.'
+            )
+        raise ValueError(
+            f"Unknown head '{name}'.{nearest(name, names)} Installed: {', '.join(names)}."
+        )
+    if len(found) > 1:
+        owners = ' and '.join(sorted(f"'{_distribution(entry)}'" for entry in found))
+        raise ValueError(
+            f"Head '{name}' is registered by {owners}. Uninstall one, or rename its entry point."
+        )
+    entry = found[0]
+    try:
+        head = entry.load()
+    except Exception as error:
+        raise ImportError(
+            f"Head '{name}' of the distribution '{_distribution(entry)}' ({entry.value}) cannot be "
+            f'imported: {type(error).__name__}: {error}'
+        ) from error
+    if not (isinstance(head, type) and issubclass(head, PoolingHead)):
+        raise TypeError(
+            f"Head '{name}' of the distribution '{_distribution(entry)}' ({entry.value}) is "
+            f'{head!r}, not a subclass of timm_fisher.PoolingHead.'
+        )
+    return head
+
+
+def create_head(name: str, in_features: int, **arguments: Any) -> PoolingHead:
+    """Build an installed head.
+
+    Args:
+        name: entry-point name.
+        in_features: channels of one descriptor.
+        **arguments: the head's own keyword arguments, checked against its signature.
+
+    Raises:
+        TypeError: an argument that the head does not take; the nearest one is named.
+    """
+    head = get_head(name)
+    check_arguments(f"Head '{name}'", head, arguments, given=('in_features',))
+    return head(in_features, **arguments)
+
+
+def check_arguments(
+    what: str,
+    function: Callable[..., Any],
+    arguments: Mapping[str, Any],
+    *,
+    given: Collection[str] = (),
+) -> None:
+    """Check keyword arguments against a signature, before the call.
+
+    Args:
+        what: who takes the arguments, to begin the error with.
+        function: the callable (or class) whose signature counts.
+        arguments: keyword arguments of the user.
+        given: parameters that the caller fills in himself and the user may not name.
+
+    Raises:
+        TypeError: an unknown argument, with the nearest known ones, or a missing one.
+    """
+    parameters = {
+        key: parameter
+        for key, parameter in inspect.signature(function).parameters.items()
+        if key not in given and parameter.kind is not inspect.Parameter.VAR_KEYWORD
+    }
+    for key in arguments:
+        if key not in parameters:
+            known = ', '.join(parameters) or 'none'
+            raise TypeError(
+                f"{what} has no argument '{key}' (given {key}={arguments[key]!r})."
+                f'{nearest(key, parameters)} Arguments: {known}.'
+            )
+    for key, parameter in parameters.items():
+        if parameter.default is inspect.Parameter.empty and key not in arguments:
+            raise TypeError(f"{what} needs the argument '{key}'.")
+
+
+def nearest(name: str, names: Collection[str]) -> str:
+    """` Did you mean 'x' or 'y'?` for a misspelt name, or an empty string if nothing is near."""
+    matches = difflib.get_close_matches(name, names, n=3)
+    return f' Did you mean {" or ".join(repr(match) for match in matches)}?' if matches else ''
+
+
+def _distribution(entry: EntryPoint) -> str:
+    return entry.dist.name if entry.dist is not None else 'unknown'

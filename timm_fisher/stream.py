@@ -1,0 +1,209 @@
+"""What `fit` reads: the descriptors of a whole training set, in chunks, shared out over ranks."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+from tqdm.auto import tqdm
+
+if TYPE_CHECKING:
+    from timm_fisher.model import PooledModel
+
+
+class DescriptorStream(ABC):
+    """The local descriptors of a set of images; re-iterable, in the same order on each pass.
+
+    Memory does not grow with the number of images. The images are shared out over ranks by whole
+    batches, so what one rank computes from a batch is what a single process would compute from
+    it, and sums over ranks equal the sums of one process.
+
+    Attributes:
+        num_features: channels C of one descriptor.
+    """
+
+    num_features: int
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Number of images, over all ranks."""
+
+    @abstractmethod
+    def read(self, images: Sequence[int]) -> Iterator[tuple[Sequence[int], Tensor]]:
+        """This rank's share of some images.
+
+        Args:
+            images: indices of images, ascending; the same on every rank.
+
+        Yields:
+            Positions in `images`, and the descriptors `[B, N, C]` of the images there.
+        """
+
+    @abstractmethod
+    def sum(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Each tensor added up over ranks; every rank must call it, with the same shapes."""
+
+    def batches(self) -> Iterator[Tensor]:
+        """This rank's descriptors image by image, `[B, N, C]`."""
+        for _, x in self.read(range(len(self))):
+            yield x
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """This rank's descriptors without regard to images, in chunks `[M, C]`."""
+        for x in self.batches():
+            yield x.flatten(0, 1)
+
+    def sample(self, n: int, *, seed: int = 0) -> Tensor:
+        """The same random descriptors on every rank, however many ranks there are.
+
+        Reads at most `n` images: as few descriptors of each as suffice, from as many images as
+        there are.
+
+        Args:
+            n: how many descriptors are wanted.
+            seed: of the choice.
+
+        Returns:
+            Descriptors `[n, C]`; fewer if the images hold fewer.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        images = torch.randperm(len(self), generator=generator)[:n].sort().values.tolist()
+        each = math.ceil(n / len(images))
+        rows = found = None
+        for positions, x in self.read(images):
+            # Seeded by the batch, not by the rank: the choice must not depend on who reads it.
+            own = torch.Generator().manual_seed(hash((seed, images[positions[0]])) % 2**63)
+            order = torch.rand(x.shape[:2], generator=own).argsort(1)[:, :each].to(x.device)
+            if rows is None:
+                rows = x.new_zeros(len(images), each, self.num_features)
+                found = torch.zeros(len(images), each, device=x.device)
+            where = torch.as_tensor(positions, device=x.device)
+            rows[where, : order.shape[1]] = x.gather(1, order[..., None].expand(-1, -1, x.shape[2]))
+            found[where, : order.shape[1]] = 1
+        if rows is None:  # more ranks than batches
+            rows = torch.zeros(len(images), each, self.num_features)
+            found = torch.zeros(len(images), each)
+        rows, found = self.sum(rows, found)
+        rows = rows[found > 0]
+        if len(rows) > n:
+            keep = torch.randperm(len(rows), generator=generator)[:n].sort().values
+            rows = rows[keep.to(rows.device)]
+        return rows
+
+
+class ListStream(DescriptorStream):
+    """Descriptors in memory, on one process: what a unit test passes.
+
+    Args:
+        batches: tensors `[B, N, C]`, or `[M, C]` for M images of one descriptor each.
+    """
+
+    def __init__(self, batches: Sequence[Tensor]) -> None:
+        self._batches = [x[:, None] if x.ndim == 2 else x for x in batches]
+        if not self._batches or any(x.ndim != 3 for x in self._batches):
+            shapes = [tuple(x.shape) for x in batches]
+            raise ValueError(f'ListStream takes tensors [B, N, C] or [M, C], got shapes {shapes}.')
+        self.num_features = self._batches[0].shape[2]
+
+    def __len__(self) -> int:
+        return sum(len(x) for x in self._batches)
+
+    def read(self, images: Sequence[int]) -> Iterator[tuple[Sequence[int], Tensor]]:
+        position = {image: i for i, image in enumerate(images)}
+        start = 0
+        for x in self._batches:
+            rows = [i for i in range(len(x)) if start + i in position]
+            if rows:
+                yield [position[start + i] for i in rows], x[rows]
+            start += len(x)
+
+    def sum(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tensors
+
+
+class ModelStream(DescriptorStream):
+    """What a model's backbone gives for the images of a data loader, on this rank's device.
+
+    The loader's data set is read in its own order, whatever the loader's sampler does; leave
+    random augmentation out of it, or each pass sees other descriptors.
+
+    Args:
+        model: a `PooledModel`.
+        loader: a torch `DataLoader` over a map-style data set of images or (image, ...) tuples.
+            It may be one that accelerate has prepared. The data set, batch size, workers and
+            collation are used.
+        from_features: the data set holds what `model.forward_features` gives, not images.
+
+    Raises:
+        TypeError: the loader is not a `DataLoader` over a map-style data set.
+        ValueError: the data set is empty.
+    """
+
+    def __init__(
+        self, model: PooledModel, loader: DataLoader[Any], *, from_features: bool = False
+    ) -> None:
+        dataset = getattr(loader, 'dataset', None)
+        if (
+            dataset is None
+            or isinstance(dataset, IterableDataset)
+            or not hasattr(dataset, '__len__')
+        ):
+            raise TypeError(
+                'fit reads the data set several times and by index: it needs a torch DataLoader '
+                f'over a map-style data set, got {type(loader).__name__} over '
+                f'{type(dataset).__name__}.'
+            )
+        if len(dataset) == 0:
+            raise ValueError('fit needs at least one image; the data set of the loader is empty.')
+        self.model = model
+        self.loader = loader
+        self.from_features = from_features
+        self.num_features = model.descriptors.num_features
+        self.batch_size = (
+            loader.batch_size or getattr(loader.batch_sampler, 'batch_size', None) or 32
+        )
+        self.world_size, self.rank = 1, 0
+        if dist.is_available() and dist.is_initialized():
+            self.world_size, self.rank = dist.get_world_size(), dist.get_rank()
+
+    def __len__(self) -> int:
+        return len(self.loader.dataset)
+
+    @torch.no_grad()
+    def read(self, images: Sequence[int]) -> Iterator[tuple[Sequence[int], Tensor]]:
+        device = next(self.model.parameters()).device
+        batches = [
+            range(start, min(start + self.batch_size, len(images)))
+            for start in range(0, len(images), self.batch_size)
+        ][self.rank :: self.world_size]
+        loader = DataLoader(
+            self.loader.dataset,
+            batch_sampler=[[images[i] for i in batch] for batch in batches],
+            num_workers=self.loader.num_workers,
+            collate_fn=self.loader.collate_fn,
+        )
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            progress = tqdm(loader, 'fit: descriptors', leave=False, disable=self.rank > 0 or None)
+            for batch, item in zip(batches, progress, strict=True):
+                x = (item[0] if isinstance(item, tuple | list) else item).to(device)
+                features = x if self.from_features else self.model.forward_features(x)
+                yield batch, self.model.descriptors(features)
+        finally:
+            self.model.train(was_training)
+
+    def sum(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        if self.world_size == 1:
+            return tensors
+        device = next(self.model.parameters()).device
+        summed = [tensor.to(device, copy=True) for tensor in tensors]
+        for tensor in summed:
+            dist.all_reduce(tensor)
+        return tuple(summed)
