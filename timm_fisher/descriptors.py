@@ -4,13 +4,17 @@
 
 1. `forward_features` gives a map (NCHW or NHWC): flatten it.
 2. `forward_features` gives tokens: drop the prefix tokens. Their number is believed only if what
-   is left is the grid of `forward_intermediates`, so that no class token passes for a descriptor.
+   is left is the grid that `feature_info` promises, so that no class token passes for a descriptor.
 3. Anything else, and every stage but the last: `forward_intermediates`, which gives NCHW maps.
 """
 
 from __future__ import annotations
 
+import math
+from typing import Any, cast
+
 import torch
+from timm.layers import to_2tuple
 from torch import Tensor, nn
 
 CLASS_TOKEN_MODES = ('drop', 'keep', 'append')
@@ -48,13 +52,20 @@ class Descriptors(nn.Module):
         self.class_token = class_token
         self.intermediate = intermediate
 
-    def features(self, backbone: nn.Module, x: Tensor) -> Tensor:
+    def features(self, backbone: Any, x: Tensor) -> Tensor:
         """The backbone's plain tensor for images `[B, 3, H, W]`: a map, or tokens."""
         if not self.intermediate:
-            return backbone.forward_features(x)
-        return backbone.forward_intermediates(
-            x, indices=[self.stage], stop_early=True, output_fmt='NCHW', intermediates_only=True
-        )[0]
+            return cast(Tensor, backbone.forward_features(x))
+        options: dict[str, Any] = {'norm': True} if self.stage == -1 else {}
+        maps = backbone.forward_intermediates(
+            x,
+            indices=[self.stage],
+            stop_early=True,
+            output_fmt='NCHW',
+            intermediates_only=True,
+            **options,
+        )
+        return cast(Tensor, maps[0])
 
     def forward(self, features: Tensor) -> Tensor:
         """Descriptors `[B, N, C]` of a backbone's plain tensor."""
@@ -77,7 +88,7 @@ class Descriptors(nn.Module):
 
 
 def find_descriptors(
-    backbone: nn.Module, image: Tensor, *, stage: int = -1, class_token: str = 'drop'
+    backbone: Any, image: Tensor, *, stage: int = -1, class_token: str = 'drop'
 ) -> Descriptors:
     """Decide how to read a timm backbone.
 
@@ -117,7 +128,7 @@ def find_descriptors(
     return descriptors
 
 
-def _from_features(backbone: nn.Module, image: Tensor, class_token: str) -> Descriptors | None:
+def _from_features(backbone: Any, image: Tensor, class_token: str) -> Descriptors | None:
     """Rules 1 and 2, or None where they do not hold."""
     features = backbone.forward_features(image)
     if not isinstance(features, Tensor):
@@ -129,10 +140,14 @@ def _from_features(backbone: nn.Module, image: Tensor, class_token: str) -> Desc
     if features.ndim != 3:
         return None
     prefix = getattr(backbone, 'num_prefix_tokens', 0)
-    grid = backbone.forward_intermediates(
-        image, indices=[-1], output_fmt='NCHW', intermediates_only=True
-    )[0]
-    if features.shape[1] - prefix != grid.shape[2] * grid.shape[3]:
+    strides = to_2tuple(backbone.feature_info[-1]['reduction'])
+    grids = {
+        math.prod(
+            divide(size / stride) for size, stride in zip(image.shape[2:], strides, strict=True)
+        )
+        for divide in (math.floor, math.ceil)
+    }
+    if features.shape[1] - prefix not in grids:
         return None
     return Descriptors(
         stage=-1,
@@ -143,11 +158,11 @@ def _from_features(backbone: nn.Module, image: Tensor, class_token: str) -> Desc
     )
 
 
-def _has_class_token(backbone: nn.Module) -> bool:
+def _has_class_token(backbone: Any) -> bool:
     return getattr(backbone, 'cls_token', None) is not None
 
 
-def dead_parameters(backbone: nn.Module, descriptors: Descriptors, image: Tensor) -> set[str]:
+def dead_parameters(backbone: Any, descriptors: Descriptors, image: Tensor) -> set[str]:
     """Names of the parameters that the descriptors do not depend on.
 
     They belong to what sits behind the old pool, or behind an earlier `stage`. Run it on the meta
@@ -160,7 +175,7 @@ def dead_parameters(backbone: nn.Module, descriptors: Descriptors, image: Tensor
     return {name for name, gradient in zip(names, gradients, strict=True) if gradient is None}
 
 
-def remove_parameters(backbone: nn.Module, names: set[str]) -> None:
+def remove_parameters(backbone: Any, names: set[str]) -> None:
     """Replace, in place, the largest modules that hold none but these parameters by `nn.Identity`.
 
     So they reach neither optimizer nor checkpoint. A lone parameter of a module that is otherwise

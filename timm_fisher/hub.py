@@ -6,6 +6,7 @@ import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import timm
 
@@ -13,7 +14,11 @@ from timm_fisher.model import PooledModel
 
 
 def save_pretrained(
-    model: PooledModel, folder: str | Path, *, label_names: Sequence[str] | None = None
+    model: PooledModel,
+    folder: str | Path,
+    *,
+    label_names: Sequence[str] | None = None,
+    data_config: dict[str, Any] | None = None,
 ) -> None:
     """Write `model.safetensors` and `config.json` in timm's own form.
 
@@ -24,6 +29,8 @@ def save_pretrained(
         model: what to save.
         folder: made if it does not exist.
         label_names: names of the classes, by index.
+        data_config: the preprocessing that the model was trained with (input size, crop, mean,
+            ...), as `timm.data.resolve_input_data_config` gives it; None for the backbone's own.
 
     Raises:
         ValueError: the number of label names is not that of the classes.
@@ -36,7 +43,9 @@ def save_pretrained(
     folder.mkdir(parents=True, exist_ok=True)
     config = {} if label_names is None else {'label_names': list(label_names)}
     with tempfile.TemporaryDirectory(dir=folder, prefix='.saving-') as beside:
-        timm.models.save_for_hf(model, beside, model_config=config, safe_serialization=True)
+        timm.models.save_for_hf(
+            model, beside, model_config=config, safe_serialization=True, data_config=data_config
+        )
         for name in ('model.safetensors', 'config.json'):
             with open(Path(beside, name), 'rb') as file:
                 os.fsync(file.fileno())

@@ -19,7 +19,13 @@ from timm.models import (
 )
 from torch import Tensor, nn
 
-from timm_fisher.descriptors import dead_parameters, find_descriptors, remove_parameters
+from timm_fisher.descriptors import (
+    Descriptors,
+    dead_parameters,
+    find_descriptors,
+    remove_parameters,
+)
+from timm_fisher.head import PoolingHead
 from timm_fisher.registry import check_arguments, create_head, get_head, nearest
 
 # What a pretrained_cfg says about images; the rest of it is about the backbone's own weights.
@@ -59,6 +65,10 @@ class PooledModel(nn.Module):
         TypeError: an unknown argument of the head.
     """
 
+    backbone: Any  # a timm model
+    descriptors: Descriptors
+    head: PoolingHead
+
     def __init__(
         self,
         backbone: str,
@@ -85,7 +95,7 @@ class PooledModel(nn.Module):
             cache_dir=cache_dir,
             pretrained_cfg_overlay=pretrained_cfg_overlay,
         )
-        requested = dict(in_chans=in_chans, img_size=img_size, drop_path_rate=drop_path_rate)
+        requested = {'in_chans': in_chans, 'img_size': img_size, 'drop_path_rate': drop_path_rate}
         arguments |= {key: value for key, value in requested.items() if value is not None}
 
         with torch.device('meta'):
@@ -376,20 +386,20 @@ def _create_classifier(in_features: int, num_classes: int) -> nn.Module:
     return nn.Linear(in_features, num_classes) if num_classes > 0 else nn.Identity()
 
 
-def _wrap_cfg(backbone: nn.Module, num_classes: int) -> dict[str, Any]:
+def _wrap_cfg(backbone: Any, num_classes: int) -> dict[str, Any]:
     """The backbone's image configuration, with module names as seen from the wrapped model."""
     cfg = backbone.pretrained_cfg
     stem = cfg.get('first_conv')
     if stem is not None:
         names = [f'backbone.{name}' for name in ([stem] if isinstance(stem, str) else stem)]
         stem = names[0] if isinstance(stem, str) else names
-    return {key: cfg[key] for key in _DATA_KEYS if key in cfg} | dict(
-        architecture='timm_fisher',
-        input_size=timm.models.get_model_input_config(backbone)['input_size'],
-        num_classes=num_classes,
-        first_conv=stem,
-        classifier='classifier',
-    )
+    return {key: cfg[key] for key in _DATA_KEYS if key in cfg} | {
+        'architecture': 'timm_fisher',
+        'input_size': timm.models.get_model_input_config(backbone)['input_size'],
+        'num_classes': num_classes,
+        'first_conv': stem,
+        'classifier': 'classifier',
+    }
 
 
 def _make_contiguous(

@@ -75,20 +75,16 @@ class DescriptorStream(ABC):
         generator = torch.Generator().manual_seed(seed)
         images = torch.randperm(len(self), generator=generator)[:n].sort().values.tolist()
         each = math.ceil(n / len(images))
-        rows = found = None
+        rows = torch.zeros(len(images), each, self.num_features)
+        found = torch.zeros(len(images), each)
         for positions, x in self.read(images):
             # Seeded by the batch, not by the rank: the choice must not depend on who reads it.
             own = torch.Generator().manual_seed(hash((seed, images[positions[0]])) % 2**63)
             order = torch.rand(x.shape[:2], generator=own).argsort(1)[:, :each].to(x.device)
-            if rows is None:
-                rows = x.new_zeros(len(images), each, self.num_features)
-                found = torch.zeros(len(images), each, device=x.device)
+            rows, found = rows.to(x), found.to(x.device)
             where = torch.as_tensor(positions, device=x.device)
             rows[where, : order.shape[1]] = x.gather(1, order[..., None].expand(-1, -1, x.shape[2]))
             found[where, : order.shape[1]] = 1
-        if rows is None:  # more ranks than batches
-            rows = torch.zeros(len(images), each, self.num_features)
-            found = torch.zeros(len(images), each)
         rows, found = self.sum(rows, found)
         rows = rows[found > 0]
         if len(rows) > n:

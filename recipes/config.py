@@ -1,0 +1,157 @@
+"""The configuration of recipes/train.py: typed, from a YAML file, overridden by arguments."""
+
+from __future__ import annotations
+
+import re
+import sys
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal, NoReturn
+
+import jsonargparse
+import yaml
+
+from timm_fisher.registry import nearest
+
+
+@dataclass
+class Stage:
+    """One stage of training.
+
+    Args:
+        train: what is trained: the head and classifier over a frozen backbone, or everything.
+        epochs: passes over the training set.
+        opt: optimizer, any that timm.optim knows.
+        lr: learning rate.
+        head_lr_scale: factor on the learning rate of head and classifier.
+        momentum: of SGD.
+        weight_decay: not applied to biases and other vectors.
+        sched: schedule of the learning rate, per epoch; plateau watches the training loss.
+        warmup_epochs: linear warm-up from lr / 100 (not with plateau).
+        decay_epochs: interval of the step schedule.
+        decay_rate: factor of the step and plateau schedules.
+        patience_epochs: epochs without a lower training loss before plateau decays.
+        min_lr: where cosine and plateau end.
+        head_loss: weight of the head's own unsupervised loss, added to the cross-entropy.
+        label_smoothing: of the cross-entropy.
+        clip_grad: largest norm of the gradient; null for none.
+    """
+
+    train: Literal['head', 'all'] = 'all'
+    epochs: int = 10
+    opt: str = 'adamw'
+    lr: float = 1e-3
+    head_lr_scale: float = 1.0
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    sched: Literal['constant', 'cosine', 'step', 'plateau'] = 'cosine'
+    warmup_epochs: int = 0
+    decay_epochs: int = 30
+    decay_rate: float = 0.1
+    patience_epochs: int = 3
+    min_lr: float = 0.0
+    head_loss: float = 0.0
+    label_smoothing: float = 0.0
+    clip_grad: float | None = None
+
+
+@dataclass
+class Config:
+    """Train a pooling head on a timm backbone: fit, then the stages, then evaluate and save.
+
+    Args:
+        output: folder of the run.
+        resume: continue the run in this folder exactly where its last checkpoint is.
+        data_dir: folder with train/, val/ and test/, one subfolder per class; or the root of a
+            torch/ or hfds/ data set.
+        dataset: empty for such a folder, torch/NAME or hfds/NAME as timm takes them, or digits
+            (scikit-learn's handwritten digits, built in).
+        train_split: name of the training split.
+        val_split: name of the validation split; null carves it from the training split.
+        test_split: name of the test split; null for none.
+        val_fraction: share of the training split that is carved off, stratified by class.
+        backbone: any name that timm.create_model takes, local-dir:FOLDER included.
+        pretrained: load the backbone's pretrained weights.
+        backbone_kwargs: further arguments of the backbone.
+        backbone_stage: -1 pools the backbone's output, -2, -3, ... an earlier stage.
+        class_token: drop, keep or append it, where the backbone has one.
+        head: name of an installed head.
+        head_kwargs: arguments of the head.
+        drop_rate: dropout before the classifier.
+        img_size: side of the input image; null for the backbone's own.
+        crop_pct: share of the resized image that evaluation crops; null for the backbone's own.
+        augment: arguments of timm.data.create_transform for training, {} for timm's defaults;
+            null for no augmentation.
+        stages: the stages by name, in order.
+        batch_size: images per process and step.
+        workers: processes that load images.
+        grad_accum_steps: steps whose gradients are added up.
+        mixed_precision: null for what `accelerate launch` says.
+        cache: run a frozen backbone once and keep its features, memory-mapped; null does so when
+            there is no augmentation.
+        cache_dir: folder of cached features, shared by runs.
+        seed: of everything random.
+    """
+
+    output: str = 'runs/train'
+    resume: bool = False
+    data_dir: str = ''
+    dataset: str = ''
+    train_split: str = 'train'
+    val_split: str | None = 'val'
+    test_split: str | None = 'test'
+    val_fraction: float = 0.15
+    backbone: str = 'resnet50'
+    pretrained: bool = False
+    backbone_kwargs: dict[str, Any] = field(default_factory=dict)
+    backbone_stage: int = -1
+    class_token: Literal['drop', 'keep', 'append'] = 'drop'
+    head: str = 'avg'
+    head_kwargs: dict[str, Any] = field(default_factory=dict)
+    drop_rate: float = 0.0
+    img_size: int | None = None
+    crop_pct: float | None = None
+    augment: dict[str, Any] | None = None
+    stages: dict[str, Stage] = field(default_factory=lambda: {'train': Stage()})
+    batch_size: int = 64
+    workers: int = 2
+    grad_accum_steps: int = 1
+    mixed_precision: Literal['no', 'fp16', 'bf16'] | None = None
+    cache: bool | None = None
+    cache_dir: str = 'runs/cache'
+    seed: int = 0
+
+    def caches(self, stage: Stage) -> bool:
+        """Whether this stage trains on cached features of its frozen backbone."""
+        wanted = self.augment is None if self.cache is None else self.cache
+        return wanted and stage.train == 'head'
+
+    def to_yaml(self) -> str:
+        """The configuration as a file that `--config` reads."""
+        return yaml.safe_dump(asdict(self), sort_keys=False)
+
+
+class _Parser(jsonargparse.ArgumentParser):
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """As the base class, with the nearest valid names for an unknown one."""
+        known = {each.name for cls in (Config, Stage) for each in fields(cls)}
+        unknown = re.findall(r"--([\w.]+)|[Oo]ption '([\w.]+)'", str(message))
+        for name in {(a or b).split('.')[-1] for a, b in unknown} - known:
+            message = f'{message}.{nearest(name, known)}'
+        super().error(message, ex)
+        raise AssertionError('unreachable')
+
+
+def parse_config(arguments: list[str] | None = None) -> Config:
+    """The configuration of a command line: `--config FILE`, then overrides, `--data-dir` or
+    `--data_dir`, `--stages.NAME.lr`, `--head_kwargs.NAME`. Exits with a message on an error."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    names = [re.match(r'--[\w.-]+', argument) for argument in arguments]
+    arguments = [
+        name[0][:2] + name[0][2:].replace('-', '_') + argument[name.end() :] if name else argument
+        for name, argument in zip(names, arguments, strict=True)
+    ]
+    parser = _Parser(description=(Config.__doc__ or '').split('\n')[0])
+    parser.add_argument('--config', action='config', help='YAML file of these options')
+    parser.add_class_arguments(Config)
+    parsed = parser.instantiate(parser.parse_args(arguments))
+    return Config(**{each.name: parsed[each.name] for each in fields(Config)})

@@ -1,0 +1,490 @@
+"""Train a pooling head on a timm backbone, in stages.
+
+    accelerate launch recipes/train.py --config recipes/configs/trashnet.yaml \
+        --head sparse_fisher --data-dir PATH
+
+Leaves in `--output`: model/ (best on the validation split) and last/, both loadable by
+`timm.create_model('local-dir:...', pretrained=True)`; metrics.json, log.jsonl, curve.png,
+config.yaml, and the checkpoint that `--resume` continues from exactly.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import safetensors.torch
+import timm
+import torch
+import torch.nn.functional as F
+import yaml
+from accelerate import Accelerator, DataLoaderConfiguration
+from accelerate.utils import set_seed
+from config import Config, Stage, parse_config
+from data import CachedFeatures, Images, cache_features, create_datasets, load_splits
+from sklearn.metrics import accuracy_score, balanced_accuracy_score
+from timm.optim import create_optimizer_v2, param_groups_weight_decay
+from timm.scheduler import create_scheduler_v2
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+import timm_fisher
+from timm_fisher import PooledModel
+
+matplotlib.use('Agg')
+import matplotlib.pyplot as plt
+
+AnyDataset = Images | CachedFeatures
+
+
+def main() -> None:
+    config = parse_config()
+    accelerator = Accelerator(
+        mixed_precision=config.mixed_precision,
+        gradient_accumulation_steps=config.grad_accum_steps,
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=config.seed),
+    )
+    if accelerator.device.type == 'cpu' and os.environ.get('OMP_NUM_THREADS') == '1':
+        # `accelerate launch` sets one thread per process unless it is told otherwise.
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // accelerator.num_processes))
+    set_seed(config.seed)
+    say = accelerator.print
+    output = Path(config.output)
+    with accelerator.main_process_first():
+        _prepare_output(output, config, accelerator.is_main_process)
+
+    # Data and model
+    splits, classes = load_splits(config)
+    model = _create_model(config, len(classes)).to(memory_format=torch.channels_last)
+    requested = {'img_size': config.img_size, 'crop_pct': config.crop_pct}
+    data_config = timm.data.resolve_input_data_config(model, requested)
+    datasets: dict[str, AnyDataset] = dict(create_datasets(config, splits, data_config))
+    sizes = ', '.join(f'{len(split.indices)} {name}' for name, split in splits.items())
+    say(f'{len(classes)} classes; {sizes} images at {data_config["input_size"]}')
+    say(
+        f'{config.head}: {model.head.in_features} -> {model.head.out_features} on {config.backbone}'
+    )
+
+    def cached() -> dict[str, AnyDataset]:
+        names = ['train', *(name for name in ('val', 'test') if name in datasets)]
+        found = {name: cache_features(model, datasets[name], config, accelerator) for name in names}
+        return {**found, 'augmented': found['train']}
+
+    run = Run(config, accelerator, model, classes, data_config)
+    checkpoint = run.latest_checkpoint()
+    first = next(iter(config.stages.values()))
+
+    # Fit
+    if checkpoint is None:
+        start = time.perf_counter()
+        use = cached() if config.caches(first) else datasets
+        run.seconds['features'] = time.perf_counter() - start
+        model.to(accelerator.device)
+        start = time.perf_counter()
+        timm_fisher.fit(model, run.loader(use['train']), from_features=config.caches(first))
+        run.seconds['fit'] = time.perf_counter() - start
+        say(f'fit: {run.seconds["fit"]:.1f} s')
+    else:
+        run.load_progress(checkpoint)
+        say(f'resuming after {checkpoint.name}')
+
+    # Stages
+    for name, stage in config.stages.items():
+        if name not in run.finished:
+            start = time.perf_counter()
+            use = cached() if config.caches(stage) else datasets
+            run.seconds['features'] += time.perf_counter() - start
+            run.train_stage(name, stage, use)
+
+    # Evaluate the best epoch, and save
+    run.load_weights(output / 'model')
+    final = 'test' if 'test' in datasets else 'val'
+    on_features = config.caches(config.stages[run.best['stage']])
+    result = run.evaluate_on((cached() if on_features else datasets)[final], final)
+    run.finish(final, result)
+    say(f'{final} accuracy {result["accuracy"]:.2%} of {result["samples"]} images -> {output}')
+    accelerator.end_training()
+
+
+class Run:
+    """What a run carries from stage to stage, and from an interruption to its resumption."""
+
+    def __init__(
+        self,
+        config: Config,
+        accelerator: Accelerator,
+        model: PooledModel,
+        classes: list[str],
+        data_config: dict[str, Any],
+    ) -> None:
+        self.config = config
+        self.accelerator = accelerator
+        self.model = model
+        self.classes = classes
+        self.data_config = data_config
+        self.output = Path(config.output)
+        self.history: list[dict[str, Any]] = []
+        self.finished: list[str] = []
+        self.best: dict[str, Any] = {}
+        self.seconds: dict[str, float] = {'features': 0.0, 'fit': 0.0, 'train': 0.0}
+        # Weights are written once, in timm's form, instead of accelerate's.
+        accelerator.register_save_state_pre_hook(self._save_weights)
+        accelerator.register_load_state_pre_hook(self._load_weights)
+
+    def train_stage(self, name: str, stage: Stage, datasets: dict[str, AnyDataset]) -> None:
+        """Train one stage, from its beginning or from the checkpoint inside it."""
+        config, accelerator, model = self.config, self.accelerator, self.model
+        # Seeded by the stage, so that resuming at its beginning is exact; and by the rank, so that
+        # the ranks draw different augmentation and dropout.
+        number = list(config.stages).index(name)
+        set_seed(config.seed + 1000 * (number + 1), device_specific=True)
+        model.requires_grad_(True)
+        model.backbone.requires_grad_(stage.train == 'all')
+        module = self._module(datasets['train'])
+        train_loader = self.loader(datasets['augmented'], shuffle=True)
+        val_loader = self.loader(datasets['val'])
+        optimizer = _create_optimizer(model, stage)
+        module, optimizer, train_loader, val_loader = accelerator.prepare(
+            module, optimizer, train_loader, val_loader
+        )
+        scheduler = _create_scheduler(optimizer.optimizer, stage)
+
+        done = 0  # epochs of this stage
+        checkpoint = self.latest_checkpoint()
+        if checkpoint is not None and self.history and self.history[-1]['stage'] == name:
+            done = self.history[-1]['epoch']
+            accelerator.load_state(str(checkpoint))
+            state = json.loads((checkpoint / 'progress.json').read_text())['scheduler']
+            scheduler.load_state_dict(state)
+
+        for epoch in range(done, stage.epochs):
+            start = time.perf_counter()
+            train_loader.set_epoch(epoch)
+            rate = max(group['lr'] for group in optimizer.param_groups)
+            loss = self._train_epoch(name, epoch, stage, module, optimizer, train_loader)
+            result = self.evaluate(module, val_loader, 'val')
+            if isinstance(scheduler, ReduceLROnPlateau):
+                scheduler.step(loss)
+            else:
+                scheduler.step(epoch + 1)
+            self.seconds['train'] += time.perf_counter() - start
+            row = {
+                'stage': name,
+                'epoch': epoch + 1,
+                'lr': rate,
+                'train_loss': loss,
+                'val_loss': result['loss'],
+                'val_accuracy': result['accuracy'],
+                'seconds': round(time.perf_counter() - start, 2),
+            }
+            self._end_epoch(row, last=epoch + 1 == stage.epochs, scheduler=scheduler)
+        accelerator.free_memory()
+
+    def _train_epoch(
+        self,
+        name: str,
+        epoch: int,
+        stage: Stage,
+        module: nn.Module,
+        optimizer: Any,
+        loader: DataLoader[Any],
+    ) -> float:
+        """One pass over the training set; its mean loss over all ranks."""
+        accelerator = self.accelerator
+        parameters = [p for group in optimizer.param_groups for p in group['params']]
+        module.train()
+        total = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
+        progress = tqdm(
+            loader,
+            f'{name} {epoch + 1}/{stage.epochs}',
+            leave=False,
+            disable=not accelerator.is_main_process or None,
+        )
+        for step, (x, y) in enumerate(progress):
+            with accelerator.accumulate(module):
+                if stage.head_loss:
+                    logits, own = module(x, head_loss=True)
+                else:
+                    logits, own = module(x), 0.0
+                loss = F.cross_entropy(logits.float(), y, label_smoothing=stage.label_smoothing)
+                loss = loss + stage.head_loss * own
+                if not math.isfinite(loss.item()):
+                    raise FloatingPointError(
+                        f'The loss is {loss.item()} in stage {name}, epoch {epoch + 1}, step '
+                        f'{step + 1}. Last good checkpoint: {self.latest_checkpoint() or "none"}. '
+                        'Try a lower learning rate, clip_grad, or mixed_precision no or bf16.'
+                    )
+                accelerator.backward(loss)
+                if stage.clip_grad is not None and accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(parameters, stage.clip_grad)
+                optimizer.step()
+                if accelerator.sync_gradients:
+                    self.model.project_()
+                optimizer.zero_grad()
+            total += torch.tensor([loss.item() * len(y), len(y)], device=total.device)
+            progress.set_postfix(loss=f'{loss.item():.3f}')
+        loss_sum, count = accelerator.reduce(total).tolist()
+        return loss_sum / count
+
+    def evaluate_on(self, dataset: AnyDataset, what: str) -> dict[str, Any]:
+        """`evaluate`, outside of a stage."""
+        prepare = self.accelerator.prepare_model
+        module = prepare(self._module(dataset), evaluation_mode=True)
+        return self.evaluate(module, self.accelerator.prepare(self.loader(dataset)), what)
+
+    @torch.no_grad()
+    def evaluate(self, module: nn.Module, loader: DataLoader[Any], what: str) -> dict[str, Any]:
+        """Loss, accuracy and balanced accuracy over the true number of samples."""
+        accelerator = self.accelerator
+        module.eval()
+        outputs = []
+        progress = tqdm(loader, what, leave=False, disable=not accelerator.is_main_process or None)
+        for x, y in progress:
+            logits = module(x).float()
+            losses = F.cross_entropy(logits, y, reduction='none')
+            outputs.append(accelerator.gather_for_metrics((losses, logits.argmax(1), y)))
+        losses, predicted, labels = (torch.cat(part).cpu() for part in zip(*outputs, strict=True))
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore', UserWarning)  # a class that no label of a split has
+            balanced = balanced_accuracy_score(labels, predicted)
+        return {
+            'loss': losses.double().mean().item(),
+            'accuracy': float(accuracy_score(labels, predicted)),
+            'balanced_accuracy': float(balanced),
+            'samples': len(labels),
+        }
+
+    def _module(self, dataset: AnyDataset) -> nn.Module:
+        return HeadOnly(self.model) if isinstance(dataset, CachedFeatures) else self.model
+
+    def loader(self, dataset: AnyDataset, *, shuffle: bool = False) -> DataLoader[Any]:
+        """A loader over a data set, before accelerate prepares it."""
+        # Cached features come from a memory map: workers would only copy them once more.
+        workers = 0 if isinstance(dataset, CachedFeatures) else self.config.workers
+        return DataLoader(dataset, self.config.batch_size, shuffle=shuffle, num_workers=workers)
+
+    def _end_epoch(self, row: dict[str, Any], *, last: bool, scheduler: Any) -> None:
+        """Report, keep the model if it is the best, and write the checkpoint."""
+        accelerator = self.accelerator
+        self.history.append(row)
+        accelerator.print(
+            f'{row["stage"]} {row["epoch"]}: lr {row["lr"]:.2g}, train loss '
+            f'{row["train_loss"]:.4f}, val loss {row["val_loss"]:.4f}, val accuracy '
+            f'{row["val_accuracy"]:.2%}, {row["seconds"]:.1f} s'
+        )
+        if not self.best or row['val_accuracy'] > self.best['val_accuracy']:
+            self.best = {key: row[key] for key in ('stage', 'epoch', 'val_accuracy')}
+            if accelerator.is_main_process:
+                self._save_model(self.output / 'model')
+        if last:
+            self.finished.append(row['stage'])
+        progress = {
+            'history': self.history,
+            'finished': self.finished,
+            'best': self.best,
+            'seconds': self.seconds,
+            'scheduler': scheduler.state_dict(),
+        }
+        final = self.output / f'checkpoint-{len(self.history):04d}'
+        partial = self.output / f'{final.name}.partial'
+        accelerator.save_state(str(partial))
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            _write(partial / 'progress.json', json.dumps(progress))
+            os.replace(partial, final)
+            for old in self.output.glob('checkpoint-*'):
+                if old != final:
+                    shutil.rmtree(old)
+            lines = ''.join(json.dumps(each) + '\n' for each in self.history)
+            _write(self.output / 'log.jsonl', lines)
+            _plot(self.history, self.output / 'curve.png')
+        accelerator.wait_for_everyone()
+
+    def finish(self, split: str, result: dict[str, Any]) -> None:
+        """Write last/ and metrics.json."""
+        if not self.accelerator.is_main_process:
+            return
+        last = self.latest_checkpoint()
+        if last is not None:
+            shutil.rmtree(self.output / 'last', ignore_errors=True)
+            shutil.copytree(last / 'model', self.output / 'last')
+        model, config = self.model, self.config
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        metrics = {
+            split: result,
+            'best': self.best,
+            'head': config.head,
+            'head_kwargs': config.head_kwargs,
+            'backbone': config.backbone,
+            'backbone_stage': config.backbone_stage,
+            'img_size': self.data_config['input_size'][-1],
+            'seed': config.seed,
+            'out_features': model.head_hidden_size,
+            'parameters': parameters,
+            'seconds': {key: round(value, 2) for key, value in self.seconds.items()},
+            'processes': self.accelerator.num_processes,
+            'device': str(self.accelerator.device),
+            'versions': {'torch': torch.__version__, 'timm': timm.__version__},
+        }
+        _write(self.output / 'metrics.json', json.dumps(metrics, indent=2) + '\n')
+
+    def latest_checkpoint(self) -> Path | None:
+        """The newest complete checkpoint of this run, if there is one."""
+        found = sorted(self.output.glob('checkpoint-????'))
+        return found[-1] if found else None
+
+    def load_progress(self, checkpoint: Path) -> None:
+        """Take history and weights from a checkpoint; `train_stage` takes the rest."""
+        progress = json.loads((checkpoint / 'progress.json').read_text())
+        self.history = progress['history']
+        self.finished = progress['finished']
+        self.best = progress['best']
+        self.seconds = progress['seconds']
+        self.load_weights(checkpoint / 'model')
+
+    def load_weights(self, folder: Path) -> None:
+        """Put saved weights into the model, all or none."""
+        weights = safetensors.torch.load_file(folder / 'model.safetensors')
+        self.model.load_state_dict(weights, strict=True)
+
+    def _save_model(self, folder: Path) -> None:
+        timm_fisher.save_pretrained(
+            self.model, folder, label_names=self.classes, data_config=self.data_config
+        )
+
+    def _save_weights(self, models: Any, weights: list[Any], folder: str) -> None:
+        weights.clear()
+        if self.accelerator.is_main_process:
+            self._save_model(Path(folder, 'model'))
+
+    def _load_weights(self, models: list[Any], folder: str) -> None:
+        models.clear()
+        self.load_weights(Path(folder, 'model'))
+
+
+class HeadOnly(nn.Module):
+    """The part of a model that runs on cached features: what is trained, and wrapped by DDP, while
+    the backbone is frozen."""
+
+    def __init__(self, model: PooledModel) -> None:
+        super().__init__()
+        self.head, self.head_drop, self.classifier = model.head, model.head_drop, model.classifier
+        self._model = [model]  # a list keeps the backbone out of this module's children
+
+    def forward(self, features: Tensor, head_loss: bool = False) -> Any:
+        return self._model[0].forward_head(features, head_loss=head_loss)
+
+
+def _create_model(config: Config, num_classes: int) -> PooledModel:
+    cfg = timm.models.get_pretrained_cfg(config.backbone) if ':' not in config.backbone else None
+    fixed = cfg is not None and cfg.fixed_input_size
+    return timm_fisher.create_model(
+        config.backbone,
+        config.head,
+        pretrained=config.pretrained,
+        num_classes=num_classes,
+        head_kwargs=config.head_kwargs,
+        backbone_kwargs=config.backbone_kwargs,
+        img_size=config.img_size if fixed else None,
+        drop_rate=config.drop_rate,
+        stage=config.backbone_stage,
+        class_token=config.class_token,
+    )
+
+
+def _create_optimizer(model: PooledModel, stage: Stage) -> torch.optim.Optimizer:
+    groups = []
+    for scale, modules in (
+        (1.0, {'backbone': model.backbone}),
+        (stage.head_lr_scale, {'head': model.head, 'classifier': model.classifier}),
+    ):
+        for group in param_groups_weight_decay(
+            nn.ModuleDict(modules), stage.weight_decay, no_weight_decay_list=model.no_weight_decay()
+        ):
+            groups.append({**group, 'lr': stage.lr * scale})
+    return create_optimizer_v2(groups, opt=stage.opt, lr=stage.lr, momentum=stage.momentum)
+
+
+def _create_scheduler(optimizer: torch.optim.Optimizer, stage: Stage) -> Any:
+    if stage.sched == 'plateau':
+        # timm's plateau schedule is deprecated, and does not save its counters.
+        return ReduceLROnPlateau(
+            optimizer,
+            factor=stage.decay_rate,
+            patience=stage.patience_epochs,
+            min_lr=stage.min_lr,
+        )
+    scheduler, _ = create_scheduler_v2(
+        optimizer,
+        stage.sched,
+        num_epochs=stage.epochs,
+        decay_epochs=stage.decay_epochs,
+        decay_rate=stage.decay_rate,
+        warmup_epochs=stage.warmup_epochs,
+        warmup_lr=stage.lr / 100,
+        min_lr=stage.min_lr,
+    )
+    return scheduler
+
+
+def _prepare_output(output: Path, config: Config, main: bool) -> None:
+    """Refuse to write over a run, or to resume one with other settings."""
+    path = output / 'config.yaml'
+    if config.resume:
+        if not path.exists():
+            raise ValueError(f"--resume: '{output}' holds no run (no config.yaml).")
+        old, new = yaml.safe_load(path.read_text()), yaml.safe_load(config.to_yaml())
+        changed = [key for key in new if key != 'resume' and new[key] != old.get(key)]
+        if changed:
+            text = '; '.join(f'{key} was {old.get(key)!r}, is {new[key]!r}' for key in changed)
+            raise ValueError(f"--resume must keep the settings of '{output}': {text}.")
+    elif main:
+        if path.exists():
+            raise ValueError(
+                f"'{output}' holds a run already. Add --resume true to continue it, or give "
+                'another --output.'
+            )
+        output.mkdir(parents=True, exist_ok=True)
+        _write(path, config.to_yaml())
+
+
+def _write(path: Path, text: str) -> None:
+    """Write beside, then rename."""
+    beside = path.with_name(f'.{path.name}.partial')
+    beside.write_text(text)
+    os.replace(beside, path)
+
+
+def _plot(history: list[dict[str, Any]], path: Path) -> None:
+    """Losses and validation accuracy by epoch, the stages set off by lines."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4))
+    epochs = range(1, len(history) + 1)
+    for key in ('train_loss', 'val_loss'):
+        left.plot(epochs, [row[key] for row in history], label=key.replace('_', ' '))
+    right.plot(epochs, [100 * row['val_accuracy'] for row in history])
+    for i, row in enumerate(history):
+        if row['epoch'] == 1:
+            for axes in (left, right):
+                axes.axvline(i + 0.5, color='grey', linewidth=0.8, linestyle=':')
+            right.annotate(row['stage'], (i + 0.6, 0.02), xycoords=('data', 'axes fraction'))
+    left.set(xlabel='epoch', ylabel='loss', yscale='log')
+    right.set(xlabel='epoch', ylabel='validation accuracy (%)')
+    left.legend()
+    figure.tight_layout()
+    beside = path.with_name(f'.{path.name}')
+    figure.savefig(beside, format='png', dpi=120)
+    plt.close(figure)
+    os.replace(beside, path)
+
+
+if __name__ == '__main__':
+    main()
