@@ -52,7 +52,7 @@ class Split:
                 digest.update(image.tobytes())
         elif hasattr(reader, 'dataset'):
             digest.update(reader.dataset._fingerprint.encode())
-        else:
+        elif reader is None:  # of torchvision, whose repr gives root and split
             digest.update(repr(self.dataset).encode())
         return digest.hexdigest()
 

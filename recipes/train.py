@@ -53,7 +53,8 @@ def main() -> None:
         gradient_accumulation_steps=config.grad_accum_steps,
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=config.seed),
     )
-    if accelerator.device.type == 'cpu' and os.environ.get('OMP_NUM_THREADS') == '1':
+    launched = 'ACCELERATE_MIXED_PRECISION' in os.environ
+    if accelerator.device.type == 'cpu' and launched and os.environ.get('OMP_NUM_THREADS') == '1':
         # `accelerate launch` sets one thread per process unless it is told otherwise.
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // accelerator.num_processes))
     set_seed(config.seed)

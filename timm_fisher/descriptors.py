@@ -162,32 +162,51 @@ def _has_class_token(backbone: Any) -> bool:
     return getattr(backbone, 'cls_token', None) is not None
 
 
-def dead_parameters(backbone: Any, descriptors: Descriptors, image: Tensor) -> set[str]:
-    """Names of the parameters that the descriptors do not depend on.
+def unused_parts(
+    backbone: Any, descriptors: Descriptors, image: Tensor
+) -> tuple[set[str], set[str]]:
+    """What the descriptors do not depend on: what sits behind the old pool, or behind an earlier
+    `stage`.
 
-    They belong to what sits behind the old pool, or behind an earlier `stage`. Run it on the meta
-    device, where a graph costs nothing.
+    Args:
+        backbone: best built on the meta device, where a forward pass and its graph cost nothing.
+        descriptors: how it is read.
+        image: an input `[B, C, H, W]` on the same device.
+
+    Returns:
+        Names of the largest modules that hold parameters and never run; and names of parameters
+        elsewhere that no gradient reaches, such as those of a last layer's class token.
     """
+    ran: set[str] = set()
+    hooks = [
+        module.register_forward_pre_hook(lambda *_, name=name: ran.add(name))
+        for name, module in backbone.named_modules()
+    ]
     with torch.enable_grad():
-        names, parameters = zip(*backbone.named_parameters(), strict=True)
         features = descriptors.features(backbone, image)
-        gradients = torch.autograd.grad(features.sum(), parameters, allow_unused=True)
-    return {name for name, gradient in zip(names, gradients, strict=True) if gradient is None}
+    for hook in hooks:
+        hook.remove()
+
+    trained = {name: p for name, p in backbone.named_parameters() if p.requires_grad}
+    gradients = torch.autograd.grad(features.sum(), list(trained.values()), allow_unused=True)
+    dead = {name for name, grad in zip(trained, gradients, strict=True) if grad is None}
+    idle: set[str] = set()
+    for name, module in backbone.named_modules():  # a module comes before its children
+        inside = {key for key, _ in module.named_parameters(prefix=name)}
+        runs = any(other == name or other.startswith(f'{name}.') for other in ran)
+        if name and inside and inside <= dead and not runs:
+            idle.add(name)
+            dead -= inside
+    return idle, dead
 
 
-def remove_parameters(backbone: Any, names: set[str]) -> None:
-    """Replace, in place, the largest modules that hold none but these parameters by `nn.Identity`.
+def remove_unused(backbone: Any, idle: set[str], dead: set[str]) -> None:
+    """Take what `unused_parts` found out of a backbone, in place.
 
-    So they reach neither optimizer nor checkpoint. A lone parameter of a module that is otherwise
-    in use stays, frozen.
+    Idle modules become `nn.Identity`, so that they reach neither optimizer nor checkpoint; dead
+    parameters of modules that run are frozen, for DDP stops on those without a gradient.
     """
-    own = {name for name, _ in backbone.named_parameters(recurse=False)}
-    for name in own & names:
-        getattr(backbone, name).requires_grad_(False)
-    for child_name, child in backbone.named_children():
-        inside = {name for name, _ in child.named_parameters(prefix=child_name)}
-        if inside and inside <= names:
-            setattr(backbone, child_name, nn.Identity())
-        elif inside & names:
-            start = len(child_name) + 1
-            remove_parameters(child, {name[start:] for name in inside & names})
+    for name in idle:
+        backbone.set_submodule(name, nn.Identity())
+    for name in dead:
+        backbone.get_parameter(name).requires_grad_(False)

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from timm_fisher.descriptors import (
     Descriptors,
-    dead_parameters,
     find_descriptors,
-    remove_parameters,
+    remove_unused,
+    unused_parts,
 )
 from timm_fisher.head import PoolingHead
 from timm_fisher.registry import check_arguments, create_head, get_head, nearest
@@ -104,7 +104,10 @@ class PooledModel(nn.Module):
         descriptors = find_descriptors(twin, image, stage=stage, class_token=class_token)
 
         self.backbone = timm.create_model(backbone, pretrained=pretrained, **arguments)
-        remove_parameters(self.backbone, dead_parameters(twin, descriptors, image))
+        remove_unused(self.backbone, *unused_parts(twin, descriptors, image))
+        self._always_frozen = [
+            name for name, p in self.backbone.named_parameters() if not p.requires_grad
+        ]
         self.descriptors = descriptors
         self.head = create_head(head, descriptors.num_features, **(head_kwargs or {}))
         self.head_drop = nn.Dropout(drop_rate)
@@ -185,6 +188,14 @@ class PooledModel(nn.Module):
         super().train(mode)
         if not any(parameter.requires_grad for parameter in self.backbone.parameters()):
             self.backbone.eval()
+        return self
+
+    def requires_grad_(self, requires_grad: bool = True) -> PooledModel:
+        """As `nn.Module.requires_grad_`, but parameters of the backbone that timm froze, or that the
+        descriptors do not depend on, stay frozen."""
+        super().requires_grad_(requires_grad)
+        for name in self._always_frozen:
+            self.backbone.get_parameter(name).requires_grad_(False)
         return self
 
     def project_(self) -> None:

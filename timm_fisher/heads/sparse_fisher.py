@@ -179,7 +179,7 @@ def ista(dictionary: Tensor, sparsity: float) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def learn_dictionary(
-    y: Tensor, code_dim: int, sparsity: float, *, rounds: int = 40, steps: int = 25, seed: int = 0
+    y: Tensor, code_dim: int, sparsity: float, *, rounds: int = 200, steps: int = 5, seed: int = 0
 ) -> Tensor:
     """Unit-norm atoms that lower the mean of `|y - B u|^2 + sparsity |u|_1` over B and u.
 

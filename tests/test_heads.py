@@ -1,0 +1,178 @@
+"""What every head keeps, built-in or not: the contract of `PoolingHead`."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor
+
+from timm_fisher import ListStream, PoolingHead, create_head, get_head, list_heads
+
+CHANNELS = 16
+HEADS = list_heads()
+INPUTS = {
+    'random': lambda x: x,
+    'one descriptor': lambda x: x[:, :1],
+    'zero': lambda x: 0 * x,
+    'constant': lambda x: 0 * x + 1,
+    'huge': lambda x: 1e4 * x,
+    'tiny': lambda x: 1e-6 * x,
+    'dead channel': lambda x: x * (torch.arange(CHANNELS) != 3),
+}
+
+
+def descriptors(seed: int = 0, batch: int = 3, number: int = 10) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(CHANNELS, CHANNELS, generator=torch.Generator().manual_seed(99))
+    return torch.randn(batch, number, CHANNELS, generator=generator) @ mixing
+
+
+def fitted(name: str, dtype: torch.dtype = torch.float32, **arguments: object) -> PoolingHead:
+    torch.manual_seed(0)
+    head = create_head(name, CHANNELS, **arguments)
+    head.fit(ListStream([descriptors(1, batch=20), descriptors(2, batch=20)]))
+    return head.to(dtype)
+
+
+def reference(name: str) -> ModuleType:
+    module = inspect.getmodule(get_head(name))
+    path = Path(__file__).parent / 'references' / f'{module.__name__.rsplit(".")[-1]}.py'
+    spec = importlib.util.spec_from_file_location(f'reference_{path.stem}', path)
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+def numpy_state(head: PoolingHead) -> dict:
+    return {key: value.double().numpy() for key, value in head.state_dict().items()}
+
+
+@pytest.mark.parametrize('name', HEADS)
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_shape_and_dtype(name, dtype):
+    head = fitted(name)
+    x = descriptors().to(dtype)
+    for model in (head, fitted(name, dtype)):
+        out = model(x)
+        assert out.shape == (3, head.out_features)
+        assert out.dtype == dtype
+        pooled, loss = model.forward_with_loss(x)
+        assert torch.equal(pooled, out)
+        assert loss.shape == ()
+
+
+@pytest.mark.parametrize('name', HEADS)
+def test_order_and_number_of_descriptors_do_not_matter(name):
+    head = fitted(name, torch.float64)
+    x = descriptors().double()
+    out = head(x)
+    torch.testing.assert_close(head(x.flip(1)), out, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(head(x.repeat(1, 3, 1)), out, rtol=1e-9, atol=1e-12)
+    # Images do not see one another.
+    torch.testing.assert_close(head(x[1:2]), out[1:2], rtol=1e-9, atol=1e-12)
+    assert not torch.allclose(out[0], out[1])
+
+
+@pytest.mark.parametrize('name', HEADS)
+def test_gradient_reaches_everything(name):
+    head = fitted(name)
+    x = descriptors().requires_grad_()
+    pooled, loss = head.forward_with_loss(x)
+    (pooled * torch.randn_like(pooled)).sum().add(loss).backward()
+    assert x.grad.abs().sum() > 0
+    for key, parameter in head.named_parameters():
+        assert parameter.grad is not None, key
+        assert torch.isfinite(parameter.grad).all(), key
+        assert parameter.grad.abs().sum() > 0, key
+
+
+@pytest.mark.parametrize('name', HEADS)
+def test_gradient_is_right(name):
+    # A smooth point: soft thresholds and the like are differentiable almost everywhere.
+    head = fitted(name, torch.float64)
+    x = descriptors(batch=1, number=3).double().requires_grad_()
+    assert torch.autograd.gradcheck(head, (x,), eps=1e-7, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize('name', HEADS)
+@pytest.mark.parametrize('case', INPUTS)
+@pytest.mark.parametrize('autocast', [False, True])
+def test_degenerate_inputs_stay_finite(name, case, autocast):
+    head = fitted(name)
+    x = INPUTS[case](descriptors()).requires_grad_()
+    with torch.autocast('cpu', torch.bfloat16, enabled=autocast):
+        pooled, loss = head.forward_with_loss(x.bfloat16() if autocast else x)
+        total = pooled.float().pow(2).sum() + pooled.float().sum() + loss
+    total.backward()
+    assert torch.isfinite(pooled).all()
+    assert torch.isfinite(loss)
+    assert torch.isfinite(x.grad).all()
+    for key, parameter in head.named_parameters():
+        assert parameter.grad is None or torch.isfinite(parameter.grad).all(), key
+
+
+@pytest.mark.parametrize('name', HEADS)
+def test_autocast_does_not_touch_the_mathematics(name):
+    head = fitted(name)
+    x = descriptors()
+    with torch.autocast('cpu', torch.bfloat16):
+        pooled = head(x)
+    assert pooled.dtype == torch.float32
+    torch.testing.assert_close(pooled, head(x))
+
+
+@pytest.mark.parametrize('name', HEADS)
+@pytest.mark.parametrize('case', ['random', 'constant', 'zero', 'tiny', 'huge'])
+def test_fit_is_finite_and_repeatable(name, case):
+    def fit():
+        torch.manual_seed(0)
+        head = create_head(name, CHANNELS)
+        head.fit(ListStream([INPUTS[case](descriptors(1, batch=20))]))
+        return head
+
+    first, second = fit().state_dict(), fit().state_dict()
+    for key, value in first.items():
+        assert torch.isfinite(value).all(), key
+        assert torch.equal(value, second[key]), key
+
+
+@pytest.mark.parametrize('name', HEADS)
+def test_state_dict_is_the_head(name):
+    head = fitted(name)
+    torch.manual_seed(1)
+    other = create_head(name, CHANNELS)
+    other.load_state_dict(head.state_dict(), strict=True)
+    assert torch.equal(other(descriptors()), head(descriptors()))
+
+
+@pytest.mark.parametrize('name', HEADS)
+def test_project_keeps_a_feasible_head(name):
+    head = fitted(name)
+    before = {key: value.clone() for key, value in head.state_dict().items()}
+    head.project_()
+    for key, value in head.state_dict().items():
+        torch.testing.assert_close(value, before[key])
+
+
+@pytest.mark.parametrize('name', HEADS)
+def test_equals_reference(name):
+    arguments = {
+        key: parameter.default
+        for key, parameter in inspect.signature(get_head(name)).parameters.items()
+        if key != 'in_features'
+    }
+    head = fitted(name, torch.float64)
+    x = descriptors().double()
+    expected = torch.from_numpy(reference(name).pool(numpy_state(head), x.numpy(), arguments))
+    # The floor of the signed square root shows in entries that are near zero.
+    torch.testing.assert_close(head(x), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_a_head_without_forward_says_so():
+    with pytest.raises(NotImplementedError, match=r'PoolingHead must define forward\(\)'):
+        PoolingHead()(descriptors())
