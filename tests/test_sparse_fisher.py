@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -102,7 +104,9 @@ def test_dictionary_is_as_good_as_scikit_learns():
     y = head(x).reduce(x).detach().flatten(0, 1)
 
     def objective(dictionary: np.ndarray) -> float:
-        code = sparse_encode(y.numpy(), dictionary.T, algorithm='lasso_cd', alpha=0.05)
+        code = sparse_encode(
+            y.numpy(), dictionary.T, algorithm='lasso_cd', alpha=0.05, max_iter=20000
+        )
         error = y.numpy() - code @ dictionary.T
         return float(np.mean((error**2).sum(1) + 0.1 * np.abs(code).sum(1)))
 
@@ -121,10 +125,12 @@ def test_dictionary_objective_never_rises():
     values = []
     for rounds in (1, 2, 4, 8, 16, 32):
         dictionary = learn_dictionary(y, 16, 0.1, rounds=rounds)
-        code = sparse_encode(y.numpy(), dictionary.numpy().T, algorithm='lasso_cd', alpha=0.05)
+        code = sparse_encode(
+            y.numpy(), dictionary.numpy().T, algorithm='lasso_cd', alpha=0.05, max_iter=20000
+        )
         error = y.numpy() - code @ dictionary.numpy().T
         values.append(np.mean((error**2).sum(1) + 0.1 * np.abs(code).sum(1)))
-    assert all(later <= earlier * (1 + 1e-3) for earlier, later in zip(values, values[1:]))
+    assert all(later <= earlier * (1 + 1e-3) for earlier, later in pairwise(values))
 
 
 def test_codes_are_sparse_at_any_scale_of_the_backbone():
@@ -150,7 +156,7 @@ def test_fit_reduces_by_pca_to_unit_mean_square():
     np.testing.assert_allclose(covariance, np.diag(np.diag(covariance)), atol=1e-6)
 
 
-def test_fit_needs_fewer_descriptors_than_atoms_no_less():
+def test_fit_to_fewer_descriptors_than_atoms():
     made = head(data(images=2, number=3), code_dim=50)
     assert torch.isfinite(made(data())).all()
     torch.testing.assert_close(made.dictionary.norm(dim=0), torch.ones(50, dtype=torch.float64))

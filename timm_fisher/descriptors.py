@@ -14,7 +14,7 @@ import math
 from typing import Any, cast
 
 import torch
-from timm.layers import to_2tuple
+from timm.layers.helpers import to_2tuple
 from torch import Tensor, nn
 
 CLASS_TOKEN_MODES = ('drop', 'keep', 'append')

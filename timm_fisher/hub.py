@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,8 +24,8 @@ def save_pretrained(
 ) -> None:
     """Write `model.safetensors` and `config.json` in timm's own form.
 
-    Both files are written beside and then renamed, so that a full disk or a kill leaves what was
-    in the folder before.
+    Both files are written beside and then renamed, so that a full disk or a kill while writing
+    leaves what was in the folder before.
 
     Args:
         model: what to save.
@@ -46,8 +48,17 @@ def save_pretrained(
         timm.models.save_for_hf(
             model, beside, model_config=config, safe_serialization=True, data_config=data_config
         )
-        for name in ('model.safetensors', 'config.json'):
-            with open(Path(beside, name), 'rb') as file:
-                os.fsync(file.fileno())
-        for name in ('model.safetensors', 'config.json'):
-            os.replace(Path(beside, name), folder / name)
+        # safetensors makes its file private; the umask of the config is what the user wants.
+        shutil.copymode(Path(beside, 'config.json'), Path(beside, 'model.safetensors'))
+        with contextlib.ExitStack() as undo:
+            for name in ('model.safetensors', 'config.json'):
+                target, kept = folder / name, Path(beside, f'{name}.old')
+                with open(Path(beside, name), 'rb') as file:
+                    os.fsync(file.fileno())
+                if target.exists():
+                    os.link(target, kept)
+                    undo.callback(os.replace, kept, target)
+                else:
+                    undo.callback(target.unlink, missing_ok=True)
+                os.replace(Path(beside, name), target)
+            undo.pop_all()

@@ -36,7 +36,8 @@ def power_l2(z: Tensor) -> Tensor:
     z = z / torch.where(scale > 0, scale, 1.0)
     z = z * torch.rsqrt(z.abs() + POWER_EPS)
     # Unless z is zero its largest entry is 1 by now, so this floor only ever meets a zero vector.
-    return z / torch.linalg.vector_norm(z, dim=-1, keepdim=True).clamp_min(0.5)
+    length: Tensor = torch.linalg.vector_norm(z, dim=-1, keepdim=True)
+    return z / length.clamp_min(0.5)
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager[None]:

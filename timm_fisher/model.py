@@ -11,7 +11,6 @@ import timm
 import torch
 from safetensors import SafetensorError
 from timm.models import (
-    PretrainedCfg,
     group_parameters,
     load_pretrained,
     register_model,
@@ -100,6 +99,11 @@ class PooledModel(nn.Module):
 
         with torch.device('meta'):
             twin = timm.create_model(backbone, **arguments).eval()
+            if isinstance(twin, PooledModel):
+                raise ValueError(
+                    f"'{backbone}' is a whole timm_fisher model, not a backbone. Load it by "
+                    f"timm.create_model('{backbone}', pretrained=True)."
+                )
             image = torch.empty(1, *timm.models.get_model_input_config(twin)['input_size'])
         descriptors = find_descriptors(twin, image, stage=stage, class_token=class_token)
 
@@ -120,7 +124,7 @@ class PooledModel(nn.Module):
         self.num_classes = num_classes
         self.classifier = _create_classifier(self.head_hidden_size, num_classes)
         self.pretrained_cfg = _wrap_cfg(self.backbone, num_classes)
-        self.register_state_dict_post_hook(_make_contiguous)
+        self.register_state_dict_post_hook(_make_contiguous)  # type: ignore[no-untyped-call]
 
     @property
     def default_cfg(self) -> dict[str, Any]:
@@ -177,7 +181,7 @@ class PooledModel(nn.Module):
             raise ValueError(
                 f'{global_pool=} cannot be set: this model pools by its head. Create another model.'
             )
-        like = next(self.parameters())
+        like = next(iter([*self.classifier.parameters(), *self.parameters()]))
         self.num_classes = num_classes
         self.classifier = _create_classifier(self.head_hidden_size, num_classes)
         self.classifier.to(device=like.device, dtype=like.dtype).train(self.training)
@@ -191,8 +195,8 @@ class PooledModel(nn.Module):
         return self
 
     def requires_grad_(self, requires_grad: bool = True) -> PooledModel:
-        """As `nn.Module.requires_grad_`, but parameters of the backbone that timm froze, or that the
-        descriptors do not depend on, stay frozen."""
+        """As `nn.Module.requires_grad_`, but what timm froze in the backbone, or what the
+        descriptors do not depend on, stays frozen."""
         super().requires_grad_(requires_grad)
         for name in self._always_frozen:
             self.backbone.get_parameter(name).requires_grad_(False)
@@ -208,7 +212,7 @@ class PooledModel(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that the backbone wants without weight decay."""
-        names = getattr(self.backbone, 'no_weight_decay', set)()
+        names: set[str] = getattr(self.backbone, 'no_weight_decay', set)()
         return {f'backbone.{name}' for name in names}
 
     def group_matcher(self, coarse: bool = False) -> Callable[[str], float]:
@@ -223,7 +227,8 @@ class PooledModel(nn.Module):
 
     @property
     def _model_args(self) -> dict[str, Any]:
-        return self.__dict__.get('_recorded_args', {})
+        recorded: dict[str, Any] = self.__dict__.get('_recorded_args', {})
+        return recorded
 
     @_model_args.setter
     def _model_args(self, arguments: dict[str, Any]) -> None:
@@ -285,7 +290,7 @@ def create_model(
 @register_model
 def timm_fisher(
     pretrained: bool = False,
-    pretrained_cfg: PretrainedCfg | dict[str, Any] | None = None,
+    pretrained_cfg: Any = None,
     pretrained_cfg_overlay: dict[str, Any] | None = None,
     cache_dir: str | Path | None = None,
     pretrained_model_args: dict[str, Any] | None = None,
@@ -314,7 +319,7 @@ def timm_fisher(
         cache_dir=cache_dir,
     )
     if saved is not None:
-        model.pretrained_cfg = saved.to_dict()
+        model.pretrained_cfg = saved.to_dict()  # type: ignore[no-untyped-call]
         if pretrained:
             _load_saved(model, cache_dir)
     return model
@@ -376,8 +381,8 @@ def _check_weights(
         shown = '\n  '.join(problems[:20] + ['...'] * (len(problems) > 20))
         raise RuntimeError(
             f"The weights of '{where}' are not of this model ({type(model.backbone).__name__} with "
-            f'{type(model.head).__name__}), nothing was loaded; {len(problems)} differences:\n'
-            f'  {shown}'
+            f'{type(model.head).__name__} for images {cfg["input_size"]}), nothing was loaded; '
+            f'{len(problems)} differences:\n  {shown}'
         )
     return weights
 

@@ -65,7 +65,7 @@ def get_head(name: str) -> type[PoolingHead]:
     return head
 
 
-def create_head(name: str, in_features: int, **arguments: Any) -> PoolingHead:
+def create_head(name: str, in_features: int, /, **arguments: Any) -> PoolingHead:
     """Build an installed head.
 
     Args:

@@ -169,7 +169,7 @@ class ModelStream(DescriptorStream):
             self.world_size, self.rank = dist.get_world_size(), dist.get_rank()
 
     def __len__(self) -> int:
-        return len(self.loader.dataset)
+        return len(self.loader.dataset)  # type: ignore[arg-type]
 
     @torch.no_grad()
     def read(self, images: Sequence[int]) -> Iterator[tuple[Sequence[int], Tensor]]:

@@ -1,0 +1,127 @@
+"""Runs of the recipes: in this process, where that is enough, and through the real launcher."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent
+COLOURS = {'blue': (70, 70, 200), 'green': (70, 200, 70), 'red': (200, 70, 70)}
+TINY = {
+    'backbone': 'test_resnet', 'backbone_stage': -2, 'img_size': 32, 'crop_pct': 1.0,
+    'batch_size': 16, 'workers': 0,
+}  # fmt: skip
+# Threads that spin while they wait make a tiny model up to 75 times slower on a busy machine. The
+# recipe overrides OMP_NUM_THREADS=1, which `accelerate launch` sets by itself.
+ENVIRONMENT = {'ACCELERATE_USE_CPU': 'true', 'OMP_WAIT_POLICY': 'passive'}
+
+
+def write_images(folder: Path, *, seed: int = 0, **splits: int) -> Path:
+    """`folder/SPLIT/COLOUR/*.png`, so many images of each colour: noise with a tint."""
+    random = np.random.default_rng(seed)
+    for split, count in splits.items():
+        for name, tint in COLOURS.items():
+            (folder / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = random.normal(tint, 60, (32, 32, 3)).clip(0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(folder / split / name / f'{i:03d}.png')
+    return folder
+
+
+@pytest.fixture(scope='session')
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """120 training, 33 validation and 51 test images of three classes."""
+    return write_images(tmp_path_factory.mktemp('images'), train=40, val=11, test=17)
+
+
+@pytest.fixture(scope='session')
+def recipes() -> Iterator[SimpleNamespace]:
+    """The modules of recipes/: a script finds its neighbours by sys.path."""
+    sys.path.insert(0, str(ROOT / 'recipes'))
+    yield SimpleNamespace(**{n: importlib.import_module(n) for n in ('config', 'data', 'train')})
+    sys.path.remove(str(ROOT / 'recipes'))
+
+
+def command_line(options: dict[str, Any]) -> list[str]:
+    """`{'lr': 1.0, 'resume': True}` -> `['--lr=1.0', '--resume=true']`."""
+    text = {
+        key: str(value) if isinstance(value, str | Path) else json.dumps(value)
+        for key, value in options.items()
+    }
+    return [f'--{key}={value}' for key, value in text.items()]
+
+
+@pytest.fixture
+def recipe(
+    recipes: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[..., Path]]:
+    """`recipe(head='avg', ...)` runs train.py in this process and returns the output folder."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    for key, value in ENVIRONMENT.items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.delenv('OMP_NUM_THREADS', raising=False)
+    # Matplotlib takes longer than all the rest; the launched runs draw the real curve.
+    monkeypatch.setattr(recipes.train, '_plot', lambda _, path: Image.new('L', (1, 1)).save(path))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+
+    def reset() -> None:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+
+    def run(*arguments: str, **options: Any) -> Path:
+        options = {'output': tmp_path / 'run', 'cache_dir': tmp_path / 'cache', **TINY, **options}
+        monkeypatch.setattr(sys, 'argv', ['train.py', *arguments, *command_line(options)])
+        reset()
+        recipes.train.main()
+        return Path(options['output'])
+
+    yield run
+    reset()
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope='module')
+def launch() -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """`launch(output=..., ...)` starts a script by the real launcher, in a process group."""
+    started = []
+
+    def start(
+        script: str = 'recipes/train.py', *, processes: int = 1, **options: Any
+    ) -> subprocess.Popen[str]:
+        launcher = [sys.executable, '-m', 'accelerate.commands.launch', '--num_machines', '1']
+        launcher += ['--num_processes', str(processes)]
+        launcher += ['--mixed_precision', 'no', '--dynamo_backend', 'no']
+        if processes > 1:
+            launcher += ['--multi_gpu', '--main_process_port', '0']
+        process = subprocess.Popen(
+            [*launcher, script, *command_line(options)],
+            cwd=ROOT,
+            env={**os.environ, **ENVIRONMENT},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()

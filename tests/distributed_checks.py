@@ -1,0 +1,74 @@
+"""What every rank computes for test_train.py: a fit, and gradients, of every head.
+
+    ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 \
+        tests/distributed_checks.py --output=FOLDER
+
+Writes `FOLDER/rank0.pt` and so on. The test calls the same functions on one process.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import timm_fisher
+
+SMALL = {'sparse_fisher': {'reduce_dim': 8, 'code_dim': 6}}  # faster than the default
+
+
+def create(head: str) -> timm_fisher.PooledModel:
+    """A model with dropout and batch norm switched off; its map is 16 x 16 x 32 at 32 px."""
+    torch.manual_seed(0)
+    return timm_fisher.create_model(
+        'test_resnet', head, num_classes=3, stage=-5, head_kwargs=SMALL.get(head)
+    ).eval()
+
+
+def create_images(count: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(count, 3, 32, 32, generator=generator)
+    return images, torch.randint(3, (count,), generator=generator)
+
+
+def fitted(head: str) -> dict[str, Tensor]:
+    """The head after a fit to 59 images: 15 104 descriptors, the last batch is incomplete."""
+    model = create(head)
+    timm_fisher.fit(model, DataLoader(TensorDataset(*create_images(59)), batch_size=8))
+    return {name: tensor.clone() for name, tensor in model.head.state_dict().items()}
+
+
+def gradients(model: nn.Module, rank: int = 0, world_size: int = 1) -> dict[str, Tensor]:
+    """Of cross-entropy plus the head's own loss on this rank's share of 12 images."""
+    images, labels = (tensor[rank::world_size] for tensor in create_images(12))
+    logits, own = model(images, head_loss=True)
+    (F.cross_entropy(logits, labels) + own).backward()
+    return {
+        name.removeprefix('module.'): parameter.grad
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument('--output', type=Path, required=True)
+    output = parser.parse_args().output
+    accelerator = Accelerator(cpu=True)
+    rank, world_size = accelerator.process_index, accelerator.num_processes
+    results = {'world_size': torch.distributed.get_world_size(), 'fit': {}, 'gradients': {}}
+    for head in timm_fisher.list_heads():
+        results['fit'][head] = fitted(head)
+        module = accelerator.prepare_model(create(head))
+        results['gradients'][head] = gradients(module, rank, world_size)
+    torch.save(results, output / f'rank{rank}.pt')
+    accelerator.end_training()
+
+
+if __name__ == '__main__':
+    main()

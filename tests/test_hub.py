@@ -1,0 +1,326 @@
+"""Saving, and loading by plain `timm.create_model`: what comes back, and what is refused."""
+
+import errno
+import itertools
+import json
+import os
+import re
+import shutil
+from functools import partial
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+
+import timm_fisher
+
+SAVE = {
+    'timm': partial(timm.models.save_for_hf, safe_serialization=True),
+    'timm_fisher': timm_fisher.save_pretrained,
+}
+FILES = ['config.json', 'model.safetensors']
+WEIGHTS = 'model.safetensors'
+
+
+def create(head='sparse_fisher', **arguments):
+    """A model with every weight moved from where it starts, so that loading must restore all."""
+    arguments = {'num_classes': 5} | arguments
+    model = timm_fisher.create_model('test_resnet', head=head, **arguments).eval()
+    for value in model.state_dict(keep_vars=True).values():
+        if value.is_floating_point():
+            value.data.mul_(1 + 0.1 * torch.rand_like(value))
+    return model
+
+
+def load(folder, **arguments):
+    return timm.create_model(f'local-dir:{folder}', pretrained=True, **arguments).eval()
+
+
+def images(channels=3):
+    return torch.randn(2, channels, 64, 64, generator=torch.Generator().manual_seed(1))
+
+
+def pooled(model, x):
+    return model.forward_head(model.forward_features(x), pre_logits=True)
+
+
+def files(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+# What comes back
+
+
+@pytest.mark.parametrize('save', SAVE)
+@pytest.mark.parametrize('head', timm_fisher.list_heads())
+def test_every_head_comes_back(tmp_path, head, save):
+    model, x = create(head), images()
+    SAVE[save](model, tmp_path)
+    assert files(tmp_path) == FILES
+    loaded = load(tmp_path)
+    assert torch.equal(loaded(x), model(x))
+    torch.testing.assert_close(loaded.state_dict(), model.state_dict(), rtol=0, atol=0)
+
+    loaded = load(tmp_path, num_classes=7)
+    assert torch.equal(pooled(loaded, x), pooled(model, x))
+    assert loaded(x).shape == (2, 7)
+
+
+@pytest.mark.parametrize('save', SAVE)
+@pytest.mark.parametrize(
+    'arguments',
+    [
+        {'code_dim': 3, 'iterations': 4, 'reduce_dim': None},
+        {'stage': -2},
+        {'in_chans': 1},
+        {'num_classes': 0},
+        {'backbone_kwargs': {'output_stride': 16}},
+    ],
+    ids=str,
+)
+def test_arguments_come_back(tmp_path, arguments, save):
+    model, x = create(**arguments), images(arguments.get('in_chans', 3))
+    SAVE[save](model, tmp_path)
+    loaded = load(tmp_path)
+    assert torch.equal(loaded(x), model(x))
+    assert repr(loaded) == repr(model)
+
+
+@pytest.mark.parametrize(('before', 'after'), [(5, 0), (0, 5)])
+def test_classifier_comes_and_goes(tmp_path, before, after):
+    model, x = create(num_classes=before), images()
+    timm_fisher.save_pretrained(model, tmp_path)
+    loaded = load(tmp_path, num_classes=after)
+    assert torch.equal(pooled(loaded, x), pooled(model, x))
+    assert loaded(x).shape == (2, after or model.head_hidden_size)
+
+
+def test_colour_model_for_grey_images(tmp_path):
+    """timm adds up the stem's channels: a grey image counts as three equal channels."""
+    model, x = create(), images(channels=1)
+    timm_fisher.save_pretrained(model, tmp_path)
+    loaded = load(tmp_path, in_chans=1)
+    assert loaded.in_chans == 1
+    torch.testing.assert_close(loaded(x), model(x.expand(-1, 3, -1, -1)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('save', SAVE)
+def test_channels_last(tmp_path, save):
+    model, x = create().to(memory_format=torch.channels_last), images()
+    SAVE[save](model, tmp_path)
+    torch.testing.assert_close(load(tmp_path)(x), model(x))
+    weight = model.backbone.conv1[0].weight
+    assert weight.is_contiguous(memory_format=torch.channels_last), 'saving changed the model'
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float64])
+def test_other_dtypes(tmp_path, dtype):
+    model = create().to(dtype)
+    timm_fisher.save_pretrained(model, tmp_path)
+    expected = {name: value.float() for name, value in model.state_dict().items()}
+    state = {name: value.float() for name, value in load(tmp_path).state_dict().items()}
+    torch.testing.assert_close(state, expected, rtol=0, atol=0)
+
+
+def test_without_pretrained_only_the_architecture_comes_back(tmp_path):
+    model = create(code_dim=3)
+    timm_fisher.save_pretrained(model, tmp_path)
+    fresh = timm.create_model(f'local-dir:{tmp_path}')
+    assert repr(fresh) == repr(model)
+    assert not torch.equal(fresh.head.dictionary, model.head.dictionary)
+
+
+def test_labels_and_data_config_are_stored(tmp_path):
+    names = ['ash', 'beech', 'elm', 'fir', 'oak']
+    data = {'input_size': (3, 96, 96), 'mean': [0.1, 0.2, 0.3], 'crop_pct': 0.5}
+    timm_fisher.save_pretrained(create(), tmp_path / 'a', label_names=names, data_config=data)
+    config = json.loads((tmp_path / 'a' / 'config.json').read_text())
+    assert config['architecture'] == 'timm_fisher'
+    assert config['num_classes'] == 5
+    assert config['label_names'] == names
+
+    timm_fisher.save_pretrained(load(tmp_path / 'a'), tmp_path / 'b')  # saved again: still there
+    for folder in 'ab':
+        loaded = load(tmp_path / folder)
+        assert loaded.pretrained_cfg['label_names'] == names
+        used = timm.data.resolve_model_data_config(loaded)
+        assert {key: used[key] for key in data} == data
+
+    timm_fisher.save_pretrained(load(tmp_path / 'a', num_classes=2), tmp_path / 'c')
+    loaded = load(tmp_path / 'c')
+    assert loaded.num_classes == loaded.pretrained_cfg['num_classes'] == 2
+    assert loaded.pretrained_cfg.get('label_names') is None
+
+
+def test_number_of_labels_must_be_that_of_the_classes(tmp_path):
+    with pytest.raises(ValueError, match='2 label names were given for 5 classes'):
+        timm_fisher.save_pretrained(create(), tmp_path / 'new', label_names=['a', 'b'])
+    assert not (tmp_path / 'new').exists()
+
+
+def test_saving_again_replaces(tmp_path):
+    for head in ('sparse_fisher', 'avg'):
+        model = create(head)
+        timm_fisher.save_pretrained(model, tmp_path)
+    assert files(tmp_path) == FILES
+    assert torch.equal(load(tmp_path)(images()), model(images()))
+
+
+def test_from_the_hub(tmp_path, monkeypatch):
+    """`hf-hub:` with the download replaced by a folder."""
+    asked = []
+
+    def download(repo_id, filename, **_):
+        asked.append((repo_id, filename))
+        return str(tmp_path / filename)
+
+    monkeypatch.setattr('timm.models._hub.hf_hub_download', download)
+    model = create()
+    timm_fisher.save_pretrained(model, tmp_path)
+    loaded = timm.create_model('hf-hub:USER/NAME', pretrained=True).eval()
+    assert torch.equal(loaded(images()), model(images()))
+    assert set(asked) == {('USER/NAME', name) for name in FILES}
+
+
+# What is refused
+
+
+@pytest.fixture(scope='module')
+def original(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('original')
+    timm_fisher.save_pretrained(create(), folder)
+    return folder
+
+
+@pytest.fixture
+def saved(original, tmp_path):
+    """A saved model that a test may damage."""
+    return shutil.copytree(original, tmp_path / 'saved')
+
+
+def edit(folder, change):
+    weights = load_file(folder / WEIGHTS)
+    change(weights)
+    save_file(weights, folder / WEIGHTS)
+
+
+@pytest.mark.parametrize('keep', [0.5, 0.01, 0.0])
+def test_truncated_weights(saved, keep):
+    content = (saved / WEIGHTS).read_bytes()
+    (saved / WEIGHTS).write_bytes(content[: int(keep * len(content))])
+    with pytest.raises(RuntimeError, match=rf"'{re.escape(str(saved))}' are damaged or cut short"):
+        load(saved)
+
+
+@pytest.mark.parametrize('num_classes', [5, 7])
+@pytest.mark.parametrize(
+    ('change', 'error'),
+    [
+        (lambda w: w.pop('head.dictionary'), r'1 differences.*missing head\.dictionary \(96, 32\)'),
+        (lambda w: w.pop('backbone.bn1.running_mean'), r'missing backbone\.bn1\.running_mean'),
+        (lambda w: w.update({'head.x': torch.ones(2)}), r'1 diff.*unexpected head\.x \(2,\)'),
+        (
+            lambda w: w.update({'head.dictionary': torch.ones(3, 4)}),
+            r'1 differences.*head\.dictionary is \(3, 4\), not \(96, 32\)',
+        ),
+        (
+            lambda w: [w.pop(key) for key in list(w) if key.startswith('head.')],
+            r'6 differences.*missing head\.',
+        ),
+        (lambda w: w.clear(), r'not of this model \(ResNet with SparseFisher'),
+    ],
+    ids=['missing', 'buffer', 'unexpected', 'shape', 'head', 'empty'],
+)
+def test_wrong_weights(saved, change, error, num_classes):
+    """Also with another number of classes, where timm alone loads what it finds."""
+    edit(saved, change)
+    with pytest.raises(RuntimeError, match=f'(?s){error}'):
+        load(saved, num_classes=num_classes)
+
+
+@pytest.mark.parametrize(
+    ('change', 'error'),
+    [
+        (lambda w: w.pop('classifier.bias'), r'missing classifier\.bias \(5,\)'),
+        (
+            lambda w: w.update({'classifier.weight': torch.ones(4, 3072)}),
+            r'classifier\.weight is \(4, 3072\), not \(5, 3072\)',
+        ),
+    ],
+    ids=['missing', 'shape'],
+)
+def test_wrong_classifier_matters_unless_it_is_replaced(saved, change, error):
+    edit(saved, change)
+    with pytest.raises(RuntimeError, match=error):
+        load(saved)
+    assert load(saved, num_classes=7).num_classes == 7
+
+
+@pytest.mark.parametrize('num_classes', [5, 7])
+def test_weights_of_another_head(saved, tmp_path, num_classes):
+    timm_fisher.save_pretrained(create('avg'), tmp_path / 'avg')
+    os.replace(tmp_path / 'avg' / WEIGHTS, saved / WEIGHTS)
+    with pytest.raises(RuntimeError, match=r'missing head\.dictionary') as caught:
+        load(saved, num_classes=num_classes)
+    assert 'nothing was loaded' in str(caught.value)
+    assert str(saved) in str(caught.value)
+
+
+def test_weights_of_a_backbone_without_head(saved):
+    save_file(timm.create_model('test_resnet').state_dict(), saved / WEIGHTS)
+    with pytest.raises(RuntimeError, match=r'missing backbone\.conv1\.0\.weight'):
+        load(saved)
+
+
+@pytest.mark.parametrize('legacy', [True, False])
+def test_only_safetensors_are_read(saved, legacy):
+    (saved / WEIGHTS).unlink()
+    if legacy:
+        torch.save(create().state_dict(), saved / 'pytorch_model.bin')
+    with pytest.raises(RuntimeError, match=r'holds no model\.safetensors.*save_pretrained'):
+        load(saved)
+
+
+# A disk that is full
+
+
+def no_space(*_, **__):
+    raise OSError(errno.ENOSPC, 'No space left on device')
+
+
+def half_written(model, folder, **_):
+    Path(folder, WEIGHTS).write_bytes(b'half')
+    no_space()
+
+
+def fail_at(call, function):
+    """`function`, but its call of this number, counted from 1, finds no space."""
+    calls = itertools.count(1)
+    return lambda *args, **kwargs: (no_space if next(calls) == call else function)(*args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ('place', 'failing'),
+    [
+        ('timm.models.save_for_hf', half_written),
+        ('os.fsync', fail_at(1, os.fsync)),
+        ('os.replace', fail_at(1, os.replace)),
+        ('os.replace', fail_at(2, os.replace)),
+    ],
+    ids=['write', 'sync', 'first rename', 'second rename'],
+)
+def test_failed_save_leaves_what_was_there(tmp_path, monkeypatch, place, failing):
+    old, x = create(), images()
+    timm_fisher.save_pretrained(old, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(place, failing)
+        with pytest.raises(OSError, match='No space left'):
+            timm_fisher.save_pretrained(create('avg'), tmp_path)
+    assert files(tmp_path) == FILES
+    assert torch.equal(load(tmp_path)(x), old(x))
+
+    new = create('avg')
+    timm_fisher.save_pretrained(new, tmp_path)
+    assert torch.equal(load(tmp_path)(x), new(x))

@@ -1,0 +1,426 @@
+"""`PooledModel` speaks timm's language."""
+
+import copy
+import shutil
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from timm.data import create_transform, resolve_input_data_config
+from timm.models import get_model_input_config, resolve_model_input_args, save_for_hf
+from timm.optim import create_optimizer_v2
+
+import timm_fisher
+
+BACKBONES = ['test_resnet', 'test_efficientnet', 'test_convnext', 'test_vit']
+
+
+def create(backbone='test_resnet', head='avg', **arguments):
+    torch.manual_seed(0)
+    arguments = {'num_classes': 5} | arguments
+    return timm_fisher.create_model(backbone, head=head, **arguments).eval()
+
+
+def images(channels=3, size=64):
+    return torch.randn(2, channels, size, size, generator=torch.Generator().manual_seed(1))
+
+
+def names(model):
+    return set(dict(model.named_parameters()))
+
+
+# Outputs
+
+
+@pytest.mark.parametrize('backbone', BACKBONES)
+def test_forward_is_features_then_head(backbone):
+    model, x = create(backbone, head='sparse_fisher', code_dim=4), images()
+    features = model.forward_features(x)
+    pooled = model.forward_head(features, pre_logits=True)
+    assert features.shape[0] == 2
+    assert torch.equal(features, model.backbone.forward_features(x))
+    assert model.num_features in features.shape[1:]
+    assert pooled.shape == (2, model.head_hidden_size)
+    assert model(x).shape == (2, model.num_classes)
+    assert torch.equal(model(x), model.forward_head(features))
+    assert torch.equal(model(x), model.get_classifier()(pooled))
+
+
+def test_head_loss_is_a_second_result_on_request():
+    model, x = create(head='sparse_fisher', code_dim=4), images()
+    logits, loss = model(x, head_loss=True)
+    assert torch.equal(logits, model(x))
+    descriptors = model.descriptors(model.forward_features(x))
+    assert torch.equal(loss, model.head.forward_with_loss(descriptors)[1])
+    assert loss.ndim == 0
+    assert loss > 0
+
+
+def test_no_classes_gives_embeddings():
+    model, x = create(head='sparse_fisher', num_classes=0), images()
+    assert isinstance(model.get_classifier(), torch.nn.Identity)
+    embedding = model.forward_head(model.forward_features(x), pre_logits=True)
+    assert torch.equal(model(x), embedding)
+    assert embedding.shape == (2, model.head.out_features)
+
+
+def test_sizes_and_aliases():
+    model = create(head='sparse_fisher', code_dim=3, reduce_dim=4)
+    assert model.num_features == 96
+    assert model.head_hidden_size == model.head.out_features == 12
+    assert model.default_cfg is model.pretrained_cfg
+    assert model.get_classifier() is model.classifier
+
+
+@pytest.mark.parametrize('backbone', [*BACKBONES, 'crossvit_tiny_240'])
+def test_names_in_pretrained_cfg_resolve(backbone):
+    with torch.device('meta'):
+        model = create(backbone)
+    cfg = model.pretrained_cfg
+    stems = [cfg['first_conv']] if isinstance(cfg['first_conv'], str) else cfg['first_conv']
+    assert stems
+    for stem in stems:
+        assert model.get_submodule(stem).in_channels == cfg['input_size'][0] == 3
+    assert model.get_submodule(cfg['classifier']) is model.classifier
+    assert cfg['architecture'] == 'timm_fisher'
+    assert cfg['num_classes'] == 5
+    assert cfg['mean'] == model.backbone.pretrained_cfg['mean']
+
+
+def test_print_shows_parts_in_order_of_use():
+    text = repr(create(head='sparse_fisher', code_dim=7))
+    order = ['(backbone): ResNet', '(descriptors): Desc', '(head): SparseFisher', '(classifier): L']
+    places = [text.index(part) for part in order]
+    assert places == sorted(places)
+    assert '128 x 7' in text or '96 x 7' in text
+
+
+def test_copies_are_equal():
+    """timm's moving average of weights takes a deep copy."""
+    model, x = create(head='sparse_fisher', code_dim=4), images()
+    assert torch.equal(copy.deepcopy(model)(x), model(x))
+
+
+# Classifier
+
+
+@pytest.mark.parametrize('training', [True, False])
+@pytest.mark.parametrize('place', [torch.bfloat16, torch.float64, 'meta'])
+def test_reset_classifier_keeps_device_dtype_and_mode(place, training):
+    model = create().to(place).train(training)
+    old = model.classifier.weight
+    model.reset_classifier(7)
+    assert model.num_classes == model.classifier.out_features == 7
+    assert model.classifier.weight.dtype == old.dtype
+    assert model.classifier.weight.device == old.device
+    assert model.classifier.training == training
+    assert model(images().to(place)).shape == (2, 7)
+
+
+def test_reset_classifier_to_none_and_back():
+    model, x = create(), images()
+    embedding = model.forward_head(model.forward_features(x), pre_logits=True)
+    model.reset_classifier(0)
+    assert model.num_classes == 0
+    assert torch.equal(model(x), embedding)
+    model.reset_classifier(3)
+    assert model(x).shape == (2, 3)
+
+
+def test_reset_classifier_refuses_another_pool():
+    model = create()
+    with pytest.raises(ValueError, match="global_pool='avg' cannot be set"):
+        model.reset_classifier(7, global_pool='avg')
+    assert model.num_classes == model.classifier.out_features == 5
+
+
+# Training
+
+
+@pytest.mark.parametrize('backbone', ['test_resnet', 'test_vit'])
+def test_gradient_checkpointing_changes_no_gradient(backbone):
+    def gradients(model):
+        model.zero_grad()
+        model(images()).square().sum().backward()
+        return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+    model = create(backbone).train()
+    expected = gradients(model)
+    model.set_grad_checkpointing()
+    assert model.backbone.grad_checkpointing
+    torch.testing.assert_close(gradients(model), expected)
+    model.set_grad_checkpointing(False)
+    assert not model.backbone.grad_checkpointing
+
+
+def test_no_weight_decay_names_parameters():
+    model = create('test_vit')
+    spared = {'backbone.cls_token', 'backbone.pos_embed'}
+    assert model.no_weight_decay() & names(model) == spared
+    groups = create_optimizer_v2(model, 'adamw', weight_decay=0.1).param_groups
+    decay = {parameter: group['weight_decay'] for group in groups for parameter in group['params']}
+    parameters = dict(model.named_parameters())
+    assert {decay[parameters[name]] for name in spared} == {0}
+    assert decay[parameters['backbone.blocks.0.attn.qkv.weight']] == 0.1
+
+
+@pytest.mark.parametrize('backbone', BACKBONES)
+def test_layer_decay_has_head_and_classifier_last(backbone):
+    model = create(backbone, head='sparse_fisher', code_dim=4)
+    groups = create_optimizer_v2(model, 'adamw', layer_decay=0.7).param_groups
+    scale = {parameter: group['lr_scale'] for group in groups for parameter in group['params']}
+    assert set(scale) == set(model.parameters())
+    assert {scale[parameter] for parameter in model.classifier.parameters()} == {1}
+    assert {scale[parameter] for parameter in model.head.parameters()} == {1}
+    of_backbone = {scale[parameter] for parameter in model.backbone.parameters()}
+    assert max(of_backbone) == pytest.approx(0.7)
+    assert scale[model.get_submodule(model.pretrained_cfg['first_conv']).weight] == min(of_backbone)
+    assert len(of_backbone) > 2
+
+
+def test_frozen_backbone_stays_in_eval_mode():
+    model = create(head='sparse_fisher', drop_rate=0.5)
+    model.backbone.requires_grad_(False)
+    model.train()
+    before = {name: value.clone() for name, value in model.backbone.state_dict().items()}
+    model(images())
+    assert model.training
+    assert model.head.training
+    assert model.head_drop.training
+    assert not any(module.training for module in model.backbone.modules())
+    for name, value in model.backbone.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+    model.backbone.requires_grad_(True)
+    model.train()
+    model(images())
+    assert model.backbone.training
+    assert not torch.equal(model.backbone.bn1.running_mean, before['bn1.running_mean'])
+
+
+def test_partly_frozen_backbone_trains():
+    model = create()
+    model.backbone.conv1.requires_grad_(False)
+    assert model.train().backbone.training
+
+
+def test_project_reaches_the_head():
+    model = create(head='sparse_fisher')
+    model.head.dictionary.data.mul_(10)
+    model.project_()
+    assert model.head.dictionary.norm(dim=0).max() <= 1 + 1e-6
+
+
+@pytest.mark.parametrize(
+    ('backbone', 'dead'),
+    [
+        ('vgg11', 'pre_logits'),
+        ('mobilenetv3_small_050', 'conv_head'),
+        ('test_convnext', 'head.norm'),
+        ('test_vit3', 'attn_pool'),
+        ('test_resnet', None),
+        ('test_vit', None),
+    ],
+)
+def test_no_parameter_is_dead(backbone, dead):
+    with torch.device('meta'):
+        plain = timm.create_model(backbone, num_classes=0)
+        model = create(backbone)
+        x = torch.empty(2, *model.pretrained_cfg['input_size'])
+    assert dead is None or any(dead in name for name in names(plain))
+    gone = names(plain) - names(model.backbone)
+    assert all(dead in name for name in gone)
+    assert bool(gone) == bool(dead)
+    assert not any(dead in name for name in names(model) if dead)
+    model(x).sum().backward()
+    assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
+
+
+# What is pooled
+
+
+@pytest.mark.parametrize(
+    ('class_token', 'expected'),
+    [
+        ('drop', lambda tokens: tokens[:, 1:].mean(1)),
+        ('keep', lambda tokens: tokens.mean(1)),
+        ('append', lambda tokens: torch.cat([tokens[:, 1:].mean(1), tokens[:, 0]], 1)),
+    ],
+)
+def test_class_token(class_token, expected):
+    model, x = create('test_vit', class_token=class_token), images()
+    tokens = model.forward_features(x)
+    assert tokens.shape == (2, 1 + 16, 64)
+    pooled = model.forward_head(tokens, pre_logits=True)
+    torch.testing.assert_close(pooled, expected(tokens))
+    assert model.num_features == 64
+    assert model.head_hidden_size == pooled.shape[1]
+    assert model(x).shape == (2, 5)
+
+
+@pytest.mark.parametrize(
+    ('backbone', 'arguments', 'error'),
+    [
+        ('test_resnet', {'class_token': 'keep'}, 'ResNet has none'),
+        ('test_resnet', {'class_token': 'append'}, 'ResNet has none'),
+        ('test_vit', {'class_token': 'append', 'stage': -2}, 'has none at stage=-2'),
+        ('test_vit2', {'class_token': 'append'}, 'the 1 prefix tokens .* are registers'),
+        ('test_vit', {'class_token': 'pool'}, 'not one of drop, keep, append'),
+        ('test_resnet', {'stage': 0}, r'stage=0 does not exist in ResNet.*-2 \.\.\. -5'),
+        ('test_resnet', {'stage': -6}, 'stage=-6 does not exist in ResNet'),
+        ('test_resnt', {}, "Unknown backbone 'test_resnt'. Did you mean .*'test_resnet'"),
+        ('timm_fisher', {}, "Unknown backbone 'timm_fisher'"),
+        ('test_resnet', {'head': 'agv'}, "Unknown head 'agv'. Did you mean 'avg'"),
+    ],
+)
+def test_wrong_values(backbone, arguments, error):
+    with pytest.raises(ValueError, match=error):
+        create(backbone, **arguments)
+
+
+def test_registers_can_be_kept():
+    model, x = create('test_vit2', class_token='keep'), images()
+    tokens = model.forward_features(x)
+    torch.testing.assert_close(model.forward_head(tokens, pre_logits=True), tokens.mean(1))
+
+
+@pytest.mark.parametrize(
+    ('backbone', 'gone'),
+    [
+        ('test_resnet', 'layer4.'),
+        ('test_efficientnet', 'blocks.4.'),
+        ('test_convnext', 'stages.3.'),
+        ('test_vit', 'blocks.5.'),
+    ],
+)
+def test_earlier_stage(backbone, gone):
+    model, x = create(backbone, stage=-2), images()
+    plain = timm.create_model(backbone, num_classes=0).eval()
+    plain.load_state_dict(model.backbone.state_dict(), strict=False)
+    expected = plain.forward_intermediates(x, indices=[-2], intermediates_only=True)[0]
+    assert torch.equal(model.forward_features(x), expected)
+    assert model.num_features == expected.shape[1] == plain.feature_info[-2]['num_chs']
+    assert model(x).shape == (2, 5)
+    assert any(name.startswith(gone) for name in names(plain))
+    assert not any(name.startswith(gone) for name in names(model.backbone))
+    assert names(model.backbone) < names(plain)
+
+
+@pytest.mark.parametrize('backbone', BACKBONES)
+def test_grey_images(backbone):
+    model = create(backbone, in_chans=1)
+    assert model.in_chans == model.pretrained_cfg['input_size'][0] == 1
+    assert model(images(channels=1)).shape == (2, 5)
+
+
+# Creation
+
+
+def test_both_ways_to_create_are_the_same():
+    arguments = {'backbone': 'test_resnet', 'head': 'sparse_fisher', 'num_classes': 3}
+    torch.manual_seed(0)
+    long = timm.create_model('timm_fisher', head_kwargs={'code_dim': 3}, **arguments)
+    torch.manual_seed(0)
+    short = timm_fisher.create_model(code_dim=3, **arguments)
+    assert timm.is_model('timm_fisher')
+    assert repr(long) == repr(short)
+    torch.testing.assert_close(long.state_dict(), short.state_dict(), rtol=0, atol=0)
+
+
+def test_arguments_of_the_head_may_come_both_ways():
+    head = create(
+        head='sparse_fisher', head_kwargs={'iterations': 4, 'code_dim': 9}, code_dim=3
+    ).head
+    assert head.iterations == 4
+    assert head.dictionary.shape[1] == 3
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'error'),
+    [
+        ({'head': 'sparse_fisher', 'cod_dim': 3}, "head 'sparse_fisher' .*'cod_dim'.*'code_dim'"),
+        ({'head': 'avg', 'code_dim': 3}, "head 'avg' has an argument 'code_dim'"),
+        ({'drop_rat': 0.5}, "'drop_rat'.*'drop_rate'"),
+        ({'head_kwargs': {'normalise': True}}, "Head 'avg' has no .*'normalise'.*'normalize'"),
+    ],
+)
+def test_unknown_arguments(arguments, error):
+    with pytest.raises(TypeError, match=error):
+        create(**arguments)
+
+
+def test_unknown_argument_of_the_architecture():
+    with pytest.raises(TypeError, match=r"timm_fisher has no argument 'hed'.*Did you mean 'head'"):
+        timm.create_model('timm_fisher', backbone='test_resnet', hed='avg')
+    with pytest.raises(TypeError, match="timm_fisher needs the argument 'backbone'"):
+        timm.create_model('timm_fisher', head='avg')
+
+
+def test_pretrained_means_the_weights_of_the_backbone(tmp_path):
+    plain = timm.create_model('test_resnet').eval()
+    torch.save(plain.state_dict(), tmp_path / 'weights.pth')
+    overlay = {'file': str(tmp_path / 'weights.pth')}
+    model = create(pretrained=True, pretrained_cfg_overlay=overlay)
+    assert torch.equal(model.forward_features(images()), plain.forward_features(images()))
+
+    (tmp_path / 'weights.pth').unlink()
+    timm_fisher.save_pretrained(model, tmp_path / 'saved')
+    loaded = timm.create_model(f'local-dir:{tmp_path}/saved', pretrained=True).eval()
+    assert torch.equal(loaded(images()), model(images()))
+
+
+@pytest.mark.parametrize(
+    ('name', 'arguments'),
+    [
+        ('test_resnet', {}),
+        ('test_resnet', {'in_chans': 1}),
+        ('test_vit', {'depth': 2, 'reg_tokens': 2}),
+    ],
+)
+def test_backbone_from_a_folder(tmp_path, name, arguments):
+    plain = timm.create_model(name, num_classes=3, **arguments).eval()
+    save_for_hf(plain, tmp_path / 'backbone', safe_serialization=True)
+    model = create(f'local-dir:{tmp_path}/backbone', pretrained=True)
+    x = images(channels=arguments.get('in_chans', 3))
+    assert torch.equal(model.forward_features(x), plain.forward_features(x))
+
+    save_for_hf(model, tmp_path / 'model', safe_serialization=True)
+    shutil.rmtree(tmp_path / 'backbone')
+    loaded = timm.create_model(f'local-dir:{tmp_path}/model', pretrained=True).eval()
+    assert torch.equal(loaded(x), model(x))
+    assert get_model_input_config(loaded) == get_model_input_config(model)
+
+
+def test_a_pooled_model_is_no_backbone(tmp_path):
+    """Else it would be saved under the backbone 'timm_fisher', which cannot be built again."""
+    timm_fisher.save_pretrained(create(), tmp_path)
+    with pytest.raises(ValueError, match='timm_fisher'):
+        create(f'local-dir:{tmp_path}', pretrained=True)
+
+
+@pytest.mark.parametrize('arguments', [{}, {'num_classes': 2}, {'in_chans': 1}])
+def test_steps_of_timm_validate(tmp_path, arguments):
+    """What timm's validate.py does with `--model local-dir:FOLDER`."""
+    model = create(head='sparse_fisher', code_dim=4)
+    data = {'mean': (0.1, 0.2, 0.3), 'crop_pct': 0.5, 'input_size': (3, 96, 96)}
+    timm_fisher.save_pretrained(model, tmp_path, data_config=data)
+
+    script = {'img_size': None, 'input_size': None, 'in_chans': arguments.get('in_chans')}
+    requested = {'num_classes': arguments.get('num_classes'), 'global_pool': None}
+    resolved = resolve_model_input_args(
+        f'local-dir:{tmp_path}', script, pretrained=True, scriptable=False, **requested
+    )
+    loaded = timm.create_model(**resolved).eval()
+    config = resolve_input_data_config(loaded, script, use_test_size=True)
+    pixels = np.random.default_rng(0).integers(0, 256, (100, 120, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels).convert('L' if arguments.get('in_chans') == 1 else 'RGB')
+    x = create_transform(**config)(image)[None]
+    assert x.shape == (1, *config['input_size']) == (1, arguments.get('in_chans', 3), 96, 96)
+    assert config['crop_pct'] == 0.5
+    logits = loaded(x)
+    assert logits.shape == (1, arguments.get('num_classes', 5))
+    if not arguments:
+        assert tuple(config['mean']) == data['mean']
+        assert torch.equal(logits, model(x))

@@ -1,0 +1,210 @@
+"""Heads by name: plug-ins, built-in heads, and what goes wrong with them."""
+
+import importlib
+import inspect
+import json
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import timm_fisher
+from timm_fisher.registry import GROUP
+
+TESTS = Path(__file__).parent
+PYPROJECT = tomllib.loads((TESTS.parent / 'pyproject.toml').read_text())
+BUILT_IN = PYPROJECT['project']['entry-points'][GROUP]
+
+USE_PLUGIN = """
+import json, sys
+import timm, timm_fisher
+
+heads = timm_fisher.list_heads()
+imported = [name for name in sys.modules if name.startswith(('timm_fisher.heads', 'plugin_'))]
+
+import torch
+model = timm_fisher.create_model('test_resnet', head='plugin_max', largest=2, num_classes=3)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+x, y = torch.randn(4, 3, 64, 64), torch.tensor([0, 1, 2, 0])
+before = {name: value.clone() for name, value in model.named_parameters()}
+torch.nn.functional.cross_entropy(model(x), y).backward()
+optimizer.step()
+moved = [name for name, value in model.named_parameters() if not torch.equal(value, before[name])]
+
+timm_fisher.save_pretrained(model, sys.argv[1])
+loaded = timm.create_model('local-dir:' + sys.argv[1], pretrained=True)
+print(json.dumps({
+    'heads': heads,
+    'imported': imported,
+    'moved': moved,
+    'loaded': [type(loaded.head).__module__, loaded.head.largest],
+    'equal': torch.equal(loaded.eval()(x), model.eval()(x)),
+}))
+"""
+
+
+@pytest.fixture(scope='session')
+def plugin(tmp_path_factory):
+    """What a fresh process sees that has the package in tests/plugin installed by pip."""
+    folder = tmp_path_factory.mktemp('plugin')
+    shutil.copytree(TESTS / 'plugin', folder / 'source')  # pip builds inside the source folder
+    pip = [sys.executable, '-m', 'pip', 'install', '--quiet', '--disable-pip-version-check']
+    offline = ['--no-index', '--no-deps', '--no-build-isolation']
+    run([*pip, *offline, '--target', folder / 'site', folder / 'source'], os.environ)
+    paths = [str(folder / 'site'), *filter(None, [os.environ.get('PYTHONPATH')])]
+    environment = dict(os.environ, PYTHONPATH=os.pathsep.join(paths))
+    out = run([sys.executable, '-c', USE_PLUGIN, folder / 'saved'], environment)
+    return json.loads(out.splitlines()[-1])
+
+
+def run(command, environment):
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_listing_finds_the_plugin_and_imports_no_head(plugin):
+    assert set(plugin['heads']) == {'plugin_max', *BUILT_IN}
+    assert plugin['heads'] == sorted(plugin['heads'])
+    assert plugin['imported'] == []
+
+
+def test_plugin_trains_and_comes_back_from_a_saved_model(plugin):
+    assert {'backbone.conv1.0.weight', 'classifier.weight'} <= set(plugin['moved'])
+    assert plugin['loaded'] == ['plugin_max', 2]
+    assert plugin['equal']
+
+
+@pytest.fixture
+def install(tmp_path, monkeypatch):
+    """Installs a fake distribution with one head: metadata as pip leaves it, and a module."""
+
+    def install_distribution(distribution, head, value, source=''):
+        site = tmp_path / distribution
+        metadata = site / f'{distribution}-1.0.dist-info'
+        metadata.mkdir(parents=True)
+        (metadata / 'METADATA').write_text(
+            f'Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.0\n'
+        )
+        (metadata / 'entry_points.txt').write_text(f'[{GROUP}]\n{head} = {value}\n')
+        module = value.partition(':')[0]
+        (site / f'{module}.py').write_text(textwrap.dedent(source))
+        monkeypatch.syspath_prepend(site)
+        monkeypatch.delitem(sys.modules, module, raising=False)
+
+    return install_distribution
+
+
+def test_two_distributions_with_one_name(install):
+    for distribution in ('maker_a', 'maker_b'):
+        install(distribution, 'pool', f'{distribution}_pool:Pool', 'raise ImportError')
+    assert timm_fisher.list_heads().count('pool') == 1
+    with pytest.raises(ValueError, match=r"Head 'pool' .* 'maker_a' and 'maker_b'"):
+        timm_fisher.get_head('pool')
+
+
+def test_a_plugin_cannot_take_the_name_of_a_built_in_head(install):
+    install('maker', 'avg', 'maker_avg:Average')
+    with pytest.raises(ValueError, match=r"'maker' and 'timm.fisher'"):
+        timm_fisher.get_head('avg')
+
+
+@pytest.mark.parametrize(
+    ('source', 'cause'),
+    [
+        ('import no_such_module', "ModuleNotFoundError: No module named 'no_such_module'"),
+        ('1 / 0', 'ZeroDivisionError'),
+        ('class Pole: pass', "AttributeError.*'Pool'"),
+    ],
+)
+def test_a_broken_plugin_hurts_only_who_asks_for_it(install, source, cause):
+    install('maker', 'broken', 'maker_broken:Pool', source)
+    assert 'broken' in timm_fisher.list_heads()
+    assert timm_fisher.create_model('test_resnet', head='avg', num_classes=2).num_classes == 2
+    with pytest.raises(ImportError, match=f"'broken' of the distribution 'maker'.*{cause}"):
+        timm_fisher.create_model('test_resnet', head='broken')
+
+
+@pytest.mark.parametrize(
+    'source', ['import torch\nclass Pool(torch.nn.Module): ...', 'def Pool(in_features): ...']
+)
+def test_an_entry_point_must_be_a_pooling_head(install, source):
+    install('maker', 'odd', 'maker_odd:Pool', source)
+    with pytest.raises(TypeError, match=r"'maker' .*not a subclass of timm_fisher\.PoolingHead"):
+        timm_fisher.get_head('odd')
+
+
+def test_unknown_head():
+    with pytest.raises(ValueError, match=r"'sparse_fischer'\. Did you mean 'sparse_fisher'"):
+        timm_fisher.get_head('sparse_fischer')
+    with pytest.raises(ValueError, match=r'Installed: .*avg.*sparse_fisher'):
+        timm_fisher.get_head('zzz')
+
+
+def test_a_config_cannot_name_a_module():
+    with pytest.raises(ValueError, match='Unknown head'):
+        timm_fisher.get_head('timm_fisher.heads.avg:Average')
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'error'),
+    [
+        (
+            {'cod_dim': 3},
+            r"Head 'sparse_fisher' has no argument 'cod_dim'.*mean 'code_dim'",
+        ),
+        ({'in_features': 3}, "Head 'sparse_fisher' has no argument 'in_features'"),
+        ({'name': 'x'}, "Head 'sparse_fisher' has no argument 'name'"),
+    ],
+)
+def test_unknown_argument(arguments, error):
+    with pytest.raises(TypeError, match=error):
+        timm_fisher.create_head('sparse_fisher', 8, **arguments)
+
+
+def test_missing_argument(install):
+    source = """
+        from timm_fisher import PoolingHead
+        class Pool(PoolingHead):
+            def __init__(self, in_features, *, width): ...
+        """
+    install('maker', 'wide', 'maker_wide:Pool', source)
+    with pytest.raises(TypeError, match="Head 'wide' needs the argument 'width'"):
+        timm_fisher.create_head('wide', 8)
+
+
+def test_without_an_installation(monkeypatch):
+    monkeypatch.setattr(sys, 'path', [])
+    assert timm_fisher.list_heads() == []
+    with pytest.raises(ValueError, match=r'not installed in this environment\. Run `pip install'):
+        timm_fisher.get_head('avg')
+
+
+def test_installed_heads_are_those_of_pyproject():
+    """Tests over `list_heads()` would pass over a head that was added after the installation."""
+    missing = set(BUILT_IN) - set(timm_fisher.list_heads())
+    assert not missing, f'{missing} not installed: run `pip install --no-deps -e .` again'
+
+
+@pytest.mark.parametrize('name', BUILT_IN)
+def test_a_built_in_head_is_complete(name):
+    """The checklist: one file, one line in pyproject.toml, one reference, a plain signature."""
+    module, _, class_name = BUILT_IN[name].partition(':')
+    package, _, file = module.rpartition('.')
+    assert package == 'timm_fisher.heads'
+    head = getattr(importlib.import_module(module), class_name)
+    assert head.__module__ == module, 'a head lives in the file that its entry point names'
+    assert (TESTS / 'references' / f'{file}.py').is_file(), 'no float64 reference'
+
+    first, *others = inspect.signature(head).parameters.values()
+    assert first.name == 'in_features'
+    assert first.default is inspect.Parameter.empty
+    for parameter in others:
+        assert parameter.kind is inspect.Parameter.KEYWORD_ONLY, parameter
+        assert parameter.default is not inspect.Parameter.empty, parameter
+        assert json.loads(json.dumps(parameter.default)) == parameter.default, parameter

@@ -1,0 +1,469 @@
+"""recipes/train.py: what a run leaves, resumes, caches and shares out over processes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import distributed_checks
+import pytest
+import safetensors.torch
+import timm
+import torch
+from conftest import TINY, write_images
+from PIL import Image
+from torch.utils.data import DataLoader
+
+import timm_fisher
+
+HEADS = timm_fisher.list_heads()
+ONE_STEP = {'train': 'all', 'epochs': 1, 'opt': 'momentum', 'momentum': 0.0, 'sched': 'constant'}
+
+
+def finish(process):
+    text, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, text
+
+
+def read_weights(folder):
+    return safetensors.torch.load_file(Path(folder, 'model.safetensors'))
+
+
+def read_metrics(run):
+    metrics = json.loads((run / 'metrics.json').read_text())
+    del metrics['seconds']
+    return metrics
+
+
+def read_log(run):
+    rows = [json.loads(line) for line in (run / 'log.jsonl').read_text().splitlines()]
+    for row in rows:
+        del row['seconds']
+    return rows
+
+
+def accuracy_by_plain_timm(folder, images, split):
+    """As a stranger would compute it, who has the folder and timm."""
+    model = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+    dataset = timm.data.create_dataset('', images, split=split, transform=transform)
+    with torch.no_grad():
+        right = [model(x).argmax(1) == y for x, y in DataLoader(dataset, batch_size=17)]
+    return torch.cat(right).double().mean().item()
+
+
+@pytest.fixture
+def few_images(tmp_path):
+    """24 training images, 9 for validation."""
+    return write_images(tmp_path / 'few', train=8, val=3)
+
+
+# A whole run
+
+TWO_STAGES = {
+    'warm': {'train': 'head', 'epochs': 2, 'lr': 0.01, 'head_loss': 0.1},
+    'tune': {'train': 'all', 'epochs': 1, 'lr': 0.001, 'clip_grad': 1.0},
+}
+
+
+def check_run(run, images, recipes, *, head, stages=TWO_STAGES, processes=1):
+    metrics = json.loads((run / 'metrics.json').read_text())
+    count = len(list((images / 'test').glob('*/*.png')))
+    assert metrics['test']['samples'] == count == 51
+    assert metrics['head'] == head
+    assert metrics['backbone'] == 'test_resnet'
+    assert metrics['processes'] == processes
+    assert set(metrics['seconds']) == {'features', 'fit', 'train'}
+    for key in ('head_kwargs', 'img_size', 'seed', 'versions', 'device', 'backbone_stage'):
+        assert key in metrics
+
+    log = read_log(run)
+    epochs = [(name, i + 1) for name in stages for i in range(stages[name]['epochs'])]
+    assert [(row['stage'], row['epoch']) for row in log] == epochs
+    best = max(log, key=lambda row: row['val_accuracy'])  # the first one of equals
+    assert metrics['best'] == {key: best[key] for key in ('stage', 'epoch', 'val_accuracy')}
+    with Image.open(run / 'curve.png') as curve:
+        assert curve.format == 'PNG'
+        curve.load()
+
+    file = run / 'config.yaml'
+    config = recipes.config.parse_config([f'--config={file}'])
+    assert config.head == head
+    assert config.stages == {key: recipes.config.Stage(**each) for key, each in stages.items()}
+    assert config.to_yaml() == file.read_text()
+
+    # Far above chance, so that equality says something.
+    assert metrics['test']['accuracy'] > 0.5
+    assert accuracy_by_plain_timm(run / 'model', images, 'test') == metrics['test']['accuracy']
+    assert accuracy_by_plain_timm(run / 'model', images, 'val') == best['val_accuracy']
+    assert accuracy_by_plain_timm(run / 'last', images, 'val') == log[-1]['val_accuracy']
+    model = timm.create_model(f'local-dir:{run}/last', pretrained=True)
+    assert sum(p.numel() for p in model.parameters()) == metrics['parameters']
+    assert model.head_hidden_size == metrics['out_features']
+
+
+@pytest.mark.parametrize('head', HEADS)
+def test_run_leaves_everything(recipe, recipes, images, head):
+    run = recipe(data_dir=images, head=head, stages=TWO_STAGES)
+    check_run(run, images, recipes, head=head)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('head', HEADS)
+def test_every_head_through_the_launcher(launch, recipes, images, tmp_path, head):
+    options = {**TINY, 'data_dir': images, 'stages': TWO_STAGES, 'head': head}
+    finish(launch(output=tmp_path / 'run', cache_dir=tmp_path / 'cache', **options))
+    check_run(tmp_path / 'run', images, recipes, head=head)
+
+
+def test_run_on_the_embedded_digits(recipe):
+    stages = {'only': {'train': 'head', 'epochs': 1, 'lr': 0.001}}
+    run = recipe(dataset='digits', head='sparse_fisher', stages=stages)
+    metrics = read_metrics(run)
+    assert metrics['test']['samples'] == 450
+    assert metrics['test']['accuracy'] > 0.5
+
+
+# Resuming
+
+# Augmentation and dropout draw random numbers on the way, in processes of their own too; momentum
+# and plateau have a memory. The first learning rate is too high, so that plateau has to lower it.
+MEMORY = {
+    'head': 'sparse_fisher',
+    'head_kwargs': {'code_dim': 4},
+    'augment': {'auto_augment': 'rand-m5-n2'},
+    'drop_rate': 0.3,
+    'workers': 2,
+    'stages': {
+        'warm': {'train': 'head', 'epochs': 4, 'opt': 'sgd', 'lr': 1.0, 'head_loss': 0.1,
+                 'sched': 'plateau', 'patience_epochs': 0, 'decay_rate': 0.1, 'clip_grad': 1.0},
+        'tune': {'train': 'all', 'epochs': 3, 'lr': 0.001, 'head_lr_scale': 2.0,
+                 'warmup_epochs': 1, 'weight_decay': 0.05},
+    },
+}  # fmt: skip
+
+
+def check_same_runs(run, expected):
+    assert read_metrics(run) == read_metrics(expected)
+    assert read_log(run) == read_log(expected)
+    for folder in ('model', 'last'):
+        file = f'{folder}/model.safetensors'
+        assert (run / file).read_bytes() == (expected / file).read_bytes(), folder
+
+
+def kill_after(process, run, epochs):
+    """SIGKILL to launcher, recipe and workers, at a random moment after so many epochs."""
+    log, delay = run / 'log.jsonl', random.uniform(0, 0.4)
+    while process.poll() is None and not (
+        log.exists() and len(log.read_text().splitlines()) >= epochs
+    ):
+        time.sleep(0.005)
+    time.sleep(delay)
+    assert process.poll() is None, process.communicate()[0]
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    print(f'killed {delay:.3f} s after epoch {epochs}')
+    assert not (run / 'metrics.json').exists()
+
+
+@pytest.fixture(scope='module')
+def launched(launch, images, tmp_path_factory):
+    """Three runs through the launcher: one whole; one killed and resumed in the first stage, one
+    in the second."""
+    folder = tmp_path_factory.mktemp('launched')
+    options = {**TINY, 'data_dir': images, **MEMORY}
+    runs = {name: folder / name for name in ('whole', 'first', 'second')}
+    started = {name: launch(output=run, **options) for name, run in runs.items()}
+    kill_after(started['first'], runs['first'], 1)
+    kill_after(started['second'], runs['second'], 5)
+    resumed = [launch(output=runs[name], resume=True, **options) for name in ('first', 'second')]
+    for process in (started['whole'], *resumed):
+        finish(process)
+    return runs
+
+
+def test_run_through_the_launcher(launched, recipes, images):
+    stages = MEMORY['stages']
+    check_run(launched['whole'], images, recipes, head='sparse_fisher', stages=stages)
+    with Image.open(launched['whole'] / 'curve.png') as curve:
+        assert curve.width > 1000
+
+
+@pytest.mark.parametrize('stage', ['first', 'second'])
+def test_killed_run_resumes_exactly(launched, stage):
+    rates = [row['lr'] for row in read_log(launched['whole'])]
+    assert min(rates[:4]) < rates[0], 'plateau never changed the rate: nothing to remember'
+    check_same_runs(launched[stage], launched['whole'])
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL within a process: nothing in the recipe catches it."""
+
+
+@pytest.fixture
+def stop(recipe, tmp_path, monkeypatch):
+    """`stop(owner, name, when, **options)` runs until `owner.name(...)` is called and
+    `when(*arguments)` holds, and then resumes."""
+
+    def run(owner, name, when, **options):
+        original = getattr(owner, name)
+        stopped = False
+
+        def stopping(*arguments):
+            nonlocal stopped
+            if when(*arguments):
+                stopped = True
+                raise Killed
+            return original(*arguments)
+
+        with monkeypatch.context() as patch, contextlib.suppress(Killed):
+            patch.setattr(owner, name, stopping)
+            recipe(**options)
+        assert stopped
+        return recipe(resume=True, **options)
+
+    return run
+
+
+def test_run_stopped_at_a_step_resumes_exactly(recipe, stop, few_images, tmp_path):
+    """Before any checkpoint, in the first stage, in the first and in the last epoch of the second:
+    3 steps an epoch, 4 + 3 epochs."""
+    options = {**MEMORY, 'data_dir': few_images, 'test_split': None, 'workers': 0, 'batch_size': 8}
+    expected = recipe(output=tmp_path / 'expected', **options)
+    for step in (2, 8, 14, 21):
+        steps = iter(range(1, 100))
+        output = tmp_path / f'step-{step}'
+        run = stop(
+            timm_fisher.PooledModel,
+            'project_',
+            lambda model, steps=steps, step=step: next(steps) == step,
+            output=output,
+            **options,
+        )
+        check_same_runs(run, expected)
+
+
+@pytest.mark.parametrize('epoch', [1, 3])
+def test_run_stopped_while_it_saves(recipe, recipes, stop, few_images, tmp_path, epoch):
+    """With half a checkpoint, before the rename, before and after the log; epoch 3 is the last."""
+    options = {'data_dir': few_images, 'stages': TWO_STAGES, 'test_split': None}
+    expected = recipe(output=tmp_path / 'expected', **options)
+    name = f'checkpoint-{epoch:04d}'
+    moments = {
+        'model': (recipes.train.Run, '_save_model', lambda run, path: name in str(path)),
+        'progress': (recipes.train, '_write', lambda path, text: name in str(path)),
+        'log': (
+            recipes.train,
+            '_write',
+            lambda path, text: path.name == 'log.jsonl' and text.count('\n') == epoch,
+        ),
+        'curve': (recipes.train, '_plot', lambda history, path: len(history) == epoch),
+    }
+    for moment, where in moments.items():
+        run = stop(*where, output=tmp_path / moment, **options)
+        check_same_runs(run, expected)
+        assert (run / 'curve.png').exists()
+        assert {path.name for path in run.iterdir() if path.name != f'checkpoint-{3:04d}'} == {
+            path.name for path in expected.iterdir() if path.name != f'checkpoint-{3:04d}'
+        }
+
+
+def test_finished_run_resumes_to_itself(recipe, few_images):
+    options = {'data_dir': few_images, 'stages': TWO_STAGES, 'test_split': None}
+    run = recipe(**options)
+    before = read_metrics(run), read_log(run), read_weights(run / 'model')
+    recipe(resume=True, **options)
+    after = read_metrics(run), read_log(run), read_weights(run / 'model')
+    assert before[:2] == after[:2]
+    assert all(torch.equal(before[2][name], after[2][name]) for name in before[2])
+
+
+# Cached features
+
+HEAD_ONLY = {'warm': {'train': 'head', 'epochs': 2, 'opt': 'momentum', 'lr': 0.1}}
+
+
+@pytest.mark.parametrize('head', HEADS)
+def test_cache_does_not_change_the_result(recipe, images, tmp_path, head):
+    kwargs = distributed_checks.SMALL.get(head, {})
+    options = {'data_dir': images, 'head': head, 'head_kwargs': kwargs, 'stages': HEAD_ONLY}
+    cached = recipe(output=tmp_path / 'cached', **options)
+    assert len(list((tmp_path / 'cache').glob('*.npy'))) == 3
+    plain = recipe(output=tmp_path / 'plain', cache_dir=tmp_path / 'none', cache=False, **options)
+    assert not (tmp_path / 'none').exists()
+    torch.testing.assert_close(
+        read_weights(cached / 'last'), read_weights(plain / 'last'), atol=2e-3, rtol=1e-2
+    )
+    for a, b in zip(read_log(cached), read_log(plain), strict=True):
+        assert a['train_loss'] == pytest.approx(b['train_loss'], rel=1e-3)
+    assert read_metrics(cached)['test']['loss'] == pytest.approx(
+        read_metrics(plain)['test']['loss'], rel=1e-3
+    )
+
+
+def test_cache_is_used_again(recipe, few_images, tmp_path, monkeypatch):
+    options = {'data_dir': few_images, 'stages': HEAD_ONLY, 'test_split': None}
+    first = recipe(output=tmp_path / 'first', **options)
+
+    def refuse(model, x):
+        raise AssertionError('the backbone runs although its features are there')
+
+    monkeypatch.setattr(timm_fisher.PooledModel, 'forward_features', refuse)
+    second = recipe(output=tmp_path / 'second', **options)
+    assert read_metrics(first) == read_metrics(second)
+    with pytest.raises(AssertionError, match='the backbone runs'):
+        recipe(output=tmp_path / 'third', **options, cache_dir=tmp_path / 'other')
+
+
+@pytest.mark.parametrize(
+    'change',
+    [
+        {'seed': 1},  # of the random weights
+        {'img_size': 64},
+        {'crop_pct': 0.8},
+        {'backbone_stage': -3},
+        {'mixed_precision': 'bf16'},
+    ],
+    ids=str,
+)
+def test_cache_is_not_used_for_something_else(recipe, few_images, tmp_path, change):
+    options = {'data_dir': few_images, 'stages': HEAD_ONLY, 'test_split': None}
+    recipe(output=tmp_path / 'first', **options)
+    before = set((tmp_path / 'cache').iterdir())
+    assert len(before) == 2
+    recipe(output=tmp_path / 'second', **{**options, **change})
+    assert len(set((tmp_path / 'cache').iterdir()) - before) == 2
+
+
+def test_cache_is_not_used_for_other_images(recipe, few_images, tmp_path):
+    options = {'data_dir': few_images, 'stages': HEAD_ONLY, 'test_split': None}
+    recipe(output=tmp_path / 'first', **options)
+    before = set((tmp_path / 'cache').iterdir())
+    image = few_images / 'train/red/000.png'
+    Image.new('RGB', (32, 32)).save(image)
+    recipe(output=tmp_path / 'second', **options)
+    assert len(set((tmp_path / 'cache').iterdir()) - before) == 1
+
+
+def test_cache_is_not_used_after_the_backbone_was_trained(recipe, few_images, tmp_path):
+    stages = {'tune': {'train': 'all', 'epochs': 1, 'lr': 0.01}, **HEAD_ONLY}
+    recipe(data_dir=few_images, stages=stages, test_split=None)
+    after = {'head_first': {'train': 'head', 'epochs': 1}, **stages}
+    recipe(data_dir=few_images, stages=after, test_split=None, output=tmp_path / 'second')
+    # Two files for the trained backbone of each run, and two for the untrained one of the second.
+    assert len(list((tmp_path / 'cache').glob('*.npy'))) == 6
+
+
+# One step of the optimizer
+
+
+@pytest.fixture
+def step(recipe, tmp_path):
+    """`step(lr=...)` trains on 16 images for one epoch and returns the weights after it."""
+    folder = write_images(tmp_path / 'step', train=6, val=1)
+    for name in ('blue', 'red'):
+        (folder / 'train' / name / '000.png').unlink()
+
+    def run(options=None, *, start=None, **stage):
+        count = len(list(tmp_path.glob('step-*')))
+        run = recipe(
+            output=tmp_path / f'step-{count}',
+            data_dir=folder,
+            test_split=None,
+            stages={'only': {**ONE_STEP, **stage}},
+            **(options or {}),
+        )
+        weights = read_weights(run / 'last')
+        return weights if start is None else {k: v - start[k] for k, v in weights.items()}
+
+    return run
+
+
+def parameters_of(weights, part):
+    return {
+        name: tensor
+        for name, tensor in weights.items()
+        if name.startswith(part) and 'running_' not in name and 'num_batches' not in name
+    }
+
+
+def test_gradient_accumulation(step):
+    """2 x 8 images are 16 images, without batch norm."""
+    start = step(train='head', lr=0.0)
+    at_once = step(train='head', lr=1.0, start=start)
+    in_two = step({'batch_size': 8, 'grad_accum_steps': 2}, train='head', lr=1.0, start=start)
+    half = step({'batch_size': 8}, train='head', lr=1.0, start=start)
+    for part in ('classifier.weight', 'classifier.bias'):
+        torch.testing.assert_close(in_two[part], at_once[part], atol=1e-6, rtol=1e-5)
+        assert (half[part] - at_once[part]).norm() > 0.1 * at_once[part].norm()
+
+
+def test_head_lr_scale(step):
+    options = {'head': 'sparse_fisher', 'head_kwargs': {'code_dim': 4}}
+    start = step(options, lr=0.0)
+    once = step(options, lr=0.1, start=start)
+    scaled = step(options, lr=0.1, head_lr_scale=10.0, start=start)
+    # project_ cuts the dictionary's atoms back after the step.
+    for part in ('classifier.', 'head.reduce', 'head.encoder', 'head.lateral'):
+        for name, change in parameters_of(once, part).items():
+            assert change.norm() > 0, name
+            torch.testing.assert_close(scaled[name], 10 * change, atol=1e-5, rtol=1e-3)
+    backbone = parameters_of(once, 'backbone.')
+    assert max(change.norm() for change in backbone.values()) > 0
+    for name, change in backbone.items():
+        assert torch.equal(scaled[name], change), name
+
+
+@pytest.mark.parametrize('accumulate', [1, 2])
+def test_clip_grad(step, accumulate):
+    options = {'batch_size': 16 // accumulate, 'grad_accum_steps': accumulate}
+    start = step(options, lr=0.0)
+
+    def length(**stage):
+        change = parameters_of(step(options, lr=1.0, start=start, **stage), '')
+        return torch.cat([each.flatten() for each in change.values()]).norm().item()
+
+    assert length() > 0.1
+    assert length(clip_grad=0.01) == pytest.approx(0.01, rel=1e-2)
+
+
+# Two processes
+
+
+def test_recipe_on_two_processes(launch, recipes, images, tmp_path):
+    """51 test images in batches of 2 x 16: some are seen twice, each is counted once."""
+    options = {**TINY, 'data_dir': images, 'stages': TWO_STAGES, 'head': 'sparse_fisher'}
+    options |= {'output': tmp_path / 'run', 'cache_dir': tmp_path / 'cache'}
+    finish(launch(processes=2, **options))
+    check_run(tmp_path / 'run', images, recipes, head='sparse_fisher', processes=2)
+
+
+@pytest.fixture(scope='module')
+def ranks(launch, tmp_path_factory):
+    """What distributed_checks.py computes on each of two ranks."""
+    torch.set_num_threads(1)
+    output = tmp_path_factory.mktemp('ranks')
+    finish(launch('tests/distributed_checks.py', processes=2, output=output))
+    results = [torch.load(output / f'rank{rank}.pt') for rank in range(2)]
+    assert [each['world_size'] for each in results] == [2, 2]
+    return results
+
+
+@pytest.mark.parametrize('head', HEADS)
+def test_fit_on_two_ranks_equals_the_fit_on_one(ranks, head):
+    expected = distributed_checks.fitted(head)
+    for rank in ranks:
+        torch.testing.assert_close(rank['fit'][head], expected, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize('head', HEADS)
+def test_gradients_on_two_ranks_equal_those_on_one(ranks, head):
+    expected = distributed_checks.gradients(distributed_checks.create(head))
+    assert {'classifier.weight', 'backbone.conv1.0.weight'} <= set(expected)
+    for rank in ranks:
+        torch.testing.assert_close(rank['gradients'][head], expected, atol=1e-5, rtol=1e-5)
