@@ -18,15 +18,16 @@ class Stage:
     """One stage of training.
 
     Args:
-        train: what is trained: the head and classifier over a frozen backbone, or everything.
+        train: what is trained: the classifier alone, head and classifier, or everything. What is
+            not trained is frozen.
         epochs: passes over the training set.
-        opt: optimizer, any that timm.optim knows.
+        opt: optimizer, any that timm.optim knows; sgd is Nesterov's, momentum the plain one.
         lr: learning rate.
         head_lr_scale: factor on the learning rate of head and classifier.
         momentum: of SGD.
         weight_decay: not applied to biases and other vectors.
-        sched: schedule of the learning rate, per epoch; plateau watches the training loss.
-        warmup_epochs: linear warm-up from lr / 100 (not with plateau).
+        sched: schedule of the learning rate, per step; plateau watches the loss of each epoch.
+        warmup_epochs: linear warm-up from zero (not with plateau).
         decay_epochs: interval of the step schedule.
         decay_rate: factor of the step and plateau schedules.
         patience_epochs: epochs without a lower training loss before plateau decays.
@@ -36,7 +37,7 @@ class Stage:
         clip_grad: largest norm of the gradient; null for none.
     """
 
-    train: Literal['head', 'all'] = 'all'
+    train: Literal['classifier', 'head', 'all'] = 'all'
     epochs: int = 10
     opt: str = 'adamw'
     lr: float = 1e-3
@@ -123,7 +124,7 @@ class Config:
     def caches(self, stage: Stage) -> bool:
         """Whether this stage trains on cached features of its frozen backbone."""
         wanted = self.augment is None if self.cache is None else self.cache
-        return wanted and stage.train == 'head'
+        return wanted and stage.train != 'all'
 
     def to_yaml(self) -> str:
         """The configuration as a file that `--config` reads."""
@@ -154,4 +155,10 @@ def parse_config(arguments: list[str] | None = None) -> Config:
     parser.add_argument('--config', action='config', help='YAML file of these options')
     parser.add_class_arguments(Config)
     parsed = parser.instantiate(parser.parse_args(arguments))
-    return Config(**{each.name: parsed[each.name] for each in fields(Config)})
+    config = Config(**{each.name: parsed[each.name] for each in fields(Config)})
+    if not config.stages:
+        parser.error('stages is empty; give at least one stage.')
+    for name, stage in config.stages.items():
+        if stage.epochs < 1:
+            parser.error(f'stages.{name}.epochs is {stage.epochs}; give 1 or more.')
+    return config

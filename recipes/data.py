@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import os
+import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import numpy as np
 import timm
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from config import Config
 from PIL import Image
 from sklearn.datasets import load_digits
@@ -109,6 +112,13 @@ def load_splits(config: Config) -> tuple[dict[str, Split], list[str]]:
             ) from error
         for name, part in (('train', np.sort(kept)), ('val', np.sort(carved))):
             splits[name] = Split(train.dataset, train.indices[part], train.labels[part])
+    prints = {name: split.fingerprint() for name, split in splits.items()}
+    for name, other in combinations(prints, 2):
+        if prints[name] == prints[other]:
+            raise ValueError(
+                f"The splits '{name}' and '{other}' hold the same images. Where a data set has two "
+                'splits only, --val_split null carves validation images from the training split.'
+            )
     if len(classes) < 2:
         raise ValueError(
             f"The training images of '{config.data_dir or config.dataset}' are all of one class, "
@@ -145,9 +155,9 @@ def _load_timm(config: Config) -> tuple[dict[str, Split], list[str]]:
         if not config.dataset:
             folder = Path(config.data_dir, name)
             if not folder.is_dir():
+                other = '' if role == 'train' else f' If there is none, say --{role}_split null.'
                 raise ValueError(
-                    f"'{folder}' is no folder; --data-dir must hold {name}/CLASS/IMAGE. "
-                    f'Where there is no such split, give another name, or null: --{role}_split null'
+                    f"'{folder}' is no folder; --data-dir must hold {name}/CLASS/IMAGE.{other}"
                 )
         try:
             dataset = timm.data.create_dataset(config.dataset, config.data_dir, split=name)
@@ -261,15 +271,16 @@ def cache_features(
     All ranks must see one `config.cache_dir`.
     """
     path = Path(config.cache_dir, f'{_cache_key(model, dataset, accelerator)}.npy')
-    if not path.exists():
+    # The main process decides for all: another run may publish the same file at any moment.
+    plan = [path.exists(), str(path.with_suffix(f'.{uuid.uuid4().hex}.partial'))]
+    there, partial = broadcast_object_list(plan)
+    if not there:
         device = accelerator.device
-        accelerator.wait_for_everyone()
         model.to(device).eval()
         with accelerator.autocast():
             shape = model.forward_features(dataset[0][0][None].to(device)).shape[1:]
-        partial = path.with_suffix('.partial')
         if accelerator.is_main_process:
-            _allocate(partial, (len(dataset), *shape))
+            _allocate(Path(partial), (len(dataset), *shape))
         accelerator.wait_for_everyone()
         features = np.lib.format.open_memmap(partial, mode='r+')
         share = range(accelerator.process_index, len(dataset), accelerator.num_processes)
@@ -317,6 +328,10 @@ def _cache_key(model: PooledModel, dataset: Images, accelerator: Accelerator) ->
         repr(dataset.transform),
         dataset.mode,
         repr(model.descriptors),
+        # The same weights compute something else with another stride, padding or activation.
+        repr(model.backbone),
+        model.backbone.pretrained_cfg['architecture'],
+        model.backbone._model_args,
         accelerator.mixed_precision,
         timm.__version__,
         torch.__version__,

@@ -35,7 +35,7 @@ def main() -> None:
             [
                 *(sys.executable, '-m', 'accelerate.commands.launch'),
                 # What `accelerate launch` would otherwise say that it assumes.
-                *('--num_processes', '1', '--num_machines', '1'),
+                *('--cpu', '--num_processes', '1', '--num_machines', '1'),
                 *('--mixed_precision', 'no', '--dynamo_backend', 'no'),
                 *(str(RECIPES / 'train.py'), '--config', str(RECIPES / 'configs/digits.yaml')),
                 *('--head', head, '--output', str(OUTPUT / head)),

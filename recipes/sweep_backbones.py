@@ -67,8 +67,12 @@ def try_backbone(name: str) -> str:
         strides = to_2tuple(model.backbone.feature_info[-1]['reduction'])
         sides = [size / stride for size, stride in zip(image.shape[2:], strides, strict=True)]
         grids = {math.prod(map(rounded, sides)) for rounded in (math.floor, math.ceil)}
+    elif model.descriptors.layout == 'NHWC':
+        grids = {features.shape[1] * features.shape[2]}
     else:
-        grids = {features.shape[1] * features.shape[2], features.shape[2] * features.shape[3]}
+        grids = {features.shape[2] * features.shape[3]}
+    if not model.descriptors.intermediate and model.num_features != model.backbone.num_features:
+        raise ValueError(f'{model.num_features} channels, not {model.backbone.num_features}')
     if number not in grids:
         raise ValueError(f'{number} descriptors, but the grid has {sorted(grids)}')
     rule = 'forward_intermediates' if model.descriptors.intermediate else 'forward_features'

@@ -56,7 +56,7 @@ def main() -> None:
     launched = 'ACCELERATE_MIXED_PRECISION' in os.environ
     if accelerator.device.type == 'cpu' and launched and os.environ.get('OMP_NUM_THREADS') == '1':
         # `accelerate launch` sets one thread per process unless it is told otherwise.
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // accelerator.num_processes))
+        torch.set_num_threads(max(1, _cpu_count() // accelerator.num_processes))
     set_seed(config.seed)
     say = accelerator.print
     output = Path(config.output)
@@ -149,7 +149,10 @@ class Run:
         number = list(config.stages).index(name)
         set_seed(config.seed + 1000 * (number + 1), device_specific=True)
         model.requires_grad_(True)
-        model.backbone.requires_grad_(stage.train == 'all')
+        if stage.train != 'all':
+            model.backbone.requires_grad_(False)
+        if stage.train == 'classifier':
+            model.head.requires_grad_(False)
         module = self._module(datasets['train'])
         train_loader = self.loader(datasets['augmented'], shuffle=True)
         val_loader = self.loader(datasets['val'])
@@ -157,7 +160,9 @@ class Run:
         module, optimizer, train_loader, val_loader = accelerator.prepare(
             module, optimizer, train_loader, val_loader
         )
-        scheduler = _create_scheduler(optimizer.optimizer, stage)
+        scheduler = _create_scheduler(
+            optimizer.optimizer, stage, _updates_per_epoch(train_loader, config)
+        )
 
         done = 0  # epochs of this stage
         checkpoint = self.latest_checkpoint()
@@ -171,12 +176,11 @@ class Run:
             start = time.perf_counter()
             train_loader.set_epoch(epoch)
             rate = max(group['lr'] for group in optimizer.param_groups)
-            loss = self._train_epoch(name, epoch, stage, module, optimizer, train_loader)
+            loss = self._train_epoch(name, epoch, stage, module, optimizer, scheduler, train_loader)
             result = self.evaluate(module, val_loader, 'val')
+            self._refuse_non_finite(result['loss'], f'{name}, validation of epoch {epoch + 1}')
             if isinstance(scheduler, ReduceLROnPlateau):
                 scheduler.step(loss)
-            else:
-                scheduler.step(epoch + 1)
             self.seconds['train'] += time.perf_counter() - start
             row = {
                 'stage': name,
@@ -197,13 +201,15 @@ class Run:
         stage: Stage,
         module: nn.Module,
         optimizer: Any,
+        scheduler: Any,
         loader: DataLoader[Any],
     ) -> float:
         """One pass over the training set; its mean loss over all ranks."""
         accelerator = self.accelerator
         parameters = [p for group in optimizer.param_groups for p in group['params']]
         module.train()
-        total = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
+        updates = epoch * _updates_per_epoch(loader, self.config)
+        loss_sum, count = 0.0, 0
         progress = tqdm(
             loader,
             f'{name} {epoch + 1}/{stage.epochs}',
@@ -218,23 +224,30 @@ class Run:
                     logits, own = module(x), 0.0
                 loss = F.cross_entropy(logits.float(), y, label_smoothing=stage.label_smoothing)
                 loss = loss + stage.head_loss * own
-                if not math.isfinite(loss.item()):
-                    raise FloatingPointError(
-                        f'The loss is {loss.item()} in stage {name}, epoch {epoch + 1}, step '
-                        f'{step + 1}. Last good checkpoint: {self.latest_checkpoint() or "none"}. '
-                        'Try a lower learning rate, clip_grad, or mixed_precision no or bf16.'
-                    )
+                self._refuse_non_finite(loss.item(), f'{name}, epoch {epoch + 1}, step {step + 1}')
                 accelerator.backward(loss)
                 if stage.clip_grad is not None and accelerator.sync_gradients:
                     accelerator.clip_grad_norm_(parameters, stage.clip_grad)
                 optimizer.step()
                 if accelerator.sync_gradients:
                     self.model.project_()
+                    updates += 1
+                    if not isinstance(scheduler, ReduceLROnPlateau):
+                        scheduler.step_update(updates)
                 optimizer.zero_grad()
-            total += torch.tensor([loss.item() * len(y), len(y)], device=total.device)
+            loss_sum += loss.item() * len(y)
+            count += len(y)
             progress.set_postfix(loss=f'{loss.item():.3f}')
-        loss_sum, count = accelerator.reduce(total).tolist()
-        return loss_sum / count
+        total = accelerator.reduce(torch.tensor([loss_sum, count], device=accelerator.device))
+        return (total[0] / total[1]).item()
+
+    def _refuse_non_finite(self, loss: float, where: str) -> None:
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f'The loss is {loss} in stage {where}. Last good checkpoint: '
+                f'{self.latest_checkpoint() or "none"}. Try a lower learning rate, clip_grad, or '
+                'mixed_precision no or bf16.'
+            )
 
     def evaluate_on(self, dataset: AnyDataset, what: str) -> dict[str, Any]:
         """`evaluate`, outside of a stage."""
@@ -294,9 +307,13 @@ class Run:
             'best': self.best,
             'seconds': self.seconds,
             'scheduler': scheduler.state_dict(),
+            'setting': self._setting(),
         }
         final = self.output / f'checkpoint-{len(self.history):04d}'
         partial = self.output / f'{final.name}.partial'
+        if accelerator.is_main_process:
+            shutil.rmtree(partial, ignore_errors=True)
+        accelerator.wait_for_everyone()
         accelerator.save_state(str(partial))
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
@@ -350,12 +367,23 @@ class Run:
         self.finished = progress['finished']
         self.best = progress['best']
         self.seconds = progress['seconds']
-        self.load_weights(checkpoint / 'model')
+        now = self._setting()
+        if progress['setting'] != now:
+            raise ValueError(f'--resume must keep {progress["setting"]}; this is {now}.')
+        self.accelerator.load_state(str(checkpoint))  # weights, and the scaler of fp16
 
     def load_weights(self, folder: Path) -> None:
         """Put saved weights into the model, all or none."""
         weights = safetensors.torch.load_file(folder / 'model.safetensors')
         self.model.load_state_dict(weights, strict=True)
+
+    def _setting(self) -> dict[str, Any]:
+        """What the launcher decides, and an exact resume needs again."""
+        accelerator = self.accelerator
+        return {
+            'processes': accelerator.num_processes,
+            'mixed_precision': accelerator.mixed_precision,
+        }
 
     def _save_model(self, folder: Path) -> None:
         timm_fisher.save_pretrained(
@@ -385,9 +413,18 @@ class HeadOnly(nn.Module):
         return self._model[0].forward_head(features, head_loss=head_loss)
 
 
+def _cpu_count() -> int:
+    if hasattr(os, 'sched_getaffinity'):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def _create_model(config: Config, num_classes: int) -> PooledModel:
-    cfg = timm.models.get_pretrained_cfg(config.backbone) if ':' not in config.backbone else None
-    fixed = cfg is not None and cfg.fixed_input_size
+    fixed = False
+    if config.img_size is not None:
+        with torch.device('meta'):
+            twin = timm.create_model(config.backbone, num_classes=0, **config.backbone_kwargs)
+        fixed = timm.models.get_model_input_config(twin)['fixed_input_size']
     return timm_fisher.create_model(
         config.backbone,
         config.head,
@@ -415,7 +452,11 @@ def _create_optimizer(model: PooledModel, stage: Stage) -> torch.optim.Optimizer
     return create_optimizer_v2(groups, opt=stage.opt, lr=stage.lr, momentum=stage.momentum)
 
 
-def _create_scheduler(optimizer: torch.optim.Optimizer, stage: Stage) -> Any:
+def _updates_per_epoch(loader: DataLoader[Any], config: Config) -> int:
+    return math.ceil(len(loader) / config.grad_accum_steps)
+
+
+def _create_scheduler(optimizer: torch.optim.Optimizer, stage: Stage, updates: int) -> Any:
     if stage.sched == 'plateau':
         # timm's plateau schedule is deprecated, and does not save its counters.
         return ReduceLROnPlateau(
@@ -431,8 +472,10 @@ def _create_scheduler(optimizer: torch.optim.Optimizer, stage: Stage) -> Any:
         decay_epochs=stage.decay_epochs,
         decay_rate=stage.decay_rate,
         warmup_epochs=stage.warmup_epochs,
-        warmup_lr=stage.lr / 100,
+        warmup_lr=0.0,
         min_lr=stage.min_lr,
+        step_on_epochs=False,
+        updates_per_epoch=updates,
     )
     return scheduler
 
@@ -440,20 +483,22 @@ def _create_scheduler(optimizer: torch.optim.Optimizer, stage: Stage) -> Any:
 def _prepare_output(output: Path, config: Config, main: bool) -> None:
     """Refuse to write over a run, or to resume one with other settings."""
     path = output / 'config.yaml'
-    if config.resume:
-        if not path.exists():
-            raise ValueError(f"--resume: '{output}' holds no run (no config.yaml).")
+    started = any(output.glob('checkpoint-????'))
+    if config.resume and not path.exists():
+        raise ValueError(f"--resume: '{output}' holds no run (no config.yaml).")
+    if config.resume and started:
         old, new = yaml.safe_load(path.read_text()), yaml.safe_load(config.to_yaml())
-        changed = [key for key in new if key != 'resume' and new[key] != old.get(key)]
+        free = {'resume', 'output', 'workers', 'cache_dir'}
+        changed = [key for key in new if key not in free and new[key] != old.get(key)]
         if changed:
             text = '; '.join(f'{key} was {old.get(key)!r}, is {new[key]!r}' for key in changed)
             raise ValueError(f"--resume must keep the settings of '{output}': {text}.")
+    elif started:
+        raise ValueError(
+            f"'{output}' holds a run already. Add --resume true to continue it, or give another "
+            '--output.'
+        )
     elif main:
-        if path.exists():
-            raise ValueError(
-                f"'{output}' holds a run already. Add --resume true to continue it, or give "
-                'another --output.'
-            )
         output.mkdir(parents=True, exist_ok=True)
         _write(path, config.to_yaml())
 

@@ -68,7 +68,8 @@ def test_no_image_is_named_before_training(recipe, few):
         recipe(data_dir=few, **NO_TEST)
 
 
-@pytest.mark.parametrize('workers', [0, 1])
+# Collecting the worker of a failed run takes 10 s.
+@pytest.mark.parametrize('workers', [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_jpeg_cut_short_is_named_when_decoded(recipe, few, workers):
     cut = few / 'train/red/cut.jpg'
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)

@@ -10,11 +10,14 @@ from types import ModuleType
 import pytest
 import torch
 from torch import Tensor
+from torch.func import functional_call
 
 from timm_fisher import ListStream, PoolingHead, create_head, get_head, list_heads
 
 CHANNELS = 16
-HEADS = list_heads()
+# Options that change the mathematics are held to the contract too.
+OPTIONS = {'avg': [{'normalize': True}], 'sparse_fisher': [{'tied': True}, {'normalize': False}]}
+HEADS = [(name, options) for name in list_heads() for options in [{}, *OPTIONS.get(name, [])]]
 INPUTS = {
     'random': lambda x: x,
     'one descriptor': lambda x: x[:, :1],
@@ -32,9 +35,10 @@ def descriptors(seed: int = 0, batch: int = 3, number: int = 10) -> Tensor:
     return torch.randn(batch, number, CHANNELS, generator=generator) @ mixing
 
 
-def fitted(name: str, dtype: torch.dtype = torch.float32, **arguments: object) -> PoolingHead:
+def fitted(head: tuple[str, dict], dtype: torch.dtype = torch.float32) -> PoolingHead:
+    name, options = head
     torch.manual_seed(0)
-    head = create_head(name, CHANNELS, **arguments)
+    head = create_head(name, CHANNELS, **options)
     head.fit(ListStream([descriptors(1, batch=20), descriptors(2, batch=20)]))
     return head.to(dtype)
 
@@ -52,7 +56,7 @@ def numpy_state(head: PoolingHead) -> dict:
     return {key: value.double().numpy() for key, value in head.state_dict().items()}
 
 
-@pytest.mark.parametrize('name', HEADS)
+@pytest.mark.parametrize('name', HEADS, ids=str)
 @pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_shape_and_dtype(name, dtype):
     head = fitted(name)
@@ -66,7 +70,7 @@ def test_shape_and_dtype(name, dtype):
         assert loss.shape == ()
 
 
-@pytest.mark.parametrize('name', HEADS)
+@pytest.mark.parametrize('name', HEADS, ids=str)
 def test_order_and_number_of_descriptors_do_not_matter(name):
     head = fitted(name, torch.float64)
     x = descriptors().double()
@@ -78,7 +82,7 @@ def test_order_and_number_of_descriptors_do_not_matter(name):
     assert not torch.allclose(out[0], out[1])
 
 
-@pytest.mark.parametrize('name', HEADS)
+@pytest.mark.parametrize('name', HEADS, ids=str)
 def test_gradient_reaches_everything(name):
     head = fitted(name)
     x = descriptors().requires_grad_()
@@ -91,15 +95,21 @@ def test_gradient_reaches_everything(name):
         assert parameter.grad.abs().sum() > 0, key
 
 
-@pytest.mark.parametrize('name', HEADS)
+@pytest.mark.parametrize('name', HEADS, ids=str)
 def test_gradient_is_right(name):
     # A smooth point: soft thresholds and the like are differentiable almost everywhere.
     head = fitted(name, torch.float64)
     x = descriptors(batch=1, number=3).double().requires_grad_()
-    assert torch.autograd.gradcheck(head, (x,), eps=1e-7, atol=1e-4, rtol=1e-3)
+    keys = [key for key, _ in head.named_parameters()]
+
+    def call(x, *values):
+        return functional_call(head, dict(zip(keys, values, strict=True)), (x,))
+
+    inputs = (x, *head.parameters())
+    assert torch.autograd.gradcheck(call, inputs, eps=1e-7, atol=1e-4, rtol=1e-3)
 
 
-@pytest.mark.parametrize('name', HEADS)
+@pytest.mark.parametrize('name', HEADS, ids=str)
 @pytest.mark.parametrize('case', INPUTS)
 @pytest.mark.parametrize('autocast', [False, True])
 def test_degenerate_inputs_stay_finite(name, case, autocast):
@@ -116,7 +126,7 @@ def test_degenerate_inputs_stay_finite(name, case, autocast):
         assert parameter.grad is None or torch.isfinite(parameter.grad).all(), key
 
 
-@pytest.mark.parametrize('name', HEADS)
+@pytest.mark.parametrize('name', HEADS, ids=str)
 def test_autocast_does_not_touch_the_mathematics(name):
     head = fitted(name)
     x = descriptors()
@@ -126,12 +136,12 @@ def test_autocast_does_not_touch_the_mathematics(name):
     torch.testing.assert_close(pooled, head(x))
 
 
-@pytest.mark.parametrize('name', HEADS)
+@pytest.mark.parametrize('name', HEADS, ids=str)
 @pytest.mark.parametrize('case', ['random', 'constant', 'zero', 'tiny', 'huge'])
 def test_fit_is_finite_and_repeatable(name, case):
     def fit():
         torch.manual_seed(0)
-        head = create_head(name, CHANNELS)
+        head = create_head(name[0], CHANNELS, **name[1])
         head.fit(ListStream([INPUTS[case](descriptors(1, batch=20))]))
         return head
 
@@ -141,16 +151,16 @@ def test_fit_is_finite_and_repeatable(name, case):
         assert torch.equal(value, second[key]), key
 
 
-@pytest.mark.parametrize('name', HEADS)
+@pytest.mark.parametrize('name', HEADS, ids=str)
 def test_state_dict_is_the_head(name):
     head = fitted(name)
     torch.manual_seed(1)
-    other = create_head(name, CHANNELS)
+    other = create_head(name[0], CHANNELS, **name[1])
     other.load_state_dict(head.state_dict(), strict=True)
     assert torch.equal(other(descriptors()), head(descriptors()))
 
 
-@pytest.mark.parametrize('name', HEADS)
+@pytest.mark.parametrize('name', HEADS, ids=str)
 def test_project_keeps_a_feasible_head(name):
     head = fitted(name)
     before = {key: value.clone() for key, value in head.state_dict().items()}
@@ -159,16 +169,17 @@ def test_project_keeps_a_feasible_head(name):
         torch.testing.assert_close(value, before[key])
 
 
-@pytest.mark.parametrize('name', HEADS)
+@pytest.mark.parametrize('name', HEADS, ids=str)
 def test_equals_reference(name):
-    arguments = {
+    defaults = {
         key: parameter.default
-        for key, parameter in inspect.signature(get_head(name)).parameters.items()
+        for key, parameter in inspect.signature(get_head(name[0])).parameters.items()
         if key != 'in_features'
     }
+    arguments = defaults | name[1]
     head = fitted(name, torch.float64)
     x = descriptors().double()
-    expected = torch.from_numpy(reference(name).pool(numpy_state(head), x.numpy(), arguments))
+    expected = torch.from_numpy(reference(name[0]).pool(numpy_state(head), x.numpy(), arguments))
     # The floor of the signed square root shows in entries that are near zero.
     torch.testing.assert_close(head(x), expected, rtol=1e-3, atol=1e-4)
 

@@ -8,6 +8,7 @@ import os
 import random
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import distributed_checks
@@ -142,7 +143,7 @@ MEMORY = {
     'stages': {
         'warm': {'train': 'head', 'epochs': 4, 'opt': 'sgd', 'lr': 1.0, 'head_loss': 0.1,
                  'sched': 'plateau', 'patience_epochs': 0, 'decay_rate': 0.1, 'clip_grad': 1.0},
-        'tune': {'train': 'all', 'epochs': 3, 'lr': 0.001, 'head_lr_scale': 2.0,
+        'tune': {'train': 'all', 'epochs': 4, 'lr': 0.001, 'head_lr_scale': 2.0,
                  'warmup_epochs': 1, 'weight_decay': 0.05},
     },
 }  # fmt: skip
@@ -179,8 +180,13 @@ def launched(launch, images, tmp_path_factory):
     options = {**TINY, 'data_dir': images, **MEMORY}
     runs = {name: folder / name for name in ('whole', 'first', 'second')}
     started = {name: launch(output=run, **options) for name, run in runs.items()}
-    kill_after(started['first'], runs['first'], 1)
-    kill_after(started['second'], runs['second'], 5)
+    with ThreadPoolExecutor() as threads:
+        killed = [
+            threads.submit(kill_after, started['first'], runs['first'], epochs=1),
+            threads.submit(kill_after, started['second'], runs['second'], epochs=5),
+        ]
+    for each in killed:
+        each.result()
     resumed = [launch(output=runs[name], resume=True, **options) for name in ('first', 'second')]
     for process in (started['whole'], *resumed):
         finish(process)
@@ -232,10 +238,10 @@ def stop(recipe, tmp_path, monkeypatch):
 
 def test_run_stopped_at_a_step_resumes_exactly(recipe, stop, few_images, tmp_path):
     """Before any checkpoint, in the first stage, in the first and in the last epoch of the second:
-    3 steps an epoch, 4 + 3 epochs."""
+    3 steps an epoch, 4 + 4 epochs."""
     options = {**MEMORY, 'data_dir': few_images, 'test_split': None, 'workers': 0, 'batch_size': 8}
     expected = recipe(output=tmp_path / 'expected', **options)
-    for step in (2, 8, 14, 21):
+    for step in (2, 8, 14, 24):
         steps = iter(range(1, 100))
         output = tmp_path / f'step-{step}'
         run = stop(
@@ -285,7 +291,7 @@ def test_finished_run_resumes_to_itself(recipe, few_images):
 
 # Cached features
 
-HEAD_ONLY = {'warm': {'train': 'head', 'epochs': 2, 'opt': 'momentum', 'lr': 0.1}}
+HEAD_ONLY = {'warm': {'train': 'head', 'epochs': 2, 'opt': 'momentum', 'lr': 0.001}}
 
 
 @pytest.mark.parametrize('head', HEADS)
@@ -296,14 +302,18 @@ def test_cache_does_not_change_the_result(recipe, images, tmp_path, head):
     assert len(list((tmp_path / 'cache').glob('*.npy'))) == 3
     plain = recipe(output=tmp_path / 'plain', cache_dir=tmp_path / 'none', cache=False, **options)
     assert not (tmp_path / 'none').exists()
-    torch.testing.assert_close(
-        read_weights(cached / 'last'), read_weights(plain / 'last'), atol=2e-3, rtol=1e-2
-    )
+    other = recipe(output=tmp_path / 'other', **options, train_split='test')
+
+    def distance(a, b):
+        a, b = read_weights(a / 'last'), read_weights(b / 'last')
+        return torch.stack([(a[name] - b[name]).abs().max() for name in a]).max().item()
+
+    # Steps of training make more of a difference in the last bit: hence relative to what is learnt.
+    assert distance(cached, plain) < 0.01 * distance(cached, other)
     for a, b in zip(read_log(cached), read_log(plain), strict=True):
-        assert a['train_loss'] == pytest.approx(b['train_loss'], rel=1e-3)
-    assert read_metrics(cached)['test']['loss'] == pytest.approx(
-        read_metrics(plain)['test']['loss'], rel=1e-3
-    )
+        assert a['train_loss'] == pytest.approx(b['train_loss'], rel=1e-4)
+        assert a['val_loss'] == pytest.approx(b['val_loss'], rel=1e-4)
+    assert read_metrics(cached)['test'] == pytest.approx(read_metrics(plain)['test'], rel=1e-4)
 
 
 def test_cache_is_used_again(recipe, few_images, tmp_path, monkeypatch):

@@ -56,9 +56,16 @@ def save_pretrained(
                 with open(Path(beside, name), 'rb') as file:
                     os.fsync(file.fileno())
                 if target.exists():
-                    os.link(target, kept)
+                    _link_or_copy(target, kept)
                     undo.callback(os.replace, kept, target)
                 else:
                     undo.callback(target.unlink, missing_ok=True)
                 os.replace(Path(beside, name), target)
             undo.pop_all()
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without hard links
+        shutil.copy2(source, target)

@@ -31,7 +31,7 @@ def power_l2(z: Tensor) -> Tensor:
     Source: Perronnin, Sanchez and Mensink, ECCV 2010, sections 3.1 and 3.2.
     """
     # The result does not depend on the scale of z, so taking it out as a constant leaves the
-    # gradient exact, and keeps 1e-12 as well as 1e12 within the range of float32.
+    # gradient as it is, and keeps 1e-12 as well as 1e12 within the range of float32.
     scale = z.detach().abs().amax(-1, keepdim=True)
     z = z / torch.where(scale > 0, scale, 1.0)
     z = z * torch.rsqrt(z.abs() + POWER_EPS)

@@ -237,7 +237,7 @@ class PooledModel(nn.Module):
         # be: the saved model must not need that place again.
         arguments = dict(arguments)
         if ':' in arguments.get('backbone', ''):
-            known = {'num_classes', *arguments}
+            known = {'num_classes', 'in_chans', 'img_size', 'drop_path_rate'}
             arguments['backbone'] = self.backbone.pretrained_cfg['architecture']
             arguments['backbone_kwargs'] = {
                 key: value for key, value in self.backbone._model_args.items() if key not in known
@@ -272,6 +272,11 @@ def create_model(
                 f"Neither the model nor the head '{head}' has an argument '{key}'."
                 f'{nearest(key, of_model | of_head)}'
             )
+    for key in of_model & of_head & set(arguments):
+        raise TypeError(
+            f"Both the model and the head '{head}' have an argument '{key}'. Create the model by "
+            f"timm.create_model('timm_fisher', ..., head_kwargs=dict({key}=...))."
+        )
     for_head = {key: arguments.pop(key) for key in of_head - of_model if key in arguments}
     head_kwargs = (arguments.pop('head_kwargs', None) or {}) | for_head
     return cast(

@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 from tqdm.auto import tqdm
 
+from timm_fisher.linalg import at_least_float32
+
 if TYPE_CHECKING:
     from timm_fisher.model import PooledModel
 
@@ -81,6 +83,7 @@ class DescriptorStream(ABC):
             # Seeded by the batch, not by the rank: the choice must not depend on who reads it.
             own = torch.Generator().manual_seed(hash((seed, images[positions[0]])) % 2**63)
             order = torch.rand(x.shape[:2], generator=own).argsort(1)[:, :each].to(x.device)
+            x = x.to(at_least_float32(x.dtype))
             rows, found = rows.to(x), found.to(x.device)
             where = torch.as_tensor(positions, device=x.device)
             rows[where, : order.shape[1]] = x.gather(1, order[..., None].expand(-1, -1, x.shape[2]))
@@ -102,9 +105,11 @@ class ListStream(DescriptorStream):
 
     def __init__(self, batches: Sequence[Tensor]) -> None:
         self._batches = [x[:, None] if x.ndim == 2 else x for x in batches]
-        if not self._batches or any(x.ndim != 3 for x in self._batches):
+        if not sum(map(len, self._batches)) or any(x.ndim != 3 for x in self._batches):
             shapes = [tuple(x.shape) for x in batches]
-            raise ValueError(f'ListStream takes tensors [B, N, C] or [M, C], got shapes {shapes}.')
+            raise ValueError(
+                f'ListStream takes descriptors [B, N, C] or [M, C], at least one; got {shapes}.'
+            )
         self.num_features = self._batches[0].shape[2]
 
     def __len__(self) -> int:
@@ -144,16 +149,13 @@ class ModelStream(DescriptorStream):
     def __init__(
         self, model: PooledModel, loader: DataLoader[Any], *, from_features: bool = False
     ) -> None:
-        dataset = getattr(loader, 'dataset', None)
-        if (
-            dataset is None
-            or isinstance(dataset, IterableDataset)
-            or not hasattr(dataset, '__len__')
-        ):
+        dataset: Any = getattr(loader, 'dataset', None)
+        if not isinstance(loader, DataLoader) or isinstance(dataset, IterableDataset):
             raise TypeError(
                 'fit reads the data set several times and by index: it needs a torch DataLoader '
                 f'over a map-style data set, got {type(loader).__name__} over '
-                f'{type(dataset).__name__}.'
+                f'{type(dataset).__name__}. timm.data.create_loader gives one with '
+                'use_prefetcher=False.'
             )
         if len(dataset) == 0:
             raise ValueError('fit needs at least one image; the data set of the loader is empty.')

@@ -170,10 +170,10 @@ def ista(dictionary: Tensor, sparsity: float) -> tuple[Tensor, Tensor, Tensor]:
 
     Returns:
         `W = 2t B^T` `[m, d]`, `S = I - 2t B^T B` `[m, m]` and the threshold `sparsity * t` `[]`,
-        for the step `t = 1 / (2 lambda_max(B^T B))`, which is held constant in the gradient.
+        for the step `t = 1 / (2 lambda_max(B^T B))`.
     """
     gram = dictionary.T @ dictionary
-    step = 0.5 / torch.linalg.eigvalsh(gram.detach())[-1]
+    step = 0.5 / torch.linalg.eigvalsh(gram)[-1]
     identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     return 2 * step * dictionary.T, identity - 2 * step * gram, sparsity * step
 
