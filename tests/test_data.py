@@ -98,6 +98,11 @@ def test_class_that_validation_lacks_keeps_the_labels(recipes, few):
     assert Counter(splits['val'].labels.tolist()) == {1: 2, 2: 2}
 
 
+def test_splits_that_are_the_same(recipe, few):
+    with pytest.raises(ValueError, match=r"'train' and 'val' hold the same images.*val_split null"):
+        recipe(data_dir=few, val_split='train', test_split=None)
+
+
 # A validation set carved from the training set
 
 

@@ -302,14 +302,15 @@ def test_cache_does_not_change_the_result(recipe, images, tmp_path, head):
     assert len(list((tmp_path / 'cache').glob('*.npy'))) == 3
     plain = recipe(output=tmp_path / 'plain', cache_dir=tmp_path / 'none', cache=False, **options)
     assert not (tmp_path / 'none').exists()
-    other = recipe(output=tmp_path / 'other', **options, train_split='test')
+    options['stages'] = {'warm': {**HEAD_ONLY['warm'], 'lr': 0.0}}
+    start = recipe(output=tmp_path / 'start', **options)
 
     def distance(a, b):
         a, b = read_weights(a / 'last'), read_weights(b / 'last')
         return torch.stack([(a[name] - b[name]).abs().max() for name in a]).max().item()
 
     # Steps of training make more of a difference in the last bit: hence relative to what is learnt.
-    assert distance(cached, plain) < 0.01 * distance(cached, other)
+    assert distance(cached, plain) < 0.01 * distance(cached, start)
     for a, b in zip(read_log(cached), read_log(plain), strict=True):
         assert a['train_loss'] == pytest.approx(b['train_loss'], rel=1e-4)
         assert a['val_loss'] == pytest.approx(b['val_loss'], rel=1e-4)
@@ -427,6 +428,25 @@ def test_head_lr_scale(step):
     assert max(change.norm() for change in backbone.values()) > 0
     for name, change in backbone.items():
         assert torch.equal(scaled[name], change), name
+
+
+@pytest.mark.parametrize(
+    ('train', 'trained'),
+    [
+        ('classifier', {'classifier'}),
+        ('head', {'classifier', 'head'}),
+        ('all', {'classifier', 'head', 'backbone'}),
+    ],
+)
+def test_stage_trains_what_it_says(step, train, trained):
+    options = {'head': 'sparse_fisher', 'head_kwargs': {'code_dim': 4}}
+    start = step(options, train=train, lr=0.0)
+    change = step(options, train=train, lr=0.1, start=start)
+    for part in ('classifier', 'head', 'backbone'):
+        moved = [tensor.any().item() for tensor in parameters_of(change, part).values()]
+        assert any(moved) == (part in trained), part
+    statistics = [tensor for name, tensor in change.items() if 'running_mean' in name]
+    assert not any(tensor.any() for tensor in statistics) or train == 'all'
 
 
 @pytest.mark.parametrize('accumulate', [1, 2])
