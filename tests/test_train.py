@@ -8,7 +8,6 @@ import os
 import random
 import signal
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import distributed_checks
@@ -174,22 +173,14 @@ def kill_after(process, run, epochs):
 
 @pytest.fixture(scope='module')
 def launched(launch, images, tmp_path_factory):
-    """Three runs through the launcher: one whole; one killed and resumed in the first stage, one
-    in the second."""
+    """A whole run through the launcher; and one killed in the second stage, and resumed."""
     folder = tmp_path_factory.mktemp('launched')
     options = {**TINY, 'data_dir': images, **MEMORY}
-    runs = {name: folder / name for name in ('whole', 'first', 'second')}
-    started = {name: launch(output=run, **options) for name, run in runs.items()}
-    with ThreadPoolExecutor() as threads:
-        killed = [
-            threads.submit(kill_after, started['first'], runs['first'], epochs=1),
-            threads.submit(kill_after, started['second'], runs['second'], epochs=5),
-        ]
-    for each in killed:
-        each.result()
-    resumed = [launch(output=runs[name], resume=True, **options) for name in ('first', 'second')]
-    for process in (started['whole'], *resumed):
-        finish(process)
+    runs = {name: folder / name for name in ('whole', 'killed')}
+    whole, killed = (launch(output=run, **options) for run in runs.values())
+    kill_after(killed, runs['killed'], epochs=5)
+    finish(launch(output=runs['killed'], resume=True, **options))
+    finish(whole)
     return runs
 
 
@@ -200,11 +191,19 @@ def test_run_through_the_launcher(launched, recipes, images):
         assert curve.width > 1000
 
 
-@pytest.mark.parametrize('stage', ['first', 'second'])
-def test_killed_run_resumes_exactly(launched, stage):
+def test_killed_run_resumes_exactly(launched):
     rates = [row['lr'] for row in read_log(launched['whole'])]
     assert min(rates[:4]) < rates[0], 'plateau never changed the rate: nothing to remember'
-    check_same_runs(launched[stage], launched['whole'])
+    check_same_runs(launched['killed'], launched['whole'])
+
+
+@pytest.mark.slow
+def test_run_killed_in_each_stage_resumes_exactly(launched, launch, images, tmp_path):
+    options = {**TINY, 'data_dir': images, **MEMORY, 'output': tmp_path / 'run'}
+    kill_after(launch(**options), tmp_path / 'run', epochs=1)
+    kill_after(launch(resume=True, **options), tmp_path / 'run', epochs=5)
+    finish(launch(resume=True, **options))
+    check_same_runs(tmp_path / 'run', launched['whole'])
 
 
 class Killed(BaseException):
