@@ -39,6 +39,7 @@ from tqdm.auto import tqdm
 
 import timm_fisher
 from timm_fisher import PooledModel
+from timm_fisher.model import check_backbone
 
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt
@@ -317,14 +318,15 @@ class Run:
         accelerator.save_state(str(partial))
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
+            lines = ''.join(json.dumps(each) + '\n' for each in self.history)
+            _write(self.output / 'log.jsonl', lines)
+            if last:
+                _plot(self.history, self.output / 'curve.png')
             _write(partial / 'progress.json', json.dumps(progress))
             os.replace(partial, final)
             for old in self.output.glob('checkpoint-*'):
                 if old != final:
                     shutil.rmtree(old)
-            lines = ''.join(json.dumps(each) + '\n' for each in self.history)
-            _write(self.output / 'log.jsonl', lines)
-            _plot(self.history, self.output / 'curve.png')
         accelerator.wait_for_everyone()
 
     def finish(self, split: str, result: dict[str, Any]) -> None:
@@ -421,6 +423,7 @@ def _cpu_count() -> int:
 
 def _create_model(config: Config, num_classes: int) -> PooledModel:
     fixed = False
+    check_backbone(config.backbone)
     if config.img_size is not None:
         with torch.device('meta'):
             twin = timm.create_model(config.backbone, num_classes=0, **config.backbone_kwargs)

@@ -424,3 +424,10 @@ def test_steps_of_timm_validate(tmp_path, arguments):
     if not arguments:
         assert tuple(config['mean']) == data['mean']
         assert torch.equal(logits, model(x))
+
+
+@pytest.mark.parametrize('mode', [torch.no_grad, torch.inference_mode])
+def test_creation_needs_no_gradient_mode(mode):
+    with mode():
+        model = timm_fisher.create_model('mobilenetv3_small_050', num_classes=3)
+    assert not any('conv_head' in name for name, _ in model.named_parameters())

@@ -182,13 +182,12 @@ def unused_parts(
         module.register_forward_pre_hook(lambda *_, name=name: ran.add(name))
         for name, module in backbone.named_modules()
     ]
+    trained = {name: p for name, p in backbone.named_parameters() if p.requires_grad}
     with torch.enable_grad():
-        features = descriptors.features(backbone, image)
+        total = descriptors.features(backbone, image).sum()
+        gradients = torch.autograd.grad(total, list(trained.values()), allow_unused=True)
     for hook in hooks:
         hook.remove()
-
-    trained = {name: p for name, p in backbone.named_parameters() if p.requires_grad}
-    gradients = torch.autograd.grad(features.sum(), list(trained.values()), allow_unused=True)
     dead = {name for name, grad in zip(trained, gradients, strict=True) if grad is None}
     idle: set[str] = set()
     for name, module in backbone.named_modules():  # a module comes before its children

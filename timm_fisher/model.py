@@ -87,7 +87,7 @@ class PooledModel(nn.Module):
         cache_dir: str | Path | None = None,
     ) -> None:
         super().__init__()
-        _check_backbone(backbone)
+        check_backbone(backbone)
         arguments: dict[str, Any] = dict(
             backbone_kwargs or {},
             num_classes=0,
@@ -97,7 +97,7 @@ class PooledModel(nn.Module):
         requested = {'in_chans': in_chans, 'img_size': img_size, 'drop_path_rate': drop_path_rate}
         arguments |= {key: value for key, value in requested.items() if value is not None}
 
-        with torch.device('meta'):
+        with torch.inference_mode(False), torch.device('meta'):
             twin = timm.create_model(backbone, **arguments).eval()
             if isinstance(twin, PooledModel):
                 raise ValueError(
@@ -105,10 +105,11 @@ class PooledModel(nn.Module):
                     f"timm.create_model('{backbone}', pretrained=True)."
                 )
             image = torch.empty(1, *timm.models.get_model_input_config(twin)['input_size'])
-        descriptors = find_descriptors(twin, image, stage=stage, class_token=class_token)
+            descriptors = find_descriptors(twin, image, stage=stage, class_token=class_token)
+            idle, dead = unused_parts(twin, descriptors, image)
 
         self.backbone = timm.create_model(backbone, pretrained=pretrained, **arguments)
-        remove_unused(self.backbone, *unused_parts(twin, descriptors, image))
+        remove_unused(self.backbone, idle, dead)
         self._always_frozen = [
             name for name, p in self.backbone.named_parameters() if not p.requires_grad
         ]
@@ -392,7 +393,8 @@ def _check_weights(
     return weights
 
 
-def _check_backbone(name: str) -> None:
+def check_backbone(name: str) -> None:
+    """Refuse a name that timm does not know, with the nearest ones (ValueError)."""
     source, architecture = timm.models.parse_model_name(name)
     architecture = timm.models.get_arch_name(architecture)
     if source is None and (not timm.is_model(architecture) or architecture == 'timm_fisher'):
