@@ -10,6 +10,7 @@ in runs/quickstart/digit.png.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -37,6 +38,7 @@ def main() -> None:
                 # What `accelerate launch` would otherwise say that it assumes.
                 *('--cpu', '--num_processes', '1', '--num_machines', '1'),
                 *('--mixed_precision', 'no', '--dynamo_backend', 'no'),
+                *('--num_cpu_threads_per_process', str(os.cpu_count())),
                 *(str(RECIPES / 'train.py'), '--config', str(RECIPES / 'configs/digits.yaml')),
                 *('--head', head, '--output', str(OUTPUT / head)),
             ],
