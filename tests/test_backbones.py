@@ -45,7 +45,7 @@ GRIDS = {
     'volo_d1_224': 14 * 14,  # a class token that num_prefix_tokens does not tell
     'coat_lite_tiny': 7 * 7,  # the same
     'pit_ti_distilled_224': 7 * 7,  # forward_features gives class tokens alone
-    'crossvit_9_240': 15 * 15,  # forward_features gives a list
+    'crossvit_9_240': 14 * 14,  # forward_features gives a list; the coarse branch is 224 px
     'coat_tiny': 7 * 7,
     'efficientvim_m1': 4 * 4,
     'gemma4_vit_570m_enc': 48 * 48,  # forward_intermediates cannot run on meta

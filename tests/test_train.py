@@ -255,7 +255,7 @@ def test_run_stopped_at_a_step_resumes_exactly(recipe, stop, few_images, tmp_pat
 
 @pytest.mark.parametrize('epoch', [1, 3])
 def test_run_stopped_while_it_saves(recipe, recipes, stop, few_images, tmp_path, epoch):
-    """With half a checkpoint, before the rename, before and after the log; epoch 3 is the last."""
+    """In the checkpoint, before the log, before the rename; epoch 3 ends a stage, with a curve."""
     options = {'data_dir': few_images, 'stages': TWO_STAGES, 'test_split': None}
     expected = recipe(output=tmp_path / 'expected', **options)
     name = f'checkpoint-{epoch:04d}'
@@ -267,8 +267,9 @@ def test_run_stopped_while_it_saves(recipe, recipes, stop, few_images, tmp_path,
             '_write',
             lambda path, text: path.name == 'log.jsonl' and text.count('\n') == epoch,
         ),
-        'curve': (recipes.train, '_plot', lambda history, path: len(history) == epoch),
     }
+    if epoch == 3:
+        moments['curve'] = (recipes.train, '_plot', lambda history, path: len(history) == 3)
     for moment, where in moments.items():
         run = stop(*where, output=tmp_path / moment, **options)
         check_same_runs(run, expected)

@@ -193,7 +193,9 @@ def unused_parts(
     for name, module in backbone.named_modules():  # a module comes before its children
         inside = {key for key, _ in module.named_parameters(prefix=name)}
         runs = any(other == name or other.startswith(f'{name}.') for other in ran)
-        if name and inside and inside <= dead and not runs:
+        # Code that never calls a list of modules may still loop over it: take out what is in it.
+        container = isinstance(module, nn.ModuleList | nn.ModuleDict | nn.Sequential)
+        if name and inside and inside <= dead and not runs and not container:
             idle.add(name)
             dead -= inside
     return idle, dead
