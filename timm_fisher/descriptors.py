@@ -11,6 +11,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -89,8 +91,9 @@ class Descriptors(nn.Module):
 
 def find_descriptors(
     backbone: Any, image: Tensor, *, stage: int = -1, class_token: str = 'drop'
-) -> Descriptors:
-    """Decide how to read a timm backbone.
+) -> tuple[Descriptors, set[str], set[str]]:
+    """Decide how to read a timm backbone, and what of it the descriptors do not depend on: what
+    sits behind the old pool, or behind an earlier `stage`.
 
     Args:
         backbone: a timm model without classifier, best built on `torch.device('meta')`, where
@@ -98,6 +101,11 @@ def find_descriptors(
         image: an input `[B, C, H, W]` on the same device.
         stage: -1 for the output, or an earlier stage, -2, -3, ...
         class_token: 'drop', 'keep' or 'append'; see `Descriptors`.
+
+    Returns:
+        The descriptors; names of the largest modules that hold parameters and never run; and names
+        of parameters elsewhere that no gradient reaches, such as those of a last layer's class
+        token.
 
     Raises:
         ValueError: no such stage or mode, or the backbone has no class token there.
@@ -112,10 +120,16 @@ def find_descriptors(
     if class_token not in CLASS_TOKEN_MODES:
         raise ValueError(f'{class_token=} is not one of {", ".join(CLASS_TOKEN_MODES)}.')
 
-    descriptors = _from_features(backbone, image, class_token) if stage == -1 else None
-    if descriptors is None:
-        descriptors = Descriptors(stage=stage, layout='NCHW', num_features=0, intermediate=True)
-        descriptors.num_features = descriptors.features(backbone, image).shape[1]
+    descriptors = None
+    with torch.enable_grad(), _record_calls(backbone) as ran:
+        if stage == -1:
+            features = backbone.forward_features(image)
+            descriptors = _from_features(backbone, features, image, class_token)
+        if descriptors is None:
+            ran.clear()
+            descriptors = Descriptors(stage=stage, layout='NCHW', num_features=0, intermediate=True)
+            features = descriptors.features(backbone, image)
+            descriptors.num_features = features.shape[1]
     if class_token != 'drop' and not descriptors.num_prefix_tokens:
         raise ValueError(
             f'{class_token=} needs tokens ahead of the grid, and {name} has none at {stage=}.'
@@ -125,12 +139,13 @@ def find_descriptors(
             f"class_token='append' needs a class token; the {descriptors.num_prefix_tokens} prefix "
             f"tokens of this {name} are registers. Use 'drop' or 'keep'."
         )
-    return descriptors
+    return descriptors, *_unused_parts(backbone, features, ran)
 
 
-def _from_features(backbone: Any, image: Tensor, class_token: str) -> Descriptors | None:
+def _from_features(
+    backbone: Any, features: Any, image: Tensor, class_token: str
+) -> Descriptors | None:
     """Rules 1 and 2, or None where they do not hold."""
-    features = backbone.forward_features(image)
     if not isinstance(features, Tensor):
         return None
     if features.ndim == 4:
@@ -162,33 +177,27 @@ def _has_class_token(backbone: Any) -> bool:
     return getattr(backbone, 'cls_token', None) is not None
 
 
-def unused_parts(
-    backbone: Any, descriptors: Descriptors, image: Tensor
-) -> tuple[set[str], set[str]]:
-    """What the descriptors do not depend on: what sits behind the old pool, or behind an earlier
-    `stage`.
-
-    Args:
-        backbone: best built on the meta device, where a forward pass and its graph cost nothing.
-        descriptors: how it is read.
-        image: an input `[B, C, H, W]` on the same device.
-
-    Returns:
-        Names of the largest modules that hold parameters and never run; and names of parameters
-        elsewhere that no gradient reaches, such as those of a last layer's class token.
-    """
+@contextmanager
+def _record_calls(backbone: Any) -> Iterator[set[str]]:
+    """Names of the modules that are called meanwhile."""
     ran: set[str] = set()
     hooks = [
         module.register_forward_pre_hook(lambda *_, name=name: ran.add(name))
         for name, module in backbone.named_modules()
     ]
-    trained = {name: p for name, p in backbone.named_parameters() if p.requires_grad}
-    with torch.enable_grad():
-        total = descriptors.features(backbone, image).sum()
-        gradients = torch.autograd.grad(total, list(trained.values()), allow_unused=True)
-    for hook in hooks:
-        hook.remove()
-    dead = {name for name, grad in zip(trained, gradients, strict=True) if grad is None}
+    try:
+        yield ran
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _unused_parts(backbone: Any, features: Tensor, ran: set[str]) -> tuple[set[str], set[str]]:
+    """Idle modules and dead parameters, see `find_descriptors`."""
+    reached = _leaves(features)
+    dead = {
+        name for name, p in backbone.named_parameters() if p.requires_grad and id(p) not in reached
+    }
     idle: set[str] = set()
     for name, module in backbone.named_modules():  # a module comes before its children
         inside = {key for key, _ in module.named_parameters(prefix=name)}
@@ -201,8 +210,23 @@ def unused_parts(
     return idle, dead
 
 
+def _leaves(tensor: Tensor) -> set[int]:
+    """Ids of the parameters in the autograd graph of a tensor; cheaper than a backward pass."""
+    found: set[int] = set()
+    seen, todo = set(), [tensor.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, 'variable'):  # the end of a branch, torch's AccumulateGrad
+            found.add(id(node.variable))
+        todo += [following for following, _ in node.next_functions]
+    return found
+
+
 def remove_unused(backbone: Any, idle: set[str], dead: set[str]) -> None:
-    """Take what `unused_parts` found out of a backbone, in place.
+    """Take what `find_descriptors` found unused out of a backbone, in place.
 
     Idle modules become `nn.Identity`, so that they reach neither optimizer nor checkpoint; dead
     parameters of modules that run are frozen, for DDP stops on those without a gradient.

@@ -22,7 +22,6 @@ from timm_fisher.descriptors import (
     Descriptors,
     find_descriptors,
     remove_unused,
-    unused_parts,
 )
 from timm_fisher.head import PoolingHead
 from timm_fisher.registry import check_arguments, create_head, get_head, nearest
@@ -105,8 +104,9 @@ class PooledModel(nn.Module):
                     f"timm.create_model('{backbone}', pretrained=True)."
                 )
             image = torch.empty(1, *timm.models.get_model_input_config(twin)['input_size'])
-            descriptors = find_descriptors(twin, image, stage=stage, class_token=class_token)
-            idle, dead = unused_parts(twin, descriptors, image)
+            descriptors, idle, dead = find_descriptors(
+                twin, image, stage=stage, class_token=class_token
+            )
 
         self.backbone = timm.create_model(backbone, pretrained=pretrained, **arguments)
         remove_unused(self.backbone, idle, dead)
