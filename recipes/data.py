@@ -308,8 +308,9 @@ def _allocate(path: Path, shape: tuple[int, ...]) -> None:
     np.lib.format.open_memmap(path, mode='w+', dtype=np.float32, shape=shape).flush()
     size = path.stat().st_size
     try:
-        with open(path, 'r+b') as file:
-            os.posix_fallocate(file.fileno(), 0, size)
+        if hasattr(os, 'posix_fallocate'):  # which macOS lacks
+            with open(path, 'r+b') as file:
+                os.posix_fallocate(file.fileno(), 0, size)
     except OSError as error:
         path.unlink()
         raise OSError(
