@@ -63,18 +63,22 @@ def try_backbone(name: str) -> str:
         logits = model.forward_head(features)
     if logits.shape != (1, 7):
         raise ValueError(f'logits of shape {tuple(logits.shape)}')
+    info = model.backbone.feature_info[-1]
+    channels = info['num_chs'] if model.descriptors.intermediate else model.backbone.num_features
+    if model.num_features != channels:
+        raise ValueError(f'{model.num_features} channels, not {channels}')
+    strides = to_2tuple(info['reduction'])
+    sides = [size / stride for size, stride in zip(image.shape[2:], strides, strict=True)]
+    if name.startswith('mobilenetv5'):  # fuses its last stages at the grid of the one before
+        sides = [2 * side for side in sides]
     if model.descriptors.layout == 'NLC':
-        strides = to_2tuple(model.backbone.feature_info[-1]['reduction'])
-        sides = [size / stride for size, stride in zip(image.shape[2:], strides, strict=True)]
-        grids = {math.prod(map(rounded, sides)) for rounded in (math.floor, math.ceil)}
-    elif model.descriptors.layout == 'NHWC':
-        grids = {features.shape[1] * features.shape[2]}
+        right = number in {math.prod(map(rounded, sides)) for rounded in (math.floor, math.ceil)}
     else:
-        grids = {features.shape[2] * features.shape[3]}
-    if not model.descriptors.intermediate and model.num_features != model.backbone.num_features:
-        raise ValueError(f'{model.num_features} channels, not {model.backbone.num_features}')
-    if number not in grids:
-        raise ValueError(f'{number} descriptors, but the grid has {sorted(grids)}')
+        grid = features.shape[1:3] if model.descriptors.layout == 'NHWC' else features.shape[2:]
+        # Convolutions without padding, as Inception's, cost up to two rows.
+        right = all(side - 2 < n < side + 1 for side, n in zip(sides, grid, strict=True))
+    if not right:
+        raise ValueError(f'{number} descriptors, but the grid is {sides}')
     rule = 'forward_intermediates' if model.descriptors.intermediate else 'forward_features'
     prefix = ', prefix tokens dropped' if model.descriptors.num_prefix_tokens else ''
     return f'`{rule}` | {model.descriptors.layout}{prefix}'
