@@ -69,8 +69,8 @@ def try_backbone(name: str) -> str:
         raise ValueError(f'{model.num_features} channels, not {channels}')
     strides = to_2tuple(info['reduction'])
     sides = [size / stride for size, stride in zip(image.shape[2:], strides, strict=True)]
-    if name.startswith('mobilenetv5'):  # fuses its last stages at the grid of the one before
-        sides = [2 * side for side in sides]
+    if name.startswith('mobilenetv5'):  # fuses its last stages on a grid of always the same size
+        sides = [16.0, 16.0]
     if model.descriptors.layout == 'NLC':
         right = number in {math.prod(map(rounded, sides)) for rounded in (math.floor, math.ceil)}
     else:
