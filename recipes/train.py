@@ -39,7 +39,6 @@ from tqdm.auto import tqdm
 
 import timm_fisher
 from timm_fisher import PooledModel
-from timm_fisher.model import check_backbone
 
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt
@@ -150,8 +149,7 @@ class Run:
         number = list(config.stages).index(name)
         set_seed(config.seed + 1000 * (number + 1), device_specific=True)
         model.requires_grad_(True)
-        if stage.train != 'all':
-            model.backbone.requires_grad_(False)
+        model.freeze_backbone(stage.train != 'all')
         if stage.train == 'classifier':
             model.head.requires_grad_(False)
         module = self._module(datasets['train'])
@@ -422,12 +420,6 @@ def _cpu_count() -> int:
 
 
 def _create_model(config: Config, num_classes: int) -> PooledModel:
-    fixed = False
-    check_backbone(config.backbone)
-    if config.img_size is not None:
-        with torch.device('meta'):
-            twin = timm.create_model(config.backbone, num_classes=0, **config.backbone_kwargs)
-        fixed = timm.models.get_model_input_config(twin)['fixed_input_size']
     return timm_fisher.create_model(
         config.backbone,
         config.head,
@@ -435,7 +427,7 @@ def _create_model(config: Config, num_classes: int) -> PooledModel:
         num_classes=num_classes,
         head_kwargs=config.head_kwargs,
         backbone_kwargs=config.backbone_kwargs,
-        img_size=config.img_size if fixed else None,
+        img_size=config.img_size,
         drop_rate=config.drop_rate,
         stage=config.backbone_stage,
         class_token=config.class_token,

@@ -106,13 +106,51 @@ def test_colour_model_for_grey_images(tmp_path):
     torch.testing.assert_close(loaded(x), model(x.expand(-1, 3, -1, -1)), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize('save', SAVE)
-def test_channels_last(tmp_path, save):
+def test_channels_last(tmp_path):
     model, x = create().to(memory_format=torch.channels_last), images()
-    SAVE[save](model, tmp_path)
+    timm_fisher.save_pretrained(model, tmp_path)
     torch.testing.assert_close(load(tmp_path)(x), model(x))
     weight = model.backbone.conv1[0].weight
     assert weight.is_contiguous(memory_format=torch.channels_last), 'saving changed the model'
+
+
+@pytest.mark.parametrize('save', SAVE)
+def test_model_that_no_factory_made(tmp_path, save):
+    model = timm_fisher.PooledModel('test_resnet', 'sparse_fisher', head_kwargs={'code_dim': 3})
+    SAVE[save](model.eval(), tmp_path)
+    x = images()
+    assert torch.equal(load(tmp_path)(x), model(x))
+
+
+@pytest.mark.parametrize('save', SAVE)
+@pytest.mark.parametrize('backbone', ['test_vit3', 'test_vit', 'test_resnet'])
+def test_another_input_size(tmp_path, save, backbone):
+    """Position embeddings are resampled, as timm does for a model of its own."""
+    model = timm_fisher.create_model(backbone, 'avg', num_classes=3).eval()
+    SAVE[save](model, tmp_path / 'first')
+    x = torch.randn(2, 3, 224, 224)
+    larger = load(tmp_path / 'first', img_size=224)
+    assert timm.data.resolve_model_data_config(larger)['input_size'] == (3, 224, 224)
+    plain = timm.create_model(backbone, num_classes=0).eval()
+    plain.load_state_dict(model.backbone.state_dict(), strict=False)  # it has its own pool
+    if backbone == 'test_vit3':  # the others take any size
+        with pytest.raises(AssertionError):
+            model(x)
+        plain.set_input_size(224)
+    torch.testing.assert_close(larger.forward_features(x), plain.forward_features(x))
+
+    SAVE[save](larger, tmp_path / 'second')
+    again = load(tmp_path / 'second')
+    assert torch.equal(again(x), larger(x))
+    assert timm.data.resolve_model_data_config(again)['input_size'] == (3, 224, 224)
+    assert torch.equal(load(tmp_path / 'second', img_size=224)(x), larger(x))
+
+
+def test_another_input_size_that_the_backbone_refuses():
+    with torch.device('meta'):
+        model = timm_fisher.PooledModel('levit_128s', num_classes=3)
+    with pytest.raises(ValueError, match=r'built for images \(3, 224, 224\).*img_size=256'):
+        model.set_input_size(256)
 
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float64])

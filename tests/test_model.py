@@ -11,8 +11,10 @@ from PIL import Image
 from timm.data import create_transform, resolve_input_data_config
 from timm.models import get_model_input_config, resolve_model_input_args, save_for_hf
 from timm.optim import create_optimizer_v2
+from timm.utils import ModelEmaV2, ModelEmaV3
 
 import timm_fisher
+from timm_fisher import PooledModel
 
 BACKBONES = ['test_resnet', 'test_efficientnet', 'test_convnext', 'test_vit']
 
@@ -98,9 +100,22 @@ def test_print_shows_parts_in_order_of_use():
 
 
 def test_copies_are_equal():
-    """timm's moving average of weights takes a deep copy."""
     model, x = create(head='sparse_fisher', code_dim=4), images()
     assert torch.equal(copy.deepcopy(model)(x), model(x))
+
+
+@pytest.mark.parametrize('average', [ModelEmaV2, ModelEmaV3])
+@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
+def test_timms_moving_average_of_weights(average, memory_format):
+    model = create(head='sparse_fisher', code_dim=4).to(memory_format=memory_format)
+    moving = average(model, decay=0.5)
+    before = {name: value.clone() for name, value in moving.module.named_parameters()}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 1
+    moving.update(model)
+    for name, value in moving.module.named_parameters():
+        torch.testing.assert_close(value, before[name] + 0.5)
 
 
 # Classifier
@@ -139,7 +154,7 @@ def test_reset_classifier_refuses_another_pool():
 # Training
 
 
-@pytest.mark.parametrize('backbone', ['test_resnet', 'test_vit'])
+@pytest.mark.parametrize('backbone', ['test_resnet', 'test_vit', 'test_vit3'])
 def test_gradient_checkpointing_changes_no_gradient(backbone):
     def gradients(model):
         model.zero_grad()
@@ -180,10 +195,19 @@ def test_layer_decay_has_head_and_classifier_last(backbone):
     assert len(of_backbone) > 2
 
 
+@pytest.mark.parametrize('backbone', ['test_resnet', 'test_vit', 'test_vit3'])
+@pytest.mark.parametrize('img_size', [96, (96, 64)])
+def test_img_size(backbone, img_size):
+    """Whether the backbone fixes its input size or not."""
+    model = create(backbone, img_size=img_size)
+    height, width = (96, 96) if img_size == 96 else img_size
+    assert resolve_input_data_config(model)['input_size'] == (3, height, width)
+    assert model(torch.randn(2, 3, height, width)).shape == (2, 5)
+
+
 def test_frozen_backbone_stays_in_eval_mode():
-    model = create(head='sparse_fisher', drop_rate=0.5)
-    model.backbone.requires_grad_(False)
-    model.train()
+    model = create(head='sparse_fisher', drop_rate=0.5).train()
+    model.freeze_backbone()
     before = {name: value.clone() for name, value in model.backbone.state_dict().items()}
     model(images())
     assert model.training
@@ -193,11 +217,19 @@ def test_frozen_backbone_stays_in_eval_mode():
     for name, value in model.backbone.state_dict().items():
         assert torch.equal(value, before[name]), name
 
-    model.backbone.requires_grad_(True)
-    model.train()
+    model.freeze_backbone(False)
     model(images())
     assert model.backbone.training
     assert not torch.equal(model.backbone.bn1.running_mean, before['bn1.running_mean'])
+
+
+def test_thawed_backbone_keeps_its_dead_parameters_frozen():
+    with torch.device('meta'):
+        model = PooledModel('crossvit_9_240', num_classes=2)
+    expected = {name for name, p in model.named_parameters() if p.requires_grad}
+    model.freeze_backbone().freeze_backbone(False)
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == expected
+    assert len(expected) < len(list(model.parameters()))
 
 
 def test_partly_frozen_backbone_trains():
@@ -270,6 +302,7 @@ def test_class_token(class_token, expected):
         ('test_vit', {'class_token': 'pool'}, 'not one of drop, keep, append'),
         ('test_resnet', {'stage': 0}, r'stage=0 does not exist in ResNet.*-2 \.\.\. -5'),
         ('test_resnet', {'stage': -6}, 'stage=-6 does not exist in ResNet'),
+        ('gemma4_vit_570m_enc', {'stage': -2}, r'cannot be read at stage=-2.*meta'),
         ('test_resnt', {}, "Unknown backbone 'test_resnt'. Did you mean .*'test_resnet'"),
         ('timm_fisher', {}, "Unknown backbone 'timm_fisher'"),
         ('test_resnet', {'head': 'agv'}, "Unknown head 'agv'. Did you mean 'avg'"),

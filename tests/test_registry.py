@@ -146,6 +146,11 @@ def test_unknown_head():
         timm_fisher.get_head('zzz')
 
 
+def test_head_that_is_no_name():
+    with pytest.raises(TypeError, match=r"by its name, one of \['avg'.*not by \[\{"):
+        timm_fisher.get_head([{'name': 'avg'}])
+
+
 def test_a_config_cannot_name_a_module():
     with pytest.raises(ValueError, match='Unknown head'):
         timm_fisher.get_head('timm_fisher.heads.avg:Average')

@@ -128,7 +128,10 @@ def find_descriptors(
         if descriptors is None:
             ran.clear()
             descriptors = Descriptors(stage=stage, layout='NCHW', num_features=0, intermediate=True)
-            features = descriptors.features(backbone, image)
+            try:
+                features = descriptors.features(backbone, image)
+            except (RuntimeError, AttributeError) as error:
+                raise ValueError(f'{name} cannot be read at {stage=}: {error}') from error
             descriptors.num_features = features.shape[1]
     if class_token != 'drop' and not descriptors.num_prefix_tokens:
         raise ValueError(

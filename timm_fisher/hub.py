@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import timm
+from torch import Tensor, nn
 
 from timm_fisher.model import PooledModel
 
@@ -44,7 +45,10 @@ def save_pretrained(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     config = {} if label_names is None else {'label_names': list(label_names)}
-    with tempfile.TemporaryDirectory(dir=folder, prefix='.saving-') as beside:
+    # For the time of saving only: timm's EMA writes into the tensors of a state dict.
+    hook = model.register_state_dict_post_hook
+    contiguous = hook(_make_contiguous)  # type: ignore[no-untyped-call]
+    with contiguous, tempfile.TemporaryDirectory(dir=folder, prefix='.saving-') as beside:
         timm.models.save_for_hf(
             model, beside, model_config=config, safe_serialization=True, data_config=data_config
         )
@@ -69,3 +73,12 @@ def _link_or_copy(source: Path, target: Path) -> None:
         os.link(source, target)
     except OSError:  # a file system without hard links
         shutil.copy2(source, target)
+
+
+def _make_contiguous(
+    module: nn.Module, state: dict[str, Tensor], prefix: str, metadata: dict[str, Any]
+) -> None:
+    """safetensors refuses other memory formats, such as that of a channels-last model."""
+    for key in state:
+        if key.startswith(prefix):
+            state[key] = state[key].contiguous()

@@ -10,6 +10,7 @@ from typing import Any, cast
 import timm
 import torch
 from safetensors import SafetensorError
+from timm.layers.helpers import to_2tuple
 from timm.models import (
     group_parameters,
     load_pretrained,
@@ -38,8 +39,8 @@ class PooledModel(nn.Module):
 
     Speaks timm's language, so that timm's own scripts take it. Parts of the backbone that the
     descriptors do not depend on (an old pre-classifier, the stages behind an earlier `stage`) are
-    taken out. While the whole backbone is frozen (`model.backbone.requires_grad_(False)`) it stays
-    in eval mode under `model.train()`.
+    taken out. While the whole backbone is frozen (`freeze_backbone`) it stays in eval mode under
+    `model.train()`.
 
     Args:
         backbone: any name that `timm.create_model` takes, `hf-hub:` and `local-dir:` included.
@@ -48,7 +49,7 @@ class PooledModel(nn.Module):
         backbone_kwargs: further arguments of the backbone, as `timm.create_model` takes them.
         num_classes: outputs of the classifier; 0 gives embeddings.
         in_chans: channels of the image; None for the backbone's own.
-        img_size: input size of a backbone that fixes one; None for the backbone's own.
+        img_size: input size, side or (height, width); None for the backbone's own.
         drop_rate: dropout between head and classifier.
         drop_path_rate: stochastic depth of the backbone.
         stage: -1 pools the backbone's output; -2, -3, ... an earlier stage of its `feature_info`.
@@ -93,7 +94,7 @@ class PooledModel(nn.Module):
             cache_dir=cache_dir,
             pretrained_cfg_overlay=pretrained_cfg_overlay,
         )
-        requested = {'in_chans': in_chans, 'img_size': img_size, 'drop_path_rate': drop_path_rate}
+        requested = {'in_chans': in_chans, 'drop_path_rate': drop_path_rate}
         arguments |= {key: value for key, value in requested.items() if value is not None}
 
         with torch.inference_mode(False), torch.device('meta'):
@@ -103,7 +104,12 @@ class PooledModel(nn.Module):
                     f"'{backbone}' is a whole timm_fisher model, not a backbone. Load it by "
                     f"timm.create_model('{backbone}', pretrained=True)."
                 )
-            image = torch.empty(1, *timm.models.get_model_input_config(twin)['input_size'])
+            shape = timm.models.get_model_input_config(twin)
+            if img_size is not None and shape['fixed_input_size']:
+                arguments['img_size'] = img_size
+                twin = timm.create_model(backbone, **arguments).eval()
+            input_size = shape['input_size'][:1] + to_2tuple(img_size or shape['input_size'][1:])
+            image = torch.empty(1, *input_size)
             descriptors, idle, dead = find_descriptors(
                 twin, image, stage=stage, class_token=class_token
             )
@@ -117,15 +123,25 @@ class PooledModel(nn.Module):
         self.head = create_head(head, descriptors.num_features, **(head_kwargs or {}))
         self.head_drop = nn.Dropout(drop_rate)
 
-        self.in_chans = image.shape[1]
+        self.in_chans = input_size[0]
         self.num_features = descriptors.num_features
         self.head_hidden_size = self.head.out_features
         if class_token == 'append':
             self.head_hidden_size += self.num_features
         self.num_classes = num_classes
         self.classifier = _create_classifier(self.head_hidden_size, num_classes)
-        self.pretrained_cfg = _wrap_cfg(self.backbone, num_classes)
-        self.register_state_dict_post_hook(_make_contiguous)  # type: ignore[no-untyped-call]
+        self.pretrained_cfg = _wrap_cfg(self.backbone, input_size, num_classes)
+        # What timm needs to build this model again; its factory records the rest.
+        recorded: dict[str, Any] = {
+            'backbone': backbone,
+            'head': head,
+            'head_kwargs': head_kwargs,
+            'backbone_kwargs': backbone_kwargs,
+            'img_size': img_size,
+            'stage': stage,
+            'class_token': class_token,
+        }
+        self._model_args = {key: value for key, value in recorded.items() if value is not None}
 
     @property
     def default_cfg(self) -> dict[str, Any]:
@@ -203,9 +219,35 @@ class PooledModel(nn.Module):
             self.backbone.get_parameter(name).requires_grad_(False)
         return self
 
+    def freeze_backbone(self, frozen: bool = True) -> PooledModel:
+        """Freeze the backbone, which then stays in eval mode, or train it again."""
+        self.backbone.requires_grad_(not frozen)
+        for name in self._always_frozen:
+            self.backbone.get_parameter(name).requires_grad_(False)
+        return self.train(self.training)
+
     def project_(self) -> None:
         """Bring the head back to its feasible set; call it after each optimizer step."""
         self.head.project_()
+
+    def set_input_size(self, img_size: int | tuple[int, int]) -> None:
+        """Take images of another size; a backbone that fixes one resamples its position embedding.
+
+        Args:
+            img_size: side or (height, width) of the image.
+
+        Raises:
+            ValueError: the backbone can neither take another size nor resample.
+        """
+        if timm.models.get_model_input_config(self.backbone)['fixed_input_size']:
+            if not hasattr(self.backbone, 'set_input_size'):
+                raise ValueError(
+                    f'{type(self.backbone).__name__} was built for images '
+                    f'{self.pretrained_cfg["input_size"]} and cannot change to {img_size=}.'
+                )
+            self.backbone.set_input_size(img_size)
+        self.pretrained_cfg['input_size'] = (self.in_chans, *to_2tuple(img_size))
+        self._model_args = {**self._model_args, 'img_size': img_size}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Trade the backbone's activations for a second forward pass."""
@@ -318,6 +360,12 @@ def timm_fisher(
         saved = resolve_pretrained_cfg('timm_fisher', pretrained_cfg, pretrained_cfg_overlay)
         if not saved.has_weights and not saved.state_dict:
             saved = None
+    # Saved weights are loaded at their own input size; then the backbone resamples its positions.
+    saved_size = (pretrained_model_args or {}).get('img_size')
+    size = arguments.get('img_size') or saved_size
+    resize = pretrained and saved is not None and size != saved_size
+    if resize:
+        arguments['img_size'] = saved_size
     model = PooledModel(
         **arguments,
         pretrained=pretrained and saved is None,
@@ -328,6 +376,8 @@ def timm_fisher(
         model.pretrained_cfg = saved.to_dict()  # type: ignore[no-untyped-call]
         if pretrained:
             _load_saved(model, cache_dir)
+        if resize and size is not None:
+            model.set_input_size(size)
     return model
 
 
@@ -409,7 +459,7 @@ def _create_classifier(in_features: int, num_classes: int) -> nn.Module:
     return nn.Linear(in_features, num_classes) if num_classes > 0 else nn.Identity()
 
 
-def _wrap_cfg(backbone: Any, num_classes: int) -> dict[str, Any]:
+def _wrap_cfg(backbone: Any, input_size: tuple[int, ...], num_classes: int) -> dict[str, Any]:
     """The backbone's image configuration, with module names as seen from the wrapped model."""
     cfg = backbone.pretrained_cfg
     stem = cfg.get('first_conv')
@@ -418,17 +468,8 @@ def _wrap_cfg(backbone: Any, num_classes: int) -> dict[str, Any]:
         stem = names[0] if isinstance(stem, str) else names
     return {key: cfg[key] for key in _DATA_KEYS if key in cfg} | {
         'architecture': 'timm_fisher',
-        'input_size': timm.models.get_model_input_config(backbone)['input_size'],
+        'input_size': input_size,
         'num_classes': num_classes,
         'first_conv': stem,
         'classifier': 'classifier',
     }
-
-
-def _make_contiguous(
-    module: nn.Module, state: dict[str, Tensor], prefix: str, metadata: dict[str, Any]
-) -> None:
-    """safetensors refuses other memory formats, such as that of a channels-last model."""
-    for key in state:
-        if key.startswith(prefix):
-            state[key] = state[key].contiguous()

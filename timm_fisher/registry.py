@@ -33,6 +33,8 @@ def get_head(name: str) -> type[PoolingHead]:
         ImportError: the head's distribution is installed but broken.
         TypeError: the entry point is not a subclass of `PoolingHead`.
     """
+    if not isinstance(name, str):
+        raise TypeError(f'A head is given by its name, one of {list_heads()}, not by {name!r}.')
     found = list(entry_points(group=GROUP, name=name))
     if not found:
         names = list_heads()

@@ -15,6 +15,8 @@ Where the paper is silent, and what is done here:
   scales the reduction by one number, such that the mean squared length of y is 1.
 - Eq. 1 alone can be lowered without end by longer atoms and shorter codes. `project_` keeps each
   atom within the unit ball, the usual constraint of dictionary learning.
+- Eq. 1 is least, zero, where the reduction gives zero. So its y is held fixed: the own loss trains
+  dictionary and LISTA, the cross-entropy alone trains the reduction.
 
 Paper: "Deep sparse coding Fisher vector"; sections and equations are numbered as there.
 """
@@ -49,7 +51,7 @@ class SparseFisher(PoolingHead):
     Output: `[B, d * m]`, row-major in (d, m).
 
     Raises:
-        ValueError: a size below 1, negative iterations or a penalty that is not positive.
+        ValueError: a size or a number of iterations below 1, or a penalty that is not positive.
     """
 
     def __init__(
@@ -65,9 +67,9 @@ class SparseFisher(PoolingHead):
     ) -> None:
         super().__init__()
         d = in_features if reduce_dim is None else min(reduce_dim, in_features)
-        if d < 1 or code_dim < 1 or iterations < 0 or not sparsity > 0:
+        if d < 1 or code_dim < 1 or iterations < 1 or not sparsity > 0:
             raise ValueError(
-                f'sparse_fisher needs reduce_dim >= 1, code_dim >= 1, iterations >= 0 and '
+                f'sparse_fisher needs reduce_dim >= 1, code_dim >= 1, iterations >= 1 and '
                 f'sparsity > 0, got {reduce_dim=}, {code_dim=}, {iterations=}, {sparsity=}.'
             )
         self.in_features = in_features
@@ -89,19 +91,20 @@ class SparseFisher(PoolingHead):
 
     def forward(self, x: Tensor) -> Tensor:
         with without_autocast(x):
-            code, residual = self._sparse_code(x.to(at_least_float32(x.dtype)))
-            return self._pool(code, residual).to(x.dtype)
+            return self._pool(*self._sparse_code(self._reduce(x))).to(x.dtype)
 
     def forward_with_loss(self, x: Tensor) -> tuple[Tensor, Tensor]:
         with without_autocast(x):
-            code, residual = self._sparse_code(x.to(at_least_float32(x.dtype)))
+            y = self._reduce(x)
+            pooled = self._pool(*self._sparse_code(y)).to(x.dtype)
+            code, residual = self._sparse_code(y.detach())
             loss = residual.square().sum(-1).mean() + self.sparsity * code.abs().sum(-1).mean()
-            return self._pool(code, residual).to(x.dtype), loss
+            return pooled, loss
 
     def sparse_code(self, x: Tensor) -> Tensor:
         """Sparse codes `[B, N, m]` of descriptors `[B, N, C]`, float32 or better."""
         with without_autocast(x):
-            return self._sparse_code(x.to(at_least_float32(x.dtype)))[0]
+            return self._sparse_code(self._reduce(x))[0]
 
     @torch.no_grad()
     def fit(self, stream: DescriptorStream) -> None:
@@ -129,15 +132,19 @@ class SparseFisher(PoolingHead):
             f'sparsity={self.sparsity}, tied={self.tied}, normalize={self.normalize}'
         )
 
-    def _sparse_code(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Codes `[B, N, m]` and residuals `[B, N, d]` of descriptors `[B, N, C]`."""
-        dictionary = self.dictionary.to(x.dtype)
+    def _reduce(self, x: Tensor) -> Tensor:
+        """y `[B, N, d]` of descriptors `[B, N, C]`, float32 or better."""
+        dtype = at_least_float32(x.dtype)
+        return F.linear(x.to(dtype), self.reduce.weight.to(dtype), self.reduce.bias.to(dtype))
+
+    def _sparse_code(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes `[B, N, m]` and residuals `[B, N, d]` of y."""
+        dictionary = self.dictionary.to(y.dtype)
         if self.tied:
             encoder, lateral, threshold = ista(dictionary, self.sparsity)
         else:
-            encoder, lateral = self.encoder.to(x.dtype), self.lateral.to(x.dtype)
-            threshold = self.log_threshold.to(x.dtype).exp()
-        y = F.linear(x, self.reduce.weight.to(x.dtype), self.reduce.bias.to(x.dtype))
+            encoder, threshold = self.encoder.to(y.dtype), self.log_threshold.to(y.dtype).exp()
+            lateral = self.lateral.to(y.dtype)
         drive = F.linear(y, encoder)
         code = soft_threshold(drive, threshold)
         for _ in range(self.iterations):
