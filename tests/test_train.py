@@ -15,7 +15,8 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from conftest import TINY, write_images
+import yaml
+from conftest import ROOT, TINY, write_images
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -287,6 +288,18 @@ def test_finished_run_resumes_to_itself(recipe, few_images):
     after = read_metrics(run), read_log(run), read_weights(run / 'model')
     assert before[:2] == after[:2]
     assert all(torch.equal(before[2][name], after[2][name]) for name in before[2])
+
+
+@pytest.mark.parametrize(
+    'config', sorted(ROOT.glob('recipes/configs/*.yaml')), ids=lambda path: path.stem
+)
+def test_config(recipe, few_images, config):
+    """Each configuration runs: here on a small backbone, one epoch a stage."""
+    stages = list(yaml.safe_load(config.read_text())['stages'])
+    options = {'data_dir': few_images, 'dataset': '', 'test_split': None, 'pretrained': False}
+    options |= {f'stages.{name}.epochs': 1 for name in stages}
+    run = recipe('--config', str(config), **options)
+    assert [row['stage'] for row in read_log(run)] == stages
 
 
 # Cached features
