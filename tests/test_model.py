@@ -161,7 +161,7 @@ def test_gradient_checkpointing_changes_no_gradient(backbone):
         model(images()).square().sum().backward()
         return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
-    model = create(backbone).train()
+    model = create(backbone, img_size=64).train()
     expected = gradients(model)
     model.set_grad_checkpointing()
     assert model.backbone.grad_checkpointing
