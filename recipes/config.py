@@ -35,6 +35,8 @@ class Stage:
         head_loss: weight of the head's own unsupervised loss, added to the cross-entropy.
         label_smoothing: of the cross-entropy.
         clip_grad: largest norm of the gradient; null for none.
+        freeze_bn: keep the statistics of the backbone's batch norms, as in evaluation, while all
+            else is trained.
     """
 
     train: Literal['classifier', 'head', 'all'] = 'all'
@@ -53,6 +55,7 @@ class Stage:
     head_loss: float = 0.0
     label_smoothing: float = 0.0
     clip_grad: float | None = None
+    freeze_bn: bool = False
 
 
 @dataclass

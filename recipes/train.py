@@ -33,6 +33,7 @@ from sklearn.metrics import accuracy_score, balanced_accuracy_score
 from timm.optim import create_optimizer_v2, param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -207,6 +208,10 @@ class Run:
         accelerator = self.accelerator
         parameters = [p for group in optimizer.param_groups for p in group['params']]
         module.train()
+        if stage.freeze_bn:
+            for layer in self.model.backbone.modules():
+                if isinstance(layer, _BatchNorm):
+                    layer.eval()
         updates = epoch * _updates_per_epoch(loader, self.config)
         loss_sum, count = 0.0, 0
         progress = tqdm(

@@ -462,6 +462,15 @@ def test_stage_trains_what_it_says(step, train, trained):
     assert not any(tensor.any() for tensor in statistics) or train == 'all'
 
 
+@pytest.mark.parametrize('freeze_bn', [False, True])
+def test_freeze_bn_keeps_the_statistics(step, freeze_bn):
+    start = step(train='head', lr=0.0)
+    change = step(train='all', lr=0.1, freeze_bn=freeze_bn, start=start)
+    statistics = [tensor for name, tensor in change.items() if 'running_' in name]
+    assert any(tensor.any() for tensor in statistics) != freeze_bn
+    assert any(tensor.any() for tensor in parameters_of(change, 'backbone.').values())
+
+
 @pytest.mark.parametrize('accumulate', [1, 2])
 def test_clip_grad(step, accumulate):
     options = {'batch_size': 16 // accumulate, 'grad_accum_steps': accumulate}
