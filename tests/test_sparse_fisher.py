@@ -113,6 +113,7 @@ def test_ista_step():
     torch.testing.assert_close(threshold, 0.3 * step)
 
 
+@pytest.mark.filterwarnings('ignore::sklearn.exceptions.ConvergenceWarning')
 def test_dictionary_is_as_good_as_scikit_learns():
     x = data()
     y = head(x).reduce(x).detach().flatten(0, 1)
@@ -133,6 +134,7 @@ def test_dictionary_is_as_good_as_scikit_learns():
     assert objective(ours.numpy()) < 0.9 * objective(start.numpy())
 
 
+@pytest.mark.filterwarnings('ignore::sklearn.exceptions.ConvergenceWarning')
 def test_dictionary_objective_never_rises():
     x = data()
     y = head(x).reduce(x).detach().flatten(0, 1)
