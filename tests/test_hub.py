@@ -146,6 +146,62 @@ def test_another_input_size(tmp_path, save, backbone):
     assert torch.equal(load(tmp_path / 'second', img_size=224)(x), larger(x))
 
 
+@pytest.mark.parametrize('save', SAVE)
+@pytest.mark.parametrize('stage', [-1, -2])
+def test_another_input_size_of_windows(tmp_path, save, stage):
+    """A resize changes more than the size here; the stage that was taken out has none."""
+    small = {'embed_dim': 16, 'depths': (1, 2, 1), 'num_heads': (1, 2, 4)}
+    model = timm_fisher.create_model(
+        'swin_tiny_patch4_window7_224', num_classes=3, stage=stage, backbone_kwargs=small
+    )
+    SAVE[save](model, tmp_path / 'first')
+    larger = load(tmp_path / 'first', img_size=448)
+    x = torch.randn(1, 3, 448, 448)
+    SAVE[save](larger, tmp_path / 'second')
+    again = load(tmp_path / 'second')
+    assert again.backbone.layers[0].blocks[0].window_size == (14, 14)
+    assert torch.equal(again(x), larger(x))
+    assert load(tmp_path / 'second', img_size=224)(x[..., :224, :224]).shape == (1, 3)
+
+
+@pytest.mark.parametrize('save', SAVE)
+def test_backbone_that_was_saved_at_another_input_size(tmp_path, save):
+    backbone = timm.create_model('test_vit3', img_size=96)
+    timm.models.save_for_hf(backbone, tmp_path / 'backbone', safe_serialization=True)
+    model = timm_fisher.create_model(f'local-dir:{tmp_path / "backbone"}', pretrained=True).eval()
+    SAVE[save](model, tmp_path / 'model')
+    shutil.rmtree(tmp_path / 'backbone')
+    x = torch.randn(2, 3, 96, 96)
+    assert torch.equal(load(tmp_path / 'model')(x), model(x))
+
+
+def test_input_size_of_a_model_without_its_weights(tmp_path):
+    timm_fisher.save_pretrained(timm_fisher.create_model('test_vit3'), tmp_path)
+    model = timm.create_model(f'local-dir:{tmp_path}', img_size=96)
+    assert timm.data.resolve_model_data_config(model)['input_size'] == (3, 96, 96)
+    model(torch.randn(2, 3, 96, 96))
+
+
+@pytest.mark.parametrize('img_size', [224, 256])
+def test_another_input_size_that_the_weights_do_not_depend_on(tmp_path, img_size):
+    """Xcit fixes its input size and cannot change it later."""
+    model = timm_fisher.create_model('xcit_nano_12_p16_224', num_classes=3).eval()
+    timm_fisher.save_pretrained(model, tmp_path)
+    loaded = load(tmp_path, img_size=img_size)
+    x = torch.randn(1, 3, img_size, img_size)
+    plain = timm.create_model('xcit_nano_12_p16_224', num_classes=0, img_size=img_size).eval()
+    plain.load_state_dict(model.backbone.state_dict(), strict=False)
+    torch.testing.assert_close(loaded.forward_features(x), plain.forward_features(x))
+    assert timm.data.resolve_model_data_config(loaded)['input_size'] == x.shape[1:]
+
+
+def test_another_input_size_that_the_weights_depend_on(tmp_path):
+    timm_fisher.save_pretrained(timm_fisher.create_model('levit_128s', num_classes=3), tmp_path)
+    load(tmp_path, img_size=224)
+    with pytest.raises(RuntimeError, match=r'(?s)images \(3, 256, 256\).*attention_bias'):
+        load(tmp_path, img_size=256)
+
+
 def test_another_input_size_that_the_backbone_refuses():
     with torch.device('meta'):
         model = timm_fisher.PooledModel('levit_128s', num_classes=3)

@@ -205,6 +205,16 @@ def test_img_size(backbone, img_size):
     assert model(torch.randn(2, 3, height, width)).shape == (2, 5)
 
 
+def test_img_size_replaces_the_recommended_test_size():
+    def test_size(**arguments):
+        with torch.device('meta'):
+            model = PooledModel('resnet50', num_classes=5, **arguments)
+        return resolve_input_data_config(model, use_test_size=True)['input_size'][1:]
+
+    assert test_size() == (288, 288)
+    assert test_size(img_size=448) == (448, 448)
+
+
 def test_frozen_backbone_stays_in_eval_mode():
     model = create(head='sparse_fisher', drop_rate=0.5).train()
     model.freeze_backbone()

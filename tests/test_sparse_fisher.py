@@ -59,14 +59,12 @@ def test_own_loss_does_not_shrink_the_reduction():
     """Eq. 1 is zero for y = 0; only the cross-entropy may train the reduction."""
     x = data()[:8]
     made = head(x)
-    before = made.reduce.weight.clone()
     made.forward_with_loss(x)[1].backward()
     assert made.reduce.weight.grad is None
     assert made.dictionary.grad.abs().max() > 0
     assert made.encoder.grad.abs().max() > 0
-    made.forward_with_loss(x)[0].square().sum().backward()
-    assert made.reduce.weight.grad is not None
-    assert torch.equal(made.reduce.weight, before)
+    made.forward_with_loss(x)[0].abs().sum().backward()
+    assert made.reduce.weight.grad.abs().max() > 1e-3
 
 
 def test_free_weights_start_as_tied_ones():

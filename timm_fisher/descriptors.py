@@ -228,13 +228,20 @@ def _leaves(tensor: Tensor) -> set[int]:
     return found
 
 
+class Unused(nn.Identity):
+    """Stands where a module of the backbone was taken out."""
+
+    def set_input_size(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing to resize: a backbone tells each of its stages."""
+
+
 def remove_unused(backbone: Any, idle: set[str], dead: set[str]) -> None:
     """Take what `find_descriptors` found unused out of a backbone, in place.
 
-    Idle modules become `nn.Identity`, so that they reach neither optimizer nor checkpoint; dead
+    Idle modules become `Unused`, so that they reach neither optimizer nor checkpoint; dead
     parameters of modules that run are frozen, for DDP stops on those without a gradient.
     """
     for name in idle:
-        backbone.set_submodule(name, nn.Identity())
+        backbone.set_submodule(name, Unused())
     for name in dead:
         backbone.get_parameter(name).requires_grad_(False)

@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError
 from timm.layers.helpers import to_2tuple
 from timm.models import (
+    get_model_input_config,
     group_parameters,
     load_pretrained,
     register_model,
@@ -104,7 +105,7 @@ class PooledModel(nn.Module):
                     f"'{backbone}' is a whole timm_fisher model, not a backbone. Load it by "
                     f"timm.create_model('{backbone}', pretrained=True)."
                 )
-            shape = timm.models.get_model_input_config(twin)
+            shape = get_model_input_config(twin)
             if img_size is not None and shape['fixed_input_size']:
                 arguments['img_size'] = img_size
                 twin = timm.create_model(backbone, **arguments).eval()
@@ -136,7 +137,6 @@ class PooledModel(nn.Module):
             'backbone': backbone,
             'head': head,
             'head_kwargs': head_kwargs,
-            'backbone_kwargs': backbone_kwargs,
             'img_size': img_size,
             'stage': stage,
             'class_token': class_token,
@@ -239,15 +239,16 @@ class PooledModel(nn.Module):
         Raises:
             ValueError: the backbone can neither take another size nor resample.
         """
-        if timm.models.get_model_input_config(self.backbone)['fixed_input_size']:
-            if not hasattr(self.backbone, 'set_input_size'):
+        fixed = get_model_input_config(self.backbone)
+        if fixed['fixed_input_size'] and to_2tuple(img_size) != fixed['input_size'][1:]:
+            if not _can_resize(self.backbone):
                 raise ValueError(
-                    f'{type(self.backbone).__name__} was built for images '
-                    f'{self.pretrained_cfg["input_size"]} and cannot change to {img_size=}.'
+                    f'{type(self.backbone).__name__} was built for images {fixed["input_size"]} '
+                    f'and cannot change to {img_size=}. Create it for that size.'
                 )
             self.backbone.set_input_size(img_size)
-        self.pretrained_cfg['input_size'] = (self.in_chans, *to_2tuple(img_size))
-        self._model_args = {**self._model_args, 'img_size': img_size}
+        _set_input_size(self.pretrained_cfg, (self.in_chans, *to_2tuple(img_size)))
+        self._recorded_args['img_size'] = img_size
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Trade the backbone's activations for a second forward pass."""
@@ -270,22 +271,25 @@ class PooledModel(nn.Module):
 
     @property
     def _model_args(self) -> dict[str, Any]:
-        recorded: dict[str, Any] = self.__dict__.get('_recorded_args', {})
-        return recorded
+        """What timm's factory needs to build this model again.
+
+        The backbone's part comes from the backbone, where timm keeps account of what a resize
+        changed. A backbone that came from a folder or a repository is recorded as the architecture
+        that it turned out to be: the saved model must not need that place again.
+        """
+        arguments, built = dict(self._recorded_args), dict(self.backbone._model_args)
+        if ':' in arguments['backbone']:
+            arguments['backbone'] = self.backbone.pretrained_cfg['architecture']
+        size = built.pop('img_size', None)
+        if size is not None:
+            arguments['img_size'] = size
+        for key in ('num_classes', 'in_chans', 'drop_path_rate'):
+            built.pop(key, None)
+        return {**arguments, 'backbone_kwargs': built}
 
     @_model_args.setter
     def _model_args(self, arguments: dict[str, Any]) -> None:
-        # timm's factory records here what it must pass to build this model again. A backbone that
-        # came from a folder or a repository is recorded as the architecture that it turned out to
-        # be: the saved model must not need that place again.
-        arguments = dict(arguments)
-        if ':' in arguments.get('backbone', ''):
-            known = {'num_classes', 'in_chans', 'img_size', 'drop_path_rate'}
-            arguments['backbone'] = self.backbone.pretrained_cfg['architecture']
-            arguments['backbone_kwargs'] = {
-                key: value for key, value in self.backbone._model_args.items() if key not in known
-            }
-        self._recorded_args = arguments
+        self._recorded_args = dict(arguments)
 
 
 def create_model(
@@ -361,17 +365,21 @@ def timm_fisher(
         if not saved.has_weights and not saved.state_dict:
             saved = None
     # Saved weights are loaded at their own input size; then the backbone resamples its positions.
+    size = arguments.get('img_size')
     saved_size = (pretrained_model_args or {}).get('img_size')
-    size = arguments.get('img_size') or saved_size
-    resize = pretrained and saved is not None and size != saved_size
-    if resize:
-        arguments['img_size'] = saved_size
-    model = PooledModel(
-        **arguments,
-        pretrained=pretrained and saved is None,
-        pretrained_cfg_overlay=pretrained_cfg_overlay if saved is None else None,
-        cache_dir=cache_dir,
-    )
+    resize = saved is not None and size is not None and size != saved_size
+
+    def build(img_size: int | tuple[int, int] | None) -> PooledModel:
+        return PooledModel(
+            **{**arguments, 'img_size': img_size},
+            pretrained=pretrained and saved is None,
+            pretrained_cfg_overlay=pretrained_cfg_overlay if saved is None else None,
+            cache_dir=cache_dir,
+        )
+
+    model = build(saved_size if resize and pretrained else size)
+    if resize and not _can_resize(model.backbone):
+        model = build(size)  # the weights may not depend on it
     if saved is not None:
         model.pretrained_cfg = saved.to_dict()  # type: ignore[no-untyped-call]
         if pretrained:
@@ -434,10 +442,11 @@ def _check_weights(
         if key in given and given[key] != wanted[key]
     ]
     if problems:
+        size = get_model_input_config(model.backbone)['input_size']
         shown = '\n  '.join(problems[:20] + ['...'] * (len(problems) > 20))
         raise RuntimeError(
             f"The weights of '{where}' are not of this model ({type(model.backbone).__name__} with "
-            f'{type(model.head).__name__} for images {cfg["input_size"]}), nothing was loaded; '
+            f'{type(model.head).__name__} for images {size}), nothing was loaded; '
             f'{len(problems)} differences:\n  {shown}'
         )
     return weights
@@ -455,20 +464,36 @@ def check_backbone(name: str) -> None:
         )
 
 
+def _can_resize(backbone: Any) -> bool:
+    """Whether a backbone that was built for one input size takes another."""
+    fixed = get_model_input_config(backbone)['fixed_input_size']
+    return not fixed or hasattr(backbone, 'set_input_size')
+
+
+def _set_input_size(cfg: dict[str, Any], input_size: tuple[int, ...]) -> None:
+    """Another size of input in an image configuration; what it says of testing goes with the old
+    one."""
+    if tuple(cfg['input_size']) != input_size:
+        for key in ('test_input_size', 'test_crop_pct'):
+            cfg.pop(key, None)
+    cfg['input_size'] = input_size
+
+
 def _create_classifier(in_features: int, num_classes: int) -> nn.Module:
     return nn.Linear(in_features, num_classes) if num_classes > 0 else nn.Identity()
 
 
 def _wrap_cfg(backbone: Any, input_size: tuple[int, ...], num_classes: int) -> dict[str, Any]:
     """The backbone's image configuration, with module names as seen from the wrapped model."""
-    cfg = backbone.pretrained_cfg
-    stem = cfg.get('first_conv')
+    source = backbone.pretrained_cfg
+    cfg = {key: source[key] for key in _DATA_KEYS if key in source}
+    _set_input_size(cfg, input_size)
+    stem = source.get('first_conv')
     if stem is not None:
         names = [f'backbone.{name}' for name in ([stem] if isinstance(stem, str) else stem)]
         stem = names[0] if isinstance(stem, str) else names
-    return {key: cfg[key] for key in _DATA_KEYS if key in cfg} | {
+    return cfg | {
         'architecture': 'timm_fisher',
-        'input_size': input_size,
         'num_classes': num_classes,
         'first_conv': stem,
         'classifier': 'classifier',
