@@ -239,11 +239,11 @@ class PooledModel(nn.Module):
         Raises:
             ValueError: the backbone can neither take another size nor resample.
         """
-        fixed = get_model_input_config(self.backbone)
-        if fixed['fixed_input_size'] and to_2tuple(img_size) != fixed['input_size'][1:]:
+        built = get_model_input_config(self.backbone)
+        if built['fixed_input_size'] and to_2tuple(img_size) != built['input_size'][1:]:
             if not _can_resize(self.backbone):
                 raise ValueError(
-                    f'{type(self.backbone).__name__} was built for images {fixed["input_size"]} '
+                    f'{type(self.backbone).__name__} was built for images {built["input_size"]} '
                     f'and cannot change to {img_size=}. Create it for that size.'
                 )
             self.backbone.set_input_size(img_size)
