@@ -56,7 +56,8 @@ def main() -> None:
             f'{head:<16}{metrics["test"]["accuracy"]:>14.2%}{metrics["out_features"]:>15}'
             f'{metrics["parameters"]:>12}{seconds:>7.0f} s'
         )
-    print(f'\nThe model is in {OUTPUT}/sparse_fisher/model; the curve in ../curve.png.')
+    folder = OUTPUT / HEADS[-1]
+    print(f'\nThe model is in {folder}/model, its training curve in {folder}/curve.png.')
 
 
 if __name__ == '__main__':

@@ -1,6 +1,6 @@
 """How the local descriptors of every timm architecture are read, as a Markdown table.
 
-    python recipes/sweep_backbones.py                 # all of timm.list_models(), some minutes
+    python recipes/sweep_backbones.py                 # all of timm.list_models(), half an hour
     python recipes/sweep_backbones.py 'resnet*' vit_tiny_patch16_224
 
 Nothing is downloaded and nothing computed: models are built on torch.device('meta'). The exit

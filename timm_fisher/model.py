@@ -221,9 +221,8 @@ class PooledModel(nn.Module):
 
     def freeze_backbone(self, frozen: bool = True) -> PooledModel:
         """Freeze the backbone, which then stays in eval mode, or train it again."""
-        self.backbone.requires_grad_(not frozen)
-        for name in self._always_frozen:
-            self.backbone.get_parameter(name).requires_grad_(False)
+        for name, parameter in self.backbone.named_parameters():
+            parameter.requires_grad_(not frozen and name not in self._always_frozen)
         return self.train(self.training)
 
     def project_(self) -> None:
@@ -367,7 +366,8 @@ def timm_fisher(
     # Saved weights are loaded at their own input size; then the backbone resamples its positions.
     size = arguments.get('img_size')
     saved_size = (pretrained_model_args or {}).get('img_size')
-    resize = saved is not None and size is not None and size != saved_size
+    new_size = size if saved is not None and size != saved_size else None
+    resample = pretrained and new_size is not None
 
     def build(img_size: int | tuple[int, int] | None) -> PooledModel:
         return PooledModel(
@@ -377,15 +377,15 @@ def timm_fisher(
             cache_dir=cache_dir,
         )
 
-    model = build(saved_size if resize and pretrained else size)
-    if resize and not _can_resize(model.backbone):
+    model = build(saved_size if resample else size)
+    if resample and not _can_resize(model.backbone):
         model = build(size)  # the weights may not depend on it
     if saved is not None:
         model.pretrained_cfg = saved.to_dict()  # type: ignore[no-untyped-call]
         if pretrained:
             _load_saved(model, cache_dir)
-        if resize and size is not None:
-            model.set_input_size(size)
+        if new_size is not None:
+            model.set_input_size(new_size)
     return model
 
 
