@@ -87,7 +87,7 @@ class Config:
             null for no augmentation.
         stages: the stages by name, in order.
         batch_size: images per process and step.
-        workers: processes that load images.
+        workers: processes that load images; another number draws other augmentations.
         grad_accum_steps: steps whose gradients are added up.
         mixed_precision: null for what `accelerate launch` says.
         cache: run a frozen backbone once and keep its features, memory-mapped; null does so when
