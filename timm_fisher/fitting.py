@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +13,9 @@ from timm_fisher.stream import ModelStream
 
 if TYPE_CHECKING:
     from timm_fisher.model import PooledModel
+
+ROUNDING = 1e-14  # of the largest squared length: what may be left of a squared distance of zero
+DISTANCES = 2**22  # held at a time: 32 MiB
 
 
 def fit(model: PooledModel, loader: DataLoader[Any], *, from_features: bool = False) -> None:
@@ -32,6 +36,15 @@ def fit(model: PooledModel, loader: DataLoader[Any], *, from_features: bool = Fa
     model.head.fit(ModelStream(model, loader, from_features=from_features))
 
 
+def check_finite(rows: Tensor) -> None:
+    """Raise ValueError if descriptors `[M, C]` hold a value that is not finite."""
+    if not torch.isfinite(rows).all():
+        raise ValueError(
+            'The descriptors hold NaN or infinite values, so nothing can be fitted to them. Check '
+            'the backbone: its weights, and whether it overflows in half precision.'
+        )
+
+
 def pca(rows: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     """Principal components of descriptors, computed in float64.
 
@@ -48,11 +61,7 @@ def pca(rows: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     """
     if dim > rows.shape[1]:
         raise ValueError(f'PCA to {dim} dimensions asked of {rows.shape[1]}-dimensional rows.')
-    if not torch.isfinite(rows).all():
-        raise ValueError(
-            'The descriptors hold NaN or infinite values, so nothing can be fitted to them. Check '
-            'the backbone: its weights, and whether it overflows in half precision.'
-        )
+    check_finite(rows)
     rows = rows.double()
     mean = rows.mean(0)
     centred = rows - mean
@@ -60,3 +69,87 @@ def pca(rows: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     components = vectors.flip(1).T[:dim]
     largest = components.gather(1, components.abs().argmax(1, keepdim=True))
     return components * torch.where(largest < 0, -1.0, 1.0), mean
+
+
+def kmeans(rows: Tensor, clusters: int, *, seed: int = 0, iterations: int = 100) -> Tensor:
+    """K-means: greedy k-means++ seeds, then Lloyd's steps until the assignments settle.
+
+    Computed in float64. A cluster that loses all its rows takes the worst represented one. Where
+    there are fewer different rows than clusters, the spare centroids lie close to rows, each at a
+    small random offset, so that a fit that starts from them can tell them apart.
+
+    Args:
+        rows: descriptors `[M, C]`.
+        clusters: K, number of centroids.
+        seed: of the k-means++ draws.
+        iterations: at most so many of Lloyd's steps.
+
+    Returns:
+        Centroids `[K, C]`, float64.
+
+    Raises:
+        ValueError: `rows` holds a value that is not finite.
+
+    Source: Arthur and Vassilvitskii, SODA 2007; several candidates per seed as in their code.
+    """
+    check_finite(rows)
+    rows = rows.double()
+    mean = rows.mean(0)
+    rows = rows - mean  # |x|^2 - 2 x c + |c|^2 cancels badly far from the origin
+    length = rows.square().sum(1)
+    centroids = _kmeans_seeds(rows, length, clusters, seed)
+    previous = None
+    for _ in range(iterations):
+        nearest, distance = _nearest(rows, length, centroids)
+        if previous is not None and torch.equal(nearest, previous):
+            break
+        previous = nearest
+        counts = nearest.bincount(minlength=clusters)
+        # Unlike index_add, this adds in the same order each time, on a GPU too.
+        grouped = rows[nearest.argsort(stable=True)]
+        sums = torch.segment_reduce(grouped, 'sum', lengths=counts, axis=0)
+        empty = counts == 0
+        centroids = torch.where(empty[:, None], centroids, sums / counts.clamp_min(1)[:, None])
+        worst = distance.topk(min(int(empty.sum()), len(rows)))
+        worst_rows = worst.indices[worst.values > 0]
+        centroids[empty.nonzero().flatten()[: len(worst_rows)]] = rows[worst_rows]
+    return centroids + mean
+
+
+def _kmeans_seeds(rows: Tensor, length: Tensor, clusters: int, seed: int) -> Tensor:
+    """Greedy k-means++: of a few rows drawn by squared distance, the one that lowers most."""
+    generator = torch.Generator().manual_seed(seed)
+    trials = 2 + int(math.log(clusters))
+    draws = torch.rand(clusters, trials, generator=generator, dtype=rows.dtype).to(rows.device)
+    offsets = torch.randn(clusters, rows.shape[1], generator=generator, dtype=rows.dtype)
+    offsets = 1e-3 * rows.square().mean().sqrt() * offsets.to(rows.device)
+    distance = torch.ones_like(length)  # the first seed is drawn evenly
+    seeds = torch.empty_like(offsets)
+    for k in range(clusters):
+        spare = ~distance.any()  # each row is a seed already
+        weight = (distance + spare).cumsum(0)
+        picks = torch.searchsorted(weight, draws[k] * weight[-1], right=True)
+        candidates = rows[picks.clamp_max(len(rows) - 1)]
+        apart = _squared_distances(rows, length, candidates)
+        apart = torch.where(apart > ROUNDING * length.amax(), apart, 0.0)
+        apart = apart if k == 0 else torch.minimum(apart, distance[:, None])
+        best = apart.sum(0).argmin()
+        seeds[k] = candidates[best] + spare * offsets[k]
+        distance = apart[:, best]
+    return seeds
+
+
+def _nearest(rows: Tensor, length: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
+    """Nearest centroid `[M]` of each row, and the squared distance to it `[M]`."""
+    size = max(1, DISTANCES // len(centroids))
+    found = [
+        _squared_distances(rows[i : i + size], length[i : i + size], centroids).min(1)
+        for i in range(0, len(rows), size)
+    ]
+    distance, nearest = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return nearest, torch.where(distance > ROUNDING * length.amax(), distance, 0.0)
+
+
+def _squared_distances(rows: Tensor, length: Tensor, centroids: Tensor) -> Tensor:
+    """`[M, K]`, up to rounding; `length` is |row|^2 `[M]`."""
+    return torch.addmm(length[:, None], rows, centroids.T, alpha=-2) + centroids.square().sum(1)
