@@ -417,6 +417,11 @@ class HeadOnly(nn.Module):
     def forward(self, features: Tensor, head_loss: bool = False) -> Any:
         return self._model[0].forward_head(features, head_loss=head_loss)
 
+    def train(self, mode: bool = True) -> HeadOnly:
+        super().train(mode)
+        self._model[0].train(mode)  # which leaves a frozen head in eval mode
+        return self
+
 
 def _cpu_count() -> int:
     if hasattr(os, 'sched_getaffinity'):

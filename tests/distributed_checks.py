@@ -19,7 +19,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import timm_fisher
 
-SMALL = {'sparse_fisher': {'reduce_dim': 8, 'code_dim': 6}}  # faster than the default
+SMALL = {  # faster than the default
+    'sparse_fisher': {'reduce_dim': 8, 'code_dim': 6},
+}
 
 
 def create(head: str) -> timm_fisher.PooledModel:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import inspect
+import json
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 
@@ -16,7 +19,12 @@ from timm_fisher import ListStream, PoolingHead, create_head, get_head, list_hea
 
 CHANNELS = 16
 # Options that change the mathematics are held to the contract too.
-OPTIONS = {'avg': [{'normalize': True}], 'sparse_fisher': [{'tied': True}, {'normalize': False}]}
+OPTIONS = {
+    '3g': [{'blocks': 1, 'shrinkage': 0.5}, {'reduce_dim': 6}],
+    'avg': [{'normalize': True}],
+    'isqrt_cov': [{'reduce_dim': None}, {'reduce_dim': 6}],
+    'sparse_fisher': [{'tied': True}, {'normalize': False}],
+}
 HEADS = [(name, options) for name in list_heads() for options in [{}, *OPTIONS.get(name, [])]]
 INPUTS = {
     'random': lambda x: x,
@@ -37,10 +45,18 @@ def descriptors(seed: int = 0, batch: int = 3, number: int = 10) -> Tensor:
 
 def fitted(head: tuple[str, dict], dtype: torch.dtype = torch.float32) -> PoolingHead:
     name, options = head
+    return copy.deepcopy(_fitted(name, json.dumps(options))).to(dtype)
+
+
+@cache
+def _fitted(name: str, options: str) -> PoolingHead:
     torch.manual_seed(0)
-    head = create_head(name, CHANNELS, **options)
+    head = create_head(name, CHANNELS, **json.loads(options))
     head.fit(ListStream([descriptors(1, batch=20), descriptors(2, batch=20)]))
-    return head.to(dtype)
+    with torch.no_grad():
+        for _ in range(20):  # statistics of batch norms
+            head(descriptors(1, batch=20))
+    return head.eval()
 
 
 def reference(name: str) -> ModuleType:
@@ -58,10 +74,12 @@ def numpy_state(head: PoolingHead) -> dict:
 
 @pytest.mark.parametrize('name', HEADS, ids=str)
 @pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_shape_and_dtype(name, dtype):
+@pytest.mark.parametrize('training', [False, True])
+def test_shape_and_dtype(name, dtype, training):
     head = fitted(name)
     x = descriptors().to(dtype)
     for model in (head, fitted(name, dtype)):
+        model.train(training)
         out = model(x)
         assert out.shape == (3, head.out_features)
         assert out.dtype == dtype
@@ -76,7 +94,9 @@ def test_order_and_number_of_descriptors_do_not_matter(name):
     x = descriptors().double()
     out = head(x)
     torch.testing.assert_close(head(x.flip(1)), out, rtol=1e-9, atol=1e-12)
-    torch.testing.assert_close(head(x.repeat(1, 3, 1)), out, rtol=1e-9, atol=1e-12)
+    # With fewer descriptors than channels, 3g takes its eps = 1e-7 to first order (gram_root).
+    atol = 1e-5 if name[0] == '3g' else 1e-12
+    torch.testing.assert_close(head(x.repeat(1, 3, 1)), out, rtol=1e-9, atol=atol)
     # Images do not see one another.
     torch.testing.assert_close(head(x[1:2]), out[1:2], rtol=1e-9, atol=1e-12)
     assert not torch.allclose(out[0], out[1])
@@ -106,14 +126,15 @@ def test_gradient_is_right(name):
         return functional_call(head, dict(zip(keys, values, strict=True)), (x,))
 
     inputs = (x, *head.parameters())
-    assert torch.autograd.gradcheck(call, inputs, eps=1e-7, atol=1e-4, rtol=1e-3)
+    assert torch.autograd.gradcheck(call, inputs, eps=1e-7, atol=1e-4, rtol=1e-3, fast_mode=True)
 
 
 @pytest.mark.parametrize('name', HEADS, ids=str)
 @pytest.mark.parametrize('case', INPUTS)
 @pytest.mark.parametrize('autocast', [False, True])
-def test_degenerate_inputs_stay_finite(name, case, autocast):
-    head = fitted(name)
+@pytest.mark.parametrize('training', [False, True])
+def test_degenerate_inputs_stay_finite(name, case, autocast, training):
+    head = fitted(name).train(training)
     x = INPUTS[case](descriptors()).requires_grad_()
     with torch.autocast('cpu', torch.bfloat16, enabled=autocast):
         pooled, loss = head.forward_with_loss(x.bfloat16() if autocast else x)
@@ -155,7 +176,7 @@ def test_fit_is_finite_and_repeatable(name, case):
 def test_state_dict_is_the_head(name):
     head = fitted(name)
     torch.manual_seed(1)
-    other = create_head(name[0], CHANNELS, **name[1])
+    other = create_head(name[0], CHANNELS, **name[1]).eval()
     other.load_state_dict(head.state_dict(), strict=True)
     assert torch.equal(other(descriptors()), head(descriptors()))
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import cast
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
 
 POWER_EPS = 1e-6
 
@@ -46,3 +49,128 @@ def without_autocast(x: Tensor) -> AbstractContextManager[None]:
     return (
         nullcontext() if x.device.type == 'meta' else torch.autocast(x.device.type, enabled=False)
     )
+
+
+class LinearNorm(nn.Module):
+    """Linear map without bias, then batch norm: a 1 x 1 convolution and its norm, on descriptors.
+
+    Computes in the dtype of its input, whatever that of its weights.
+
+    Args:
+        in_features: channels of the input `[..., in_features]`.
+        out_features: channels of the output `[..., out_features]`.
+    """
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(in_features, out_features, bias=False)
+        self.norm = nn.BatchNorm1d(out_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.linear(x, self.linear.weight.to(x.dtype))
+        return self._normalize(y.flatten(0, -2)).view_as(y)
+
+    def _normalize(self, x: Tensor) -> Tensor:
+        norm = self.norm
+        if norm.weight.dtype == x.dtype:
+            return cast(Tensor, norm(x))
+        state = {key: value.to(x.dtype) for key, value in norm.named_parameters()}
+        buffers = {key: getattr(norm, key).to(x.dtype) for key in ('running_mean', 'running_var')}
+        out = cast(Tensor, functional_call(norm, {**state, **buffers}, (x,)))
+        if norm.training:
+            for key, value in buffers.items():
+                getattr(norm, key).copy_(value)
+        return out
+
+
+def covariance_root(x: Tensor, iterations: int, eps: float = 0.0) -> Tensor:
+    """Square root of the covariance of descriptors, by Newton-Schulz iterations.
+
+    The covariance S, plus `eps` I, is divided by its trace, iterated, and multiplied by the root
+    of the trace. Five iterations stop short of the true root, as the papers mean them to.
+
+    Every iterate is a polynomial p in S, and `p(X X^T) X = X p(X^T X)`: with fewer descriptors
+    than channels the N x N Gram matrix is iterated instead, for (N / d)^3 of the work.
+
+    Args:
+        x: descriptors `[B, N, d]`, float32 or better.
+        iterations: 1 or more.
+        eps: added to the diagonal of the covariance.
+
+    Returns:
+        Roots `[B, d, d]`; zero for a constant map without `eps`.
+
+    Source: Li et al., CVPR 2018 (iSQRT-COV), eqs. 4 to 7.
+    """
+    n, d = x.shape[1:]
+    x = (x - x.mean(1, keepdim=True)) * n**-0.5
+    return gram_root(x, iterations, eps) if n < d else matrix_root(x, iterations, eps)
+
+
+def matrix_root(x: Tensor, iterations: int, eps: float) -> Tensor:
+    """`covariance_root` by way of the d x d covariance `x^T x` of `[B, N, d]`."""
+    covariance = x.transpose(1, 2) @ x
+    if eps:
+        covariance = covariance + eps * torch.eye(x.shape[2], dtype=x.dtype, device=x.device)
+    trace = _safe_trace(covariance.diagonal(dim1=1, dim2=2).sum(1))
+    a = covariance / trace
+    return newton_schulz(a, iterations) @ (a * trace.sqrt())
+
+
+def gram_root(x: Tensor, iterations: int, eps: float) -> Tensor:
+    """`covariance_root` by way of the N x N Gram matrix `x x^T` of `[B, N, d]`.
+
+    With `A = (x^T x + eps I) / trace` the root is `A p(A) = x^T p(G) x / trace + e p(A)`, where
+    `e = eps / trace`. The last term is taken as `e p(e) I`: exact where x has nothing, and off by
+    at most `e 1.5^iterations` elsewhere.
+    """
+    n, d = x.shape[1:]
+    gram = x @ x.transpose(1, 2)
+    trace = _safe_trace(gram.diagonal(dim1=1, dim2=2).sum(1) + eps * d)
+    e = eps / trace
+    g = gram / trace + e * torch.eye(n, dtype=x.dtype, device=x.device)
+    root = x.transpose(1, 2) @ (newton_schulz(g, iterations) / trace.sqrt()) @ x
+    if eps:
+        # In place: the d x d result is by far the largest tensor here.
+        floor = eps / trace.sqrt() * newton_schulz(e, iterations)
+        root.diagonal(dim1=1, dim2=2).add_(floor[:, 0])
+    return root
+
+
+def newton_schulz(a: Tensor, iterations: int) -> Tensor:
+    """The iterate `Z = p(A)` of coupled Newton-Schulz iterations, near `A^(-1/2)`; `A Z` is near
+    the root.
+
+    Args:
+        a: symmetric matrices `[B, n, n]` with eigenvalues in [0, 1].
+        iterations: 1 or more.
+    """
+    identity = torch.eye(a.shape[1], dtype=a.dtype, device=a.device).expand_as(a)
+    z = 1.5 * identity - 0.5 * a
+    y = a @ z
+    for iteration in range(1, iterations):
+        p = torch.baddbmm(identity, z, y, beta=1.5, alpha=-0.5)
+        z = p @ z
+        if iteration < iterations - 1:
+            y = y @ p
+    return z
+
+
+def triangle_index(size: int, *, lower: bool = False) -> Tensor:
+    """Positions of one triangle, diagonal included, in a flattened matrix, row by row.
+
+    Args:
+        size: d, rows of the matrix.
+        lower: the lower triangle instead of the upper one.
+
+    Returns:
+        int64 `[d (d + 1) / 2]`.
+    """
+    places = torch.tril_indices(size, size) if lower else torch.triu_indices(size, size)
+    return places[0] * size + places[1]
+
+
+def _safe_trace(trace: Tensor) -> Tensor:
+    """`[B]` -> `[B, 1, 1]`, 1 where all descriptors are alike but for rounding errors."""
+    smallest = torch.finfo(trace.dtype).tiny ** 0.5
+    return torch.where(trace > smallest, trace, 1.0)[:, None, None]

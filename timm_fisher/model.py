@@ -40,8 +40,8 @@ class PooledModel(nn.Module):
 
     Speaks timm's language, so that timm's own scripts take it. Parts of the backbone that the
     descriptors do not depend on (an old pre-classifier, the stages behind an earlier `stage`) are
-    taken out. While the whole backbone is frozen (`freeze_backbone`) it stays in eval mode under
-    `model.train()`.
+    taken out. A backbone (`freeze_backbone`) or head that is frozen as a whole stays in eval mode
+    under `model.train()`.
 
     Args:
         backbone: any name that `timm.create_model` takes, `hf-hub:` and `local-dir:` included.
@@ -204,11 +204,13 @@ class PooledModel(nn.Module):
         self.classifier.to(device=like.device, dtype=like.dtype).train(self.training)
 
     def train(self, mode: bool = True) -> PooledModel:
-        """As `nn.Module.train`, but a frozen backbone stays in eval mode: its batch-norm statistics
-        would move otherwise."""
+        """As `nn.Module.train`, but a backbone or head that is frozen as a whole stays in eval
+        mode: its batch-norm statistics would move otherwise."""
         super().train(mode)
-        if not any(parameter.requires_grad for parameter in self.backbone.parameters()):
-            self.backbone.eval()
+        for part in (self.backbone, self.head):
+            trained = [parameter.requires_grad for parameter in part.parameters()]
+            if trained and not any(trained):
+                part.eval()
         return self
 
     def requires_grad_(self, requires_grad: bool = True) -> PooledModel:

@@ -1,0 +1,150 @@
+"""3g and isqrt_cov against the authors' published code, theorem 1 and the d x d computation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import timm_fisher
+from timm_fisher import create_head
+from timm_fisher.heads.isqrt_cov import ISqrtCov
+from timm_fisher.heads.three_g import ThreeG, convert_state_dict, shrunk_root
+from timm_fisher.linalg import covariance_root, gram_root, matrix_root, newton_schulz
+
+# float64 outputs and gradients of the authors' code on random weights and inputs.
+GOLDEN = load_file(Path(__file__).parent / 'golden' / 'three_g_parity.safetensors')
+
+
+def authors_state() -> dict[str, torch.Tensor]:
+    return {k.removeprefix('state.'): v for k, v in GOLDEN.items() if k.startswith('state.')}
+
+
+def assert_equal(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    assert (actual - expected).abs().max() <= 1e-6 * expected.abs().max()
+
+
+@pytest.mark.parametrize('mode', ['eval', 'train'])
+def test_3g_equals_the_authors_code(mode):
+    head = ThreeG(48, reduce_dim=32).double()
+    ours = {k.removeprefix('head.'): v for k, v in convert_state_dict(authors_state()).items()}
+    head.load_state_dict(ours)
+    head.train(mode == 'train')
+    x = GOLDEN['input'].clone().requires_grad_()
+    out = head(x.flatten(2).transpose(1, 2))
+    assert_equal(out, GOLDEN[f'{mode}.triangle_lower'])
+    out.backward(GOLDEN['grad_output'])
+    assert_equal(x.grad, GOLDEN[f'{mode}.grad_input'])
+    weight = head.reduce.linear.weight
+    assert_equal(weight.grad, GOLDEN[f'{mode}.grad_reduce_weight'].flatten(1))
+
+
+def test_isqrt_cov_equals_the_authors_code():
+    x = GOLDEN['isqrt.input'].clone().requires_grad_()
+    out = ISqrtCov(32, reduce_dim=None)(x.flatten(2).transpose(1, 2))
+    assert_equal(out, GOLDEN['isqrt.triangle_upper'])
+    out.backward(GOLDEN['grad_output'])
+    assert_equal(x.grad, GOLDEN['isqrt.grad_input'])
+
+
+def test_isqrt_cov_is_3g_without_blocks():
+    three_g = ThreeG(24, reduce_dim=8, blocks=0)
+    isqrt = ISqrtCov(24, reduce_dim=8)
+    isqrt.load_state_dict(three_g.state_dict())
+    x = torch.randn(2, 20, 24)
+    lower, upper = torch.zeros(2, 8, 8), torch.zeros(2, 8, 8)
+    with torch.no_grad():
+        lower[:, *torch.tril_indices(8, 8)] = three_g(x)
+        upper[:, *torch.triu_indices(8, 8)] = isqrt(x)
+    torch.testing.assert_close(lower, upper.transpose(1, 2), atol=1e-6, rtol=1e-4)
+
+
+def test_authors_checkpoint_loads_into_a_model():
+    """With DataParallel's prefix, a backbone and a classifier, strictly."""
+    model = timm_fisher.create_model('resnet18', head='3g', reduce_dim=32, num_classes=5)
+    checkpoint = {f'module.{key}': 0.5 * v for key, v in model.backbone.state_dict().items()}
+    state = authors_state()
+    state['layer_reduce.weight'] = torch.randn(32, 512, 1, 1, dtype=torch.float64)
+    state |= {'fc.weight': torch.randn(5, 528), 'fc.bias': torch.randn(5)}
+    checkpoint |= {f'module.{key}': value for key, value in state.items()}
+    model.load_state_dict(convert_state_dict(checkpoint), strict=True)
+    assert torch.equal(model.classifier.weight, state['fc.weight'])
+    assert torch.equal(model.backbone.conv1.weight, checkpoint['module.conv1.weight'])
+    assert model.head.blocks[1].scale == state['AtMp2.atmap3.weight'].float()
+
+
+@pytest.mark.parametrize('scale', [1.0, 1e-2, 0.0])
+@pytest.mark.parametrize('eps', [0.0, 1e-7])
+def test_the_smaller_side_gives_the_same_root(scale, eps):
+    x = scale * torch.randn(4, 49, 256, generator=torch.Generator().manual_seed(0))
+    x = (x - x.mean(1, keepdim=True)) / 7
+    expected = matrix_root(x.double(), 5, eps)
+    trace = x.square().sum((1, 2)).max() + 256 * eps
+    # The error that gram_root states, where eps is not small beside the descriptors.
+    bound = 1e-5 * expected.abs().max() + (eps and 1.5**5 * eps / trace.sqrt())
+    assert (gram_root(x, 5, eps) - expected).abs().max() <= bound
+    assert (matrix_root(x, 5, eps) - expected).abs().max() <= 1e-5 * expected.abs().max()
+    centred = 7 * x + 3 * scale
+    torch.testing.assert_close(
+        covariance_root(centred, 5, eps), gram_root(x, 5, eps), atol=1e-6, rtol=1e-3
+    )
+
+
+def test_many_iterations_are_the_square_root():
+    x = torch.randn(2, 30, 6, dtype=torch.float64)
+    x = x - x.mean(1, keepdim=True)
+    root = matrix_root(x, 30, 0.0)
+    torch.testing.assert_close(root @ root, x.transpose(1, 2) @ x)
+    identity = torch.eye(6, dtype=torch.float64)[None]
+    torch.testing.assert_close(newton_schulz(identity / 4, 30), 2 * identity)
+
+
+@pytest.mark.parametrize('shrinkage', [0.5, 1.0, 3.0])
+@pytest.mark.parametrize('number', [5, 12])
+def test_shrinkage_is_theorem_1(shrinkage, number):
+    """On either side, with repeated eigenvalues among those of a rank-deficient covariance."""
+    x = torch.randn(2, number, 8, dtype=torch.float64, requires_grad=True)
+    root = shrunk_root(x, shrinkage, 1e-7)
+    centred = x - x.mean(1, keepdim=True)
+    values, vectors = torch.linalg.eigh(centred.transpose(1, 2) @ centred / number)
+    c = (1 - shrinkage) / (2 * shrinkage)
+    values = (c**2 + (values + 1e-7) / shrinkage).sqrt() - c
+    torch.testing.assert_close(root, vectors @ values.diag_embed() @ vectors.transpose(1, 2))
+    assert torch.autograd.gradcheck(lambda x: shrunk_root(x, shrinkage, 1e-7), x)
+
+
+def test_shrinkage_gradient_at_equal_eigenvalues():
+    """Where that of an eigendecomposition is NaN: covariances that are multiples of I, or 0."""
+    x = torch.cat([torch.eye(4), -torch.eye(4)])[None].double()
+    for points in (x, 0 * x, x[:, :1]):
+        points = points.clone().requires_grad_()
+        assert torch.autograd.gradcheck(lambda x: shrunk_root(x, 0.5, 1e-7), points)
+
+
+def test_a_frozen_head_keeps_its_statistics():
+    model = timm_fisher.create_model('test_resnet', head='3g', reduce_dim=8, num_classes=2)
+    model.head.requires_grad_(False)
+    model.train()
+    assert model.backbone.training
+    assert not any(module.training for module in model.head.modules())
+    model.head.requires_grad_(True)
+    assert model.train().head.training
+
+
+@pytest.mark.parametrize(
+    ('head', 'wrong'),
+    [
+        ('3g', {'reduce_dim': 0}),
+        ('3g', {'blocks': -1}),
+        ('3g', {'iterations': 0}),
+        ('3g', {'shrinkage': 0.0}),
+        ('isqrt_cov', {'reduce_dim': 0}),
+        ('isqrt_cov', {'iterations': 0}),
+    ],
+)
+def test_wrong_arguments_are_named(head, wrong):
+    ((key, value),) = wrong.items()
+    with pytest.raises(ValueError, match=f'{key}={value}'):
+        create_head(head, 24, **wrong)

@@ -1,0 +1,72 @@
+"""iSQRT-COV: covariance pooling with a matrix square root.
+
+    y = ReLU(bn(R x))                                reduction C -> d
+    S = 1/N sum_i (y_i - m)(y_i - m)^T
+    z = upper triangle of an approximate root of S   d (d + 1) / 2 values
+
+The root is that of Newton-Schulz iterations, divided by the trace before and multiplied by its
+root after; five iterations are meant to stop short of the true root. The triangle is read in the
+order of the authors' code, so that their classifier fits.
+
+Paper: Li, Xie, Wang and Gao, "Towards Faster Training of Global Covariance Pooling Networks by
+Iterative Matrix Square Root Normalization", CVPR 2018. The authors keep stride 1 in the last stage
+of a ResNet, without dilation (`last_stride=1` of the model).
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from timm_fisher.head import PoolingHead
+from timm_fisher.linalg import (
+    LinearNorm,
+    at_least_float32,
+    covariance_root,
+    triangle_index,
+    without_autocast,
+)
+
+
+class ISqrtCov(PoolingHead):
+    """Iterative matrix square root of the covariance of the descriptors.
+
+    Args:
+        in_features: channels C of one descriptor.
+        reduce_dim: d, dimensions after the reduction, at most C; None keeps C and leaves the
+            reduction, with its batch norm and ReLU, out.
+        iterations: of Newton-Schulz.
+
+    Output: `[B, d (d + 1) / 2]`, the upper triangle row by row.
+
+    Raises:
+        ValueError: a size or a number of iterations below 1.
+    """
+
+    index: Tensor
+
+    def __init__(
+        self, in_features: int, *, reduce_dim: int | None = 256, iterations: int = 5
+    ) -> None:
+        super().__init__()
+        d = in_features if reduce_dim is None else min(reduce_dim, in_features)
+        if d < 1 or iterations < 1:
+            raise ValueError(
+                f'isqrt_cov needs reduce_dim >= 1 and iterations >= 1, got {reduce_dim=}, '
+                f'{iterations=}.'
+            )
+        self.in_features = in_features
+        self.out_features = d * (d + 1) // 2
+        self.iterations = iterations
+        self.reduce = LinearNorm(in_features, d) if reduce_dim is not None else None
+        self.register_buffer('index', triangle_index(d), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with without_autocast(x):
+            y = x.to(at_least_float32(x.dtype))
+            if self.reduce is not None:
+                y = nn.functional.relu(self.reduce(y))
+            root = covariance_root(y, self.iterations)
+            return root.flatten(1).index_select(1, self.index).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f'{self.in_features} -> {self.out_features}, iterations={self.iterations}'
