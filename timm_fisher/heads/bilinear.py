@@ -1,0 +1,88 @@
+"""B-CNN: bilinear pooling of one network with itself, a second moment.
+
+    y = R x                               reduction C -> d without bias
+    M = 1/N sum_i y_i y_i^T               not centred
+    z = power_l2(vec M)                   signed square root, then L2
+
+M is symmetric, so one triangle says all. The inner product of two matrices counts an entry beside
+the diagonal twice; with such entries times sqrt(2), after the signed square root, inner products
+of triangles are those of full matrices, and so are lengths. A linear classifier or kernel
+therefore sees the full matrix at half the size.
+
+Paper: Lin, RoyChowdhury and Maji, "Bilinear CNN Models for Fine-grained Visual Recognition",
+ICCV 2015 (eq. 2 and section 3.1, both networks the same). The paper has no reduction.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from timm_fisher.fitting import pca
+from timm_fisher.head import PoolingHead
+from timm_fisher.linalg import at_least_float32, power_l2, triangle_index, without_autocast
+from timm_fisher.stream import DescriptorStream
+
+FIT_SAMPLE = 10_000  # descriptors that PCA is fitted to
+
+
+class Bilinear(PoolingHead):
+    """Second moment of the descriptors, with signed square root and L2 norm.
+
+    Args:
+        in_features: channels C of one descriptor.
+        reduce_dim: d, dimensions after the reduction, at most C; None keeps C, without reduction.
+        normalize: end with signed square root and L2 norm.
+
+    Output: `[B, d (d + 1) / 2]`, the upper triangle row by row, sqrt(2) beside the diagonal.
+
+    Raises:
+        ValueError: `reduce_dim` below 1.
+    """
+
+    index: Tensor
+
+    def __init__(
+        self, in_features: int, *, reduce_dim: int | None = 128, normalize: bool = True
+    ) -> None:
+        super().__init__()
+        d = in_features if reduce_dim is None else min(reduce_dim, in_features)
+        if d < 1:
+            raise ValueError(f'bilinear needs reduce_dim >= 1, got {reduce_dim=}.')
+        self.in_features = in_features
+        self.out_features = d * (d + 1) // 2
+        self.normalize = normalize
+        self.reduce = None
+        if reduce_dim is not None:
+            self.reduce = nn.Linear(in_features, d, bias=False)
+            nn.init.orthogonal_(self.reduce.weight)
+        self.register_buffer('index', triangle_index(d), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with without_autocast(x):
+            y = x.to(at_least_float32(x.dtype))
+            if self.reduce is not None:
+                y = F.linear(y, self.reduce.weight.to(y.dtype))
+            n, d = y.shape[1:]
+            z = (y.transpose(1, 2) @ y / n).flatten(1).index_select(1, self.index)
+            if self.normalize:
+                z = power_l2(z)
+            z = torch.where(self.index % (d + 1) == 0, z, 2**0.5 * z)
+            if self.normalize:
+                # Of length 1 to sqrt(2) by now, or zero.
+                z = z / torch.linalg.vector_norm(z, dim=1, keepdim=True).clamp_min(0.5)
+            return z.to(x.dtype)
+
+    @torch.no_grad()
+    def fit(self, stream: DescriptorStream) -> None:
+        """PCA's rotation, scaled to unit mean square; the mean stays, as part of the moment."""
+        if self.reduce is None:
+            return
+        rows = stream.sample(FIT_SAMPLE)
+        components, _ = pca(rows, len(self.reduce.weight))
+        scale = (rows.double() @ components.T).square().sum(1).mean().sqrt()
+        self.reduce.weight.copy_(components / torch.where(scale > 0, scale, 1.0))
+
+    def extra_repr(self) -> str:
+        return f'{self.in_features} -> {self.out_features}, normalize={self.normalize}'
