@@ -20,6 +20,8 @@ from torch.utils.data import DataLoader, TensorDataset
 import timm_fisher
 
 SMALL = {  # faster than the default
+    'bilinear': {'reduce_dim': 8},
+    'netvlad': {'reduce_dim': 8, 'clusters': 6},
     'sparse_fisher': {'reduce_dim': 8, 'code_dim': 6},
 }
 

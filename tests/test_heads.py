@@ -22,7 +22,10 @@ CHANNELS = 16
 OPTIONS = {
     '3g': [{'blocks': 1, 'shrinkage': 0.5}, {'reduce_dim': 6}],
     'avg': [{'normalize': True}],
+    'bilinear': [{'reduce_dim': None}, {'normalize': False}],
+    'gem': [{'p': 1.0}],
     'isqrt_cov': [{'reduce_dim': None}, {'reduce_dim': 6}],
+    'netvlad': [{'reduce_dim': None, 'clusters': 5}],
     'sparse_fisher': [{'tied': True}, {'normalize': False}],
 }
 HEADS = [(name, options) for name in list_heads() for options in [{}, *OPTIONS.get(name, [])]]
