@@ -21,6 +21,7 @@ import timm_fisher
 
 SMALL = {  # faster than the default
     'bilinear': {'reduce_dim': 8},
+    'gmm_fisher': {'reduce_dim': 8, 'components': 6},
     'netvlad': {'reduce_dim': 8, 'clusters': 6},
     'sparse_fisher': {'reduce_dim': 8, 'code_dim': 6},
 }

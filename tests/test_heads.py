@@ -24,6 +24,10 @@ OPTIONS = {
     'avg': [{'normalize': True}],
     'bilinear': [{'reduce_dim': None}, {'normalize': False}],
     'gem': [{'p': 1.0}],
+    'gmm_fisher': [
+        {'l2_descriptors': True, 'components': 5},
+        {'reduce_dim': None, 'normalize': False},
+    ],
     'isqrt_cov': [{'reduce_dim': None}, {'reduce_dim': 6}],
     'netvlad': [{'reduce_dim': None, 'clusters': 5}],
     'sparse_fisher': [{'tied': True}, {'normalize': False}],

@@ -147,7 +147,7 @@ def test_unknown_head():
 
 
 def test_head_that_is_no_name():
-    with pytest.raises(TypeError, match=r"by its name, one of \['avg'.*not by \[\{"):
+    with pytest.raises(TypeError, match=r"by its name, one of \[.*'avg'.*not by \[\{"):
         timm_fisher.get_head([{'name': 'avg'}])
 
 

@@ -51,6 +51,20 @@ def without_autocast(x: Tensor) -> AbstractContextManager[None]:
     )
 
 
+def unit_length(x: Tensor) -> Tensor:
+    """Each descriptor divided by its length.
+
+    The length has a floor, 1e-4 of the longest descriptor of the image, so that near-zero ones
+    stay short and have a bounded gradient.
+
+    Args:
+        x: descriptors `[..., N, C]`, float32 or better.
+    """
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    longest = length.detach().amax(-2, keepdim=True)
+    return x / torch.maximum(length, torch.where(longest > 0, 1e-4 * longest, 1.0))
+
+
 class LinearNorm(nn.Module):
     """Linear map without bias, then batch norm: a 1 x 1 convolution and its norm, on descriptors.
 

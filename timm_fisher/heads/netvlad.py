@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from timm_fisher.fitting import kmeans, pca
 from timm_fisher.head import PoolingHead
-from timm_fisher.linalg import at_least_float32, without_autocast
+from timm_fisher.linalg import at_least_float32, unit_length, without_autocast
 from timm_fisher.stream import DescriptorStream
 
 FIT_SAMPLE = 10_000  # descriptors that PCA and centroids are fitted to
@@ -89,10 +89,3 @@ class NetVLAD(PoolingHead):
         self.centroids.copy_(centroids)
         self.assign.weight.copy_(2 * alpha * centroids)
         self.assign.bias.copy_(-alpha * centroids.square().sum(1))
-
-
-def unit_length(y: Tensor) -> Tensor:
-    """Descriptors `[..., N, d]` over their length, or over 1e-4 of the longest if that is more."""
-    length = torch.linalg.vector_norm(y, dim=-1, keepdim=True)
-    longest = length.detach().amax(-2, keepdim=True)
-    return y / torch.maximum(length, torch.where(longest > 0, 1e-4 * longest, 1.0))

@@ -156,7 +156,8 @@ def shrunk_root(x: Tensor, shrinkage: float, eps: float) -> Tensor:
     turned = v.transpose(1, 2) @ gram @ v - torch.diag_embed(s)
     function = v @ (torch.diag_embed(h) + differences * turned) @ v.transpose(1, 2)
     root: Tensor = x.transpose(1, 2) @ function @ x if n < d else gram @ function
-    return root + (r0 - c) * torch.eye(d, dtype=x.dtype, device=x.device)
+    root = root + (r0 - c) * torch.eye(d, dtype=x.dtype, device=x.device)
+    return root
 
 
 def convert_state_dict(authors_state: Mapping[str, Tensor]) -> dict[str, Tensor]:
