@@ -145,9 +145,10 @@ def gram_root(x: Tensor, iterations: int, eps: float) -> Tensor:
     g = gram / trace + e * torch.eye(n, dtype=x.dtype, device=x.device)
     root = x.transpose(1, 2) @ (newton_schulz(g, iterations) / trace.sqrt()) @ x
     if eps:
-        # In place: the d x d result is by far the largest tensor here.
+        # In place: the d x d result is by far the largest tensor here. Not by `diagonal`, whose
+        # in-place addition torch.onnx cannot translate.
         floor = eps / trace.sqrt() * newton_schulz(e, iterations)
-        root.diagonal(dim1=1, dim2=2).add_(floor[:, 0])
+        root.view(-1, d * d)[:, :: d + 1].add_(floor[:, 0])
     return root
 
 
