@@ -78,8 +78,9 @@ class Config:
         backbone_kwargs: further arguments of the backbone.
         backbone_stage: -1 pools the backbone's output, -2, -3, ... an earlier stage.
         class_token: drop, keep or append it, where the backbone has one.
-        head: name of an installed head.
-        head_kwargs: arguments of the head.
+        last_stride: 1 keeps stride 1 in the last stage of a ResNet, without dilation.
+        head: name of an installed head; or several, each with its name, stage and arguments.
+        head_kwargs: arguments of a single head.
         drop_rate: dropout before the classifier.
         img_size: side of the input image; null for the backbone's own.
         crop_pct: share of the resized image that evaluation crops; null for the backbone's own.
@@ -109,7 +110,8 @@ class Config:
     backbone_kwargs: dict[str, Any] = field(default_factory=dict)
     backbone_stage: int = -1
     class_token: Literal['drop', 'keep', 'append'] = 'drop'
-    head: str = 'avg'
+    last_stride: int | None = None
+    head: str | list[dict[str, Any]] = 'avg'
     head_kwargs: dict[str, Any] = field(default_factory=dict)
     drop_rate: float = 0.0
     img_size: int | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import uuid
 from collections.abc import Callable, Sequence
@@ -16,16 +17,17 @@ import numpy as np
 import timm
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, send_to_device
 from config import Config
 from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 from tqdm.auto import tqdm
 
 from timm_fisher import PooledModel
+from timm_fisher.descriptors import StageDescriptors
 from timm_fisher.registry import check_arguments
 
 
@@ -247,74 +249,139 @@ def create_datasets(
     return datasets
 
 
-class CachedFeatures(Dataset[tuple[Tensor, int]]):
-    """What a frozen backbone gives for each image of a data set, memory-mapped from a file."""
+class Cached(Dataset[tuple[Any, int]]):
+    """What a frozen part of a model gives for each image of a data set: arrays, memory-mapped from
+    files. One of them comes as a tensor, several as a list.
 
-    def __init__(self, path: Path, labels: np.ndarray) -> None:
-        self.features = np.load(path, mmap_mode='r', allow_pickle=False)
+    Attributes:
+        pooled: they are pooled vectors, not features of the backbone.
+    """
+
+    def __init__(self, paths: Sequence[Path], labels: np.ndarray, *, pooled: bool) -> None:
+        self.arrays = [np.load(path, mmap_mode='r', allow_pickle=False) for path in paths]
         self.labels = labels
+        self.pooled = pooled
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, i: int) -> tuple[Tensor, int]:
-        return torch.from_numpy(np.array(self.features[i])), int(self.labels[i])
+    def __getitem__(self, i: int) -> tuple[Any, int]:
+        tensors = [torch.from_numpy(np.array(array[i])) for array in self.arrays]
+        return tensors if len(tensors) > 1 else tensors[0], int(self.labels[i])
 
 
-@torch.no_grad()
 def cache_features(
     model: PooledModel, dataset: Images, config: Config, accelerator: Accelerator
-) -> CachedFeatures:
-    """Run the backbone once over a data set, each rank over its share, unless a file of the same
-    weights, images and transform is there already.
+) -> Cached:
+    """Run the backbone once over a data set, each rank over its share, unless files of the same
+    weights, images and transform are there already.
 
     All ranks must see one `config.cache_dir`.
     """
-    path = Path(config.cache_dir, f'{_cache_key(model, dataset, accelerator)}.npy')
-    # The main process decides for all: another run may publish the same file at any moment.
-    plan = [path.exists(), str(path.with_suffix(f'.{uuid.uuid4().hex}.partial'))]
-    there, partial = broadcast_object_list(plan)
-    if not there:
-        device = accelerator.device
-        model.to(device).eval()
+    model.to(accelerator.device).eval()
+    paths = _write_once(
+        Path(config.cache_dir, _cache_key(model, dataset, accelerator)),
+        model.forward_features,
+        dataset,
+        config,
+        accelerator,
+        what='cache features',
+        count=len(model.descriptors) if isinstance(model.descriptors, StageDescriptors) else 1,
+    )
+    return Cached(paths, dataset.split.labels, pooled=False)
+
+
+def cache_pooled(
+    model: PooledModel, features: Cached, name: str, config: Config, accelerator: Accelerator
+) -> Cached:
+    """Pool cached features once, for a stage that trains the classifier alone.
+
+    The files are new each time, for the head may have been trained meanwhile.
+    """
+    folder = Path(config.output, 'pooled')
+    if accelerator.is_main_process:
+        for path in folder.glob(f'{name}-*'):
+            path.unlink()
+    accelerator.wait_for_everyone()
+    model.to(accelerator.device).eval()
+    paths = _write_once(
+        folder / name,
+        lambda x: model.forward_head(x, pre_logits=True),
+        features,
+        config,
+        accelerator,
+        what=f'pool {name}',
+    )
+    return Cached(paths, features.labels, pooled=True)
+
+
+@torch.no_grad()
+def _write_once(
+    stem: Path,
+    function: Callable[[Any], Any],
+    dataset: Images | Cached,
+    config: Config,
+    accelerator: Accelerator,
+    *,
+    what: str,
+    count: int = 1,
+) -> list[Path]:
+    """Files `STEM-0.npy`, ... of what a function of a batch gives, one tensor or several."""
+    device = accelerator.device
+
+    def call(batch: Any) -> list[Tensor]:
         with accelerator.autocast():
-            shape = model.forward_features(dataset[0][0][None].to(device)).shape[1:]
+            found = function(send_to_device(batch, device))
+        return [found] if isinstance(found, Tensor) else list(found)
+
+    # The main process decides for all: another run may publish the same files at any moment.
+    paths = [stem.with_name(f'{stem.name}-{i}.npy') for i in range(count)]
+    plan = [all(path.exists() for path in paths), uuid.uuid4().hex]
+    there, token = broadcast_object_list(plan)
+    if not there:
+        partial = [path.with_suffix(f'.{token}.partial') for path in paths]
         if accelerator.is_main_process:
-            _allocate(Path(partial), (len(dataset), *shape))
+            sample = default_collate([dataset[0][0]])
+            _allocate(partial, [(len(dataset), *each.shape[1:]) for each in call(sample)])
         accelerator.wait_for_everyone()
-        features = np.lib.format.open_memmap(partial, mode='r+')
+        arrays = [np.lib.format.open_memmap(path, mode='r+') for path in partial]
         share = range(accelerator.process_index, len(dataset), accelerator.num_processes)
         # Small batches stay in a CPU's cache: twice as fast as 64 images at a time.
-        batch_size = min(4, config.batch_size) if device.type == 'cpu' else config.batch_size
-        loader = DataLoader(Subset(dataset, share), batch_size, num_workers=config.workers)
+        on_cpu = accelerator.device.type == 'cpu'
+        batch_size = min(4, config.batch_size) if on_cpu else config.batch_size
+        workers = 0 if isinstance(dataset, Cached) else config.workers
+        loader = DataLoader(Subset(dataset, share), batch_size, num_workers=workers)
         start = 0
-        progress = tqdm(loader, 'cache features', disable=not accelerator.is_main_process or None)
-        for images, _ in progress:
-            with accelerator.autocast():
-                batch = model.forward_features(images.to(device)).float().cpu().numpy()
-            features[list(share[start : start + len(batch)])] = batch
-            start += len(batch)
-        features.flush()
+        for batch, labels in tqdm(loader, what, disable=not accelerator.is_main_process or None):
+            rows = list(share[start : start + len(labels)])
+            for array, found in zip(arrays, call(batch), strict=True):
+                array[rows] = found.float().cpu().numpy()
+            start += len(labels)
+        for array in arrays:
+            array.flush()
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            os.replace(partial, path)
+            for beside, path in zip(partial, paths, strict=True):
+                os.replace(beside, path)
         accelerator.wait_for_everyone()
-    return CachedFeatures(path, dataset.split.labels)
+    return paths
 
 
-def _allocate(path: Path, shape: tuple[int, ...]) -> None:
-    """An empty .npy file whose space is there: a memory map on a full disk would die of SIGBUS."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    np.lib.format.open_memmap(path, mode='w+', dtype=np.float32, shape=shape).flush()
-    size = path.stat().st_size
+def _allocate(paths: list[Path], shapes: list[tuple[int, ...]]) -> None:
+    """Empty .npy files whose space is there: a memory map on a full disk would die of SIGBUS."""
+    paths[0].parent.mkdir(parents=True, exist_ok=True)
     try:
-        if hasattr(os, 'posix_fallocate'):  # which macOS lacks
-            with open(path, 'r+b') as file:
-                os.posix_fallocate(file.fileno(), 0, size)
+        for path, shape in zip(paths, shapes, strict=True):
+            np.lib.format.open_memmap(path, mode='w+', dtype=np.float32, shape=shape).flush()
+            if hasattr(os, 'posix_fallocate'):  # which macOS lacks
+                with open(path, 'r+b') as file:
+                    os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
     except OSError as error:
-        path.unlink()
+        for path in paths:
+            path.unlink(missing_ok=True)
+        size = sum(4 * math.prod(shape) for shape in shapes)
         raise OSError(
-            f'{size / 2**30:.1f} GiB of features do not fit into {path.parent}: {error}. '
+            f'{size / 2**30:.1f} GiB of features do not fit into {paths[0].parent}: {error}. '
             'Free some space, give another --cache_dir, or switch it off by --cache false.'
         ) from error
 

@@ -28,7 +28,7 @@ import yaml
 from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.utils import set_seed
 from config import Config, Stage, parse_config
-from data import CachedFeatures, Images, cache_features, create_datasets, load_splits
+from data import Cached, Images, cache_features, cache_pooled, create_datasets, load_splits
 from sklearn.metrics import accuracy_score, balanced_accuracy_score
 from timm.optim import create_optimizer_v2, param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2
@@ -44,7 +44,7 @@ from timm_fisher import PooledModel
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt
 
-AnyDataset = Images | CachedFeatures
+AnyDataset = Images | Cached
 
 
 def main() -> None:
@@ -72,9 +72,7 @@ def main() -> None:
     datasets: dict[str, AnyDataset] = dict(create_datasets(config, splits, data_config))
     sizes = ', '.join(f'{len(split.indices)} {name}' for name, split in splits.items())
     say(f'{len(classes)} classes; {sizes} images at {data_config["input_size"]}')
-    say(
-        f'{config.head}: {model.head.in_features} -> {model.head.out_features} on {config.backbone}'
-    )
+    say(f'{_head_names(config)} on {config.backbone}: {model.head_hidden_size} pooled features')
 
     def cached() -> dict[str, AnyDataset]:
         names = ['train', *(name for name in ('val', 'test') if name in datasets)]
@@ -153,6 +151,15 @@ class Run:
         model.freeze_backbone(stage.train != 'all')
         if stage.train == 'classifier':
             model.head.requires_grad_(False)
+        pool_once = stage.train == 'classifier' and isinstance(datasets['train'], Cached)
+        if pool_once and not stage.head_loss:
+            start = time.perf_counter()
+            pooled = {
+                split: cache_pooled(model, datasets[split], split, config, accelerator)
+                for split in ('train', 'val')
+            }
+            datasets = {**pooled, 'augmented': pooled['train']}
+            self.seconds['features'] += time.perf_counter() - start
         module = self._module(datasets['train'])
         train_loader = self.loader(datasets['augmented'], shuffle=True)
         val_loader = self.loader(datasets['val'])
@@ -193,6 +200,8 @@ class Run:
             }
             self._end_epoch(row, last=epoch + 1 == stage.epochs, scheduler=scheduler)
         accelerator.free_memory()
+        if accelerator.is_main_process:
+            shutil.rmtree(self.output / 'pooled', ignore_errors=True)
 
     def _train_epoch(
         self,
@@ -282,12 +291,14 @@ class Run:
         }
 
     def _module(self, dataset: AnyDataset) -> nn.Module:
-        return HeadOnly(self.model) if isinstance(dataset, CachedFeatures) else self.model
+        if not isinstance(dataset, Cached):
+            return self.model
+        return ClassifierOnly(self.model) if dataset.pooled else HeadOnly(self.model)
 
     def loader(self, dataset: AnyDataset, *, shuffle: bool = False) -> DataLoader[Any]:
         """A loader over a data set, before accelerate prepares it."""
         # Cached features come from a memory map: workers would only copy them once more.
-        workers = 0 if isinstance(dataset, CachedFeatures) else self.config.workers
+        workers = 0 if isinstance(dataset, Cached) else self.config.workers
         return DataLoader(dataset, self.config.batch_size, shuffle=shuffle, num_workers=workers)
 
     def _end_epoch(self, row: dict[str, Any], *, last: bool, scheduler: Any) -> None:
@@ -423,10 +434,27 @@ class HeadOnly(nn.Module):
         return self
 
 
+class ClassifierOnly(nn.Module):
+    """The part of a model that runs on pooled vectors, while the head is frozen too."""
+
+    def __init__(self, model: PooledModel) -> None:
+        super().__init__()
+        self.head_drop, self.classifier = model.head_drop, model.classifier
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        return self.classifier(self.head_drop(pooled))
+
+
 def _cpu_count() -> int:
     if hasattr(os, 'sched_getaffinity'):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def _head_names(config: Config) -> str:
+    if isinstance(config.head, str):
+        return config.head
+    return ' + '.join(each.get('name', '?') for each in config.head)
 
 
 def _create_model(config: Config, num_classes: int) -> PooledModel:
@@ -441,6 +469,7 @@ def _create_model(config: Config, num_classes: int) -> PooledModel:
         drop_rate=config.drop_rate,
         stage=config.backbone_stage,
         class_token=config.class_token,
+        last_stride=config.last_stride,
     )
 
 

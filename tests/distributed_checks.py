@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,11 +28,19 @@ SMALL = {  # faster than the default
 }
 
 
-def create(head: str) -> timm_fisher.PooledModel:
+COMPOSED = 'composed'
+HEADS = [*timm_fisher.list_heads(), COMPOSED]
+
+
+def create(name: str) -> timm_fisher.PooledModel:
     """A model with dropout and batch norm switched off; its map is 16 x 16 x 32 at 32 px."""
     torch.manual_seed(0)
+    head: Any = name
+    if name == COMPOSED:
+        names = ('gmm_fisher', 'sparse_fisher')
+        head = [{'name': 'avg', 'stage': -4}, *({'name': each, **SMALL[each]} for each in names)]
     return timm_fisher.create_model(
-        'test_resnet', head, num_classes=3, stage=-5, head_kwargs=SMALL.get(head)
+        'test_resnet', head, num_classes=3, stage=-5, head_kwargs=SMALL.get(name)
     ).eval()
 
 
@@ -67,7 +76,7 @@ def main() -> None:
     accelerator = Accelerator(cpu=True)
     rank, world_size = accelerator.process_index, accelerator.num_processes
     results = {'world_size': torch.distributed.get_world_size(), 'fit': {}, 'gradients': {}}
-    for head in timm_fisher.list_heads():
+    for head in HEADS:
         results['fit'][head] = fitted(head)
         module = accelerator.prepare_model(create(head))
         results['gradients'][head] = gradients(module, rank, world_size)

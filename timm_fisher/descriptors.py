@@ -6,12 +6,15 @@
 2. `forward_features` gives tokens: drop the prefix tokens. Their number is believed only if what
    is left is the grid that `feature_info` promises, so that no class token passes for a descriptor.
 3. Anything else, and every stage but the last: `forward_intermediates`, which gives NCHW maps.
+
+`StageDescriptors` reads several stages.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -59,15 +62,7 @@ class Descriptors(nn.Module):
         if not self.intermediate:
             return cast(Tensor, backbone.forward_features(x))
         options: dict[str, Any] = {'norm': True} if self.stage == -1 else {}
-        maps = backbone.forward_intermediates(
-            x,
-            indices=[self.stage],
-            stop_early=True,
-            output_fmt='NCHW',
-            intermediates_only=True,
-            **options,
-        )
-        return cast(Tensor, maps[0])
+        return _intermediates(backbone, x, [self.stage], **options)[0]
 
     def forward(self, features: Tensor) -> Tensor:
         """Descriptors `[B, N, C]` of a backbone's plain tensor."""
@@ -89,39 +84,108 @@ class Descriptors(nn.Module):
         return text
 
 
+class StageDescriptors(nn.ModuleList):
+    """Reads one or more stages of a backbone. Has no parameters.
+
+    Args:
+        stages: one `Descriptors` for each stage, in ascending order.
+        one_pass: `forward_intermediates` gives the output, as `forward_features` does, beside the
+            earlier stages; otherwise the backbone runs twice.
+    """
+
+    def __init__(self, stages: Sequence[Descriptors], *, one_pass: bool) -> None:
+        super().__init__(stages)
+        self.one_pass = one_pass
+
+    def __iter__(self) -> Iterator[Descriptors]:
+        return cast(Iterator[Descriptors], super().__iter__())
+
+    def features(self, backbone: Any, x: Tensor) -> list[Tensor]:
+        """One plain tensor for each stage, for images `[B, 3, H, W]`."""
+        *stages, final = (each.stage for each in self)
+        if final != -1:
+            return _intermediates(backbone, x, [*stages, final])
+        if self.one_pass:
+            output, maps = backbone.forward_intermediates(x, indices=stages, output_fmt='NCHW')
+            return [*maps, output]
+        maps = _intermediates(backbone, x, stages) if stages else []
+        return [*maps, cast(Descriptors, self[-1]).features(backbone, x)]
+
+    def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """Descriptors `[B, N, C]` of each stage; N and C are its own."""
+        return [read(tensor) for read, tensor in zip(self, features, strict=True)]
+
+    def appended(self, features: Sequence[Tensor]) -> Tensor | None:
+        """The class token `[B, C]` of the output that goes behind the pooled vector, if any."""
+        return cast(Descriptors, self[-1]).appended(features[-1])
+
+    def extra_repr(self) -> str:
+        return f'one_pass={self.one_pass}'
+
+
+def _intermediates(backbone: Any, x: Tensor, stages: list[int], **options: Any) -> list[Tensor]:
+    """Maps NCHW of some stages, in ascending order, without what lies behind the last of them."""
+    maps = backbone.forward_intermediates(
+        x,
+        indices=stages,
+        stop_early=True,
+        output_fmt='NCHW',
+        intermediates_only=True,
+        **options,
+    )
+    return cast(list[Tensor], list(maps))
+
+
 def find_descriptors(
-    backbone: Any, image: Tensor, *, stage: int = -1, class_token: str = 'drop'
-) -> tuple[Descriptors, set[str], set[str]]:
+    backbone: Any, image: Tensor, *, stages: Sequence[int] = (-1,), class_token: str = 'drop'
+) -> tuple[StageDescriptors, set[str], set[str]]:
     """Decide how to read a timm backbone, and what of it the descriptors do not depend on: what
-    sits behind the old pool, or behind an earlier `stage`.
+    sits behind the old pool, or behind an earlier stage.
 
     Args:
         backbone: a timm model without classifier, best built on `torch.device('meta')`, where
             looking costs nothing.
         image: an input `[B, C, H, W]` on the same device.
-        stage: -1 for the output, or an earlier stage, -2, -3, ...
-        class_token: 'drop', 'keep' or 'append'; see `Descriptors`.
+        stages: -1 for the output, or earlier stages, -2, -3, ...
+        class_token: 'drop', 'keep' or 'append'; see `Descriptors`. With several stages it is about
+            the output.
 
     Returns:
-        The descriptors; names of the largest modules that hold parameters and never run; and names
-        of parameters elsewhere that no gradient reaches, such as those of a last layer's class
-        token.
+        The descriptors of each stage; names of the largest modules that hold parameters and never
+        run; and names of parameters elsewhere that no gradient reaches, such as those of a last
+        layer's class token.
 
     Raises:
         ValueError: no such stage or mode, or the backbone has no class token there.
     """
-    name = type(backbone).__name__
-    stages = len(getattr(backbone, 'feature_info', None) or ())
-    if not isinstance(stage, int) or not -max(stages, 1) <= stage <= -1:
-        raise ValueError(
-            f'{stage=} does not exist in {name}: give -1 for its output'
-            + (f', or -2 ... -{stages} for an earlier stage.' if stages > 1 else '.')
-        )
     if class_token not in CLASS_TOKEN_MODES:
         raise ValueError(f'{class_token=} is not one of {", ".join(CLASS_TOKEN_MODES)}.')
+    found, features, ran = [], [], set()
+    with torch.enable_grad():
+        for stage in sorted(set(stages)):
+            mode = class_token if stage == -1 or -1 not in stages else 'drop'
+            descriptors, tensor, names = _find_stage(backbone, image, stage, mode)
+            found.append(descriptors)
+            features.append(tensor)
+            ran |= names
+        unused = _unused_parts(backbone, features, ran)
+        one_pass = _gives_output(backbone, image, found, features[-1])
+    return StageDescriptors(found, one_pass=one_pass), *unused
 
+
+def _find_stage(
+    backbone: Any, image: Tensor, stage: int, class_token: str
+) -> tuple[Descriptors, Tensor, set[str]]:
+    """Descriptors of one stage, the backbone's tensor there, and the modules that ran for it."""
+    name = type(backbone).__name__
+    number = len(getattr(backbone, 'feature_info', None) or ())
+    if not isinstance(stage, int) or not -max(number, 1) <= stage <= -1:
+        raise ValueError(
+            f'{stage=} does not exist in {name}: give -1 for its output'
+            + (f', or -2 ... -{number} for an earlier stage.' if number > 1 else '.')
+        )
     descriptors = None
-    with torch.enable_grad(), _record_calls(backbone) as ran:
+    with _record_calls(backbone) as ran:
         if stage == -1:
             features = backbone.forward_features(image)
             descriptors = _from_features(backbone, features, image, class_token)
@@ -142,7 +206,24 @@ def find_descriptors(
             f"class_token='append' needs a class token; the {descriptors.num_prefix_tokens} prefix "
             f"tokens of this {name} are registers. Use 'drop' or 'keep'."
         )
-    return descriptors, *_unused_parts(backbone, features, ran)
+    return descriptors, features, ran
+
+
+def _gives_output(
+    backbone: Any, image: Tensor, found: Sequence[Descriptors], output: Tensor
+) -> bool:
+    """Whether `forward_intermediates` gives the output beside earlier maps: the same shape,
+    computed by the same operations from the same parameters."""
+    stages = [each.stage for each in found if each.stage != -1]
+    if not stages or found[-1].stage != -1 or found[-1].intermediate:
+        return False
+    try:
+        beside, _ = backbone.forward_intermediates(image, indices=stages, output_fmt='NCHW')
+    except (RuntimeError, AttributeError):
+        return False
+    if not isinstance(beside, Tensor) or beside.shape != output.shape:
+        return False
+    return _operations(beside) == _operations(output)
 
 
 def _from_features(
@@ -195,9 +276,11 @@ def _record_calls(backbone: Any) -> Iterator[set[str]]:
             hook.remove()
 
 
-def _unused_parts(backbone: Any, features: Tensor, ran: set[str]) -> tuple[set[str], set[str]]:
+def _unused_parts(
+    backbone: Any, features: Sequence[Tensor], ran: set[str]
+) -> tuple[set[str], set[str]]:
     """Idle modules and dead parameters, see `find_descriptors`."""
-    reached = _leaves(features)
+    reached = set().union(*(_operations(tensor)[0] for tensor in features))
     dead = {
         name for name, p in backbone.named_parameters() if p.requires_grad and id(p) not in reached
     }
@@ -213,9 +296,11 @@ def _unused_parts(backbone: Any, features: Tensor, ran: set[str]) -> tuple[set[s
     return idle, dead
 
 
-def _leaves(tensor: Tensor) -> set[int]:
-    """Ids of the parameters in the autograd graph of a tensor; cheaper than a backward pass."""
-    found: set[int] = set()
+def _operations(tensor: Tensor) -> tuple[set[int], Counter[str]]:
+    """Of the autograd graph of a tensor: ids of the parameters that it begins with, and how often
+    each operation occurs. Cheaper than a backward pass."""
+    parameters: set[int] = set()
+    operations: Counter[str] = Counter()
     seen, todo = set(), [tensor.grad_fn]
     while todo:
         node = todo.pop()
@@ -223,9 +308,10 @@ def _leaves(tensor: Tensor) -> set[int]:
             continue
         seen.add(node)
         if hasattr(node, 'variable'):  # the end of a branch, torch's AccumulateGrad
-            found.add(id(node.variable))
+            parameters.add(id(node.variable))
+        operations[node.name()] += 1
         todo += [following for following, _ in node.next_functions]
-    return found
+    return parameters, operations
 
 
 class Unused(nn.Identity):

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from timm_fisher.compose import ConcatHeads
+from timm_fisher.shared_stream import fit_together
 from timm_fisher.stream import ModelStream
 
 if TYPE_CHECKING:
@@ -19,7 +21,8 @@ DISTANCES = 2**22  # held at a time: 32 MiB
 
 
 def fit(model: PooledModel, loader: DataLoader[Any], *, from_features: bool = False) -> None:
-    """Start a model's pooling head from data (PCA, dictionary, ...), in place.
+    """Start a model's pooling head from data (PCA, dictionary, ...), in place; several heads in
+    common passes over the data.
 
     The backbone runs in eval mode and is not changed. Under `torch.distributed` every rank must
     call it with the same data set; each reads its share, and the fit is that of one process.
@@ -33,7 +36,11 @@ def fit(model: PooledModel, loader: DataLoader[Any], *, from_features: bool = Fa
         TypeError: the loader is not a `DataLoader` over a map-style data set.
         ValueError: an empty data set, or descriptors that are not finite.
     """
-    model.head.fit(ModelStream(model, loader, from_features=from_features))
+    stream = ModelStream(model, loader, from_features=from_features)
+    if isinstance(model.head, ConcatHeads):
+        fit_together(model.head.placed(), stream)
+    else:
+        model.head.fit(stream)
 
 
 def check_finite(rows: Tensor) -> None:

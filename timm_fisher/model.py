@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,16 +15,14 @@ from timm.models import (
     get_model_input_config,
     group_parameters,
     load_pretrained,
+    model_entrypoint,
     register_model,
     resolve_pretrained_cfg,
 )
 from torch import Tensor, nn
 
-from timm_fisher.descriptors import (
-    Descriptors,
-    find_descriptors,
-    remove_unused,
-)
+from timm_fisher.compose import ConcatHeads
+from timm_fisher.descriptors import find_descriptors, remove_unused
 from timm_fisher.head import PoolingHead
 from timm_fisher.registry import check_arguments, create_head, get_head, nearest
 
@@ -45,8 +43,10 @@ class PooledModel(nn.Module):
 
     Args:
         backbone: any name that `timm.create_model` takes, `hf-hub:` and `local-dir:` included.
-        head: name of an installed head; see `timm_fisher.list_heads()`.
-        head_kwargs: arguments of the head.
+        head: name of an installed head; see `timm_fisher.list_heads()`. Or several heads, each a
+            dict of its `name`, its `stage` (by default the model's) and its arguments: their
+            outputs are L2-normalised and concatenated.
+        head_kwargs: arguments of a single head.
         backbone_kwargs: further arguments of the backbone, as `timm.create_model` takes them.
         num_classes: outputs of the classifier; 0 gives embeddings.
         in_chans: channels of the image; None for the backbone's own.
@@ -56,6 +56,9 @@ class PooledModel(nn.Module):
         stage: -1 pools the backbone's output; -2, -3, ... an earlier stage of its `feature_info`.
         class_token: of a backbone that has one: 'drop' it, 'keep' the prefix tokens among the
             descriptors, or 'append' the class token to the pooled vector.
+        last_stride: 1 keeps stride 1 in the last stage of a ResNet, without dilation, as the
+            authors of covariance pooling do: four times the descriptors. With dilation it is
+            `backbone_kwargs=dict(output_stride=16)`.
         pretrained: load the backbone's pretrained weights.
         pretrained_cfg_overlay: of the backbone, `dict(file=...)` for weights of your own.
         cache_dir: of downloaded weights.
@@ -66,13 +69,13 @@ class PooledModel(nn.Module):
     """
 
     backbone: Any  # a timm model
-    descriptors: Descriptors
-    head: PoolingHead
+    descriptors: Any  # Descriptors, or StageDescriptors of several
+    head: PoolingHead | ConcatHeads
 
     def __init__(
         self,
         backbone: str,
-        head: str = 'avg',
+        head: str | Sequence[dict[str, Any]] = 'avg',
         *,
         head_kwargs: dict[str, Any] | None = None,
         backbone_kwargs: dict[str, Any] | None = None,
@@ -83,12 +86,14 @@ class PooledModel(nn.Module):
         drop_path_rate: float | None = None,
         stage: int = -1,
         class_token: str = 'drop',
+        last_stride: int | None = None,
         pretrained: bool = False,
         pretrained_cfg_overlay: dict[str, Any] | None = None,
         cache_dir: str | Path | None = None,
     ) -> None:
         super().__init__()
         check_backbone(backbone)
+        heads = _parse_heads(head, head_kwargs, stage)
         arguments: dict[str, Any] = dict(
             backbone_kwargs or {},
             num_classes=0,
@@ -111,21 +116,33 @@ class PooledModel(nn.Module):
                 twin = timm.create_model(backbone, **arguments).eval()
             input_size = shape['input_size'][:1] + to_2tuple(img_size or shape['input_size'][1:])
             image = torch.empty(1, *input_size)
-            descriptors, idle, dead = find_descriptors(
-                twin, image, stage=stage, class_token=class_token
+            if last_stride is not None:
+                _keep_last_stride(twin, last_stride)
+            stages = [each_stage for _, each_stage, _ in heads]
+            found, idle, dead = find_descriptors(
+                twin, image, stages=stages, class_token=class_token
             )
 
         self.backbone = timm.create_model(backbone, pretrained=pretrained, **arguments)
+        if last_stride is not None:
+            _keep_last_stride(self.backbone, last_stride)
         remove_unused(self.backbone, idle, dead)
         self._always_frozen = [
             name for name, p in self.backbone.named_parameters() if not p.requires_grad
         ]
-        self.descriptors = descriptors
-        self.head = create_head(head, descriptors.num_features, **(head_kwargs or {}))
+        places = [sorted(set(stages)).index(each_stage) for each_stage in stages]
+        channels = [each.num_features for each in found]
+        made = [
+            create_head(name, channels[place], **options)
+            for (name, _, options), place in zip(heads, places, strict=True)
+        ]
+        single = isinstance(head, str)
+        self.descriptors = found[0] if single else found
+        self.head = made[0] if single else ConcatHeads(made, places)
         self.head_drop = nn.Dropout(drop_rate)
 
         self.in_chans = input_size[0]
-        self.num_features = descriptors.num_features
+        self.num_features: int = channels[-1]
         self.head_hidden_size = self.head.out_features
         if class_token == 'append':
             self.head_hidden_size += self.num_features
@@ -140,6 +157,7 @@ class PooledModel(nn.Module):
             'img_size': img_size,
             'stage': stage,
             'class_token': class_token,
+            'last_stride': last_stride,
         }
         self._model_args = {key: value for key, value in recorded.items() if value is not None}
 
@@ -148,12 +166,14 @@ class PooledModel(nn.Module):
         """Alias of `pretrained_cfg`, as timm has it."""
         return self.pretrained_cfg
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        """The backbone's plain tensor, as timm gives it, for images `[B, 3, H, W]`."""
-        return self.descriptors.features(self.backbone, x)
+    def forward_features(self, x: Tensor) -> Tensor | list[Tensor]:
+        """The backbone's plain tensor, as timm gives it, for images `[B, 3, H, W]`; for several
+        stages a list of them, from early to late."""
+        features: Tensor | list[Tensor] = self.descriptors.features(self.backbone, x)
+        return features
 
     def forward_head(
-        self, x: Tensor, pre_logits: bool = False, head_loss: bool = False
+        self, x: Tensor | list[Tensor], pre_logits: bool = False, head_loss: bool = False
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Pool and classify.
 
@@ -294,7 +314,11 @@ class PooledModel(nn.Module):
 
 
 def create_model(
-    backbone: str, head: str = 'avg', *, pretrained: bool = False, **arguments: Any
+    backbone: str,
+    head: str | Sequence[dict[str, Any]] = 'avg',
+    *,
+    pretrained: bool = False,
+    **arguments: Any,
 ) -> PooledModel:
     """`timm.create_model('timm_fisher', ...)` with the head's arguments beside the model's.
 
@@ -304,16 +328,18 @@ def create_model(
 
     Args:
         backbone: any name that `timm.create_model` takes.
-        head: name of an installed head.
+        head: name of an installed head, or several heads as `PooledModel` takes them.
         pretrained: load the backbone's pretrained weights.
-        **arguments: those of `PooledModel` and of the head.
+        **arguments: those of `PooledModel` and of a single head.
 
     Raises:
         ValueError: an unknown backbone, head, stage or class-token mode.
         TypeError: an argument that neither model nor head has; the nearest ones are named.
     """
     of_model = set(inspect.signature(PooledModel).parameters)
-    of_head = set(inspect.signature(get_head(head)).parameters) - {'in_features'}
+    of_head = set()
+    if isinstance(head, str):
+        of_head = set(inspect.signature(get_head(head)).parameters) - {'in_features'}
     for key in arguments:
         if key not in of_model | of_head:
             raise TypeError(
@@ -327,6 +353,8 @@ def create_model(
         )
     for_head = {key: arguments.pop(key) for key in of_head - of_model if key in arguments}
     head_kwargs = (arguments.pop('head_kwargs', None) or {}) | for_head
+    if head_kwargs or isinstance(head, str):
+        arguments['head_kwargs'] = head_kwargs
     return cast(
         PooledModel,
         timm.create_model(
@@ -334,7 +362,6 @@ def create_model(
             pretrained=pretrained,
             backbone=backbone,
             head=head,
-            head_kwargs=head_kwargs,
             **arguments,
         ),
     )
@@ -454,16 +481,62 @@ def _check_weights(
     return weights
 
 
+def _parse_heads(
+    head: str | Sequence[dict[str, Any]], head_kwargs: dict[str, Any] | None, stage: int
+) -> list[tuple[str, int, dict[str, Any]]]:
+    """Name, stage and arguments of each head of a model."""
+    if isinstance(head, str):
+        return [(head, stage, head_kwargs or {})]
+    if head_kwargs:
+        raise TypeError(
+            f'{head_kwargs=} is for a single head. Of several, each takes its arguments in its own '
+            "dict: head=[dict(name='avg', normalize=True), ...]."
+        )
+    heads = []
+    for each in head:
+        if not isinstance(each, dict) or not isinstance(each.get('name'), str):
+            raise TypeError(
+                f'Several heads are given as dicts with a name, such as dict(name='
+                f"'gmm_fisher', stage=-2, components=64); got {each!r}."
+            )
+        arguments = dict(each)
+        heads.append((arguments.pop('name'), arguments.pop('stage', stage), arguments))
+    if not heads:
+        raise ValueError('head is an empty list; give one head or more.')
+    return heads
+
+
+def _keep_last_stride(backbone: Any, last_stride: int) -> None:
+    """Stride 1 in the last stage of a ResNet, in place; see `PooledModel`."""
+    if last_stride != 1:
+        raise ValueError(f'{last_stride=} is not 1, or None for the backbone as it is.')
+    last = getattr(backbone, 'layer4', nn.Identity())
+    strided = [each for each in last.modules() if getattr(each, 'stride', 1) not in (1, (1, 1))]
+    if not strided or not all(isinstance(each, nn.Conv2d) for each in strided):
+        raise ValueError(
+            f'{last_stride=} needs a last stage that only convolutions make smaller, as that of '
+            f'resnet50; {type(backbone).__name__} has none here.'
+        )
+    for each in strided:
+        each.stride = (1, 1)
+    backbone.feature_info[-1]['reduction'] //= 2
+
+
 def check_backbone(name: str) -> None:
     """Refuse a name that timm does not know, with the nearest ones (ValueError)."""
     source, architecture = timm.models.parse_model_name(name)
     architecture = timm.models.get_arch_name(architecture)
-    if source is None and (not timm.is_model(architecture) or architecture == 'timm_fisher'):
-        known = [known for known in timm.list_models() if known != 'timm_fisher']
+    if source is None and (not timm.is_model(architecture) or _is_ours(architecture)):
+        known = [known for known in timm.list_models() if not _is_ours(known)]
         raise ValueError(
             f"Unknown backbone '{name}'.{nearest(architecture, known)} "
             'timm.list_models() lists all of them.'
         )
+
+
+def _is_ours(architecture: str) -> bool:
+    """Whether a name of `timm.list_models()` is a whole model of this package."""
+    return model_entrypoint(architecture).__module__.partition('.')[0] == 'timm_fisher'
 
 
 def _can_resize(backbone: Any) -> bool:

@@ -80,9 +80,9 @@ class DescriptorStream(ABC):
         rows = torch.zeros(len(images), each, self.num_features)
         found = torch.zeros(len(images), each)
         for positions, x in self.read(images):
-            # Seeded by the batch, not by the rank: the choice must not depend on who reads it.
-            own = torch.Generator().manual_seed(hash((seed, images[positions[0]])) % 2**63)
-            order = torch.rand(x.shape[:2], generator=own).argsort(1)[:, :each].to(x.device)
+            # By image: the choice must not depend on how images are shared out to batches.
+            keys = _scatter([images[i] for i in positions], x.shape[1], seed)
+            order = keys.argsort(1)[:, :each].to(x.device)
             x = x.to(at_least_float32(x.dtype))
             rows, found = rows.to(x), found.to(x.device)
             where = torch.as_tensor(positions, device=x.device)
@@ -94,6 +94,16 @@ class DescriptorStream(ABC):
             keep = torch.randperm(len(rows), generator=generator)[:n].sort().values
             rows = rows[keep.to(rows.device)]
         return rows
+
+
+def _scatter(images: Sequence[int], number: int, seed: int) -> Tensor:
+    """Pseudorandom int64 `[B, number]` that depend on image, column and seed alone: the low 32 bits
+    of MurmurHash3's finaliser."""
+    keys = torch.as_tensor(images)[:, None] * 0x9E3779B1 + torch.arange(number) + seed * 0x85EBCA77
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
+        keys = keys & 0xFFFFFFFF
+        keys = (keys ^ (keys >> shift)) * factor
+    return keys & 0xFFFFFFFF
 
 
 class ListStream(DescriptorStream):
@@ -136,8 +146,8 @@ class ModelStream(DescriptorStream):
 
     Args:
         model: a `PooledModel`.
-        loader: a torch `DataLoader` over a map-style data set of images or (image, ...) tuples.
-            It may be one that accelerate has prepared. The data set, batch size, workers and
+        loader: a torch `DataLoader` over a map-style data set of (image, ...) tuples or images. It
+            may be one that accelerate has prepared. The data set, batch size, workers and
             collation are used.
         from_features: the data set holds what `model.forward_features` gives, not images.
 
@@ -162,7 +172,7 @@ class ModelStream(DescriptorStream):
         self.model = model
         self.loader = loader
         self.from_features = from_features
-        self.num_features = model.descriptors.num_features
+        self.num_features = model.num_features
         self.batch_size = (
             loader.batch_size or getattr(loader.batch_sampler, 'batch_size', None) or 32
         )
@@ -173,8 +183,13 @@ class ModelStream(DescriptorStream):
     def __len__(self) -> int:
         return len(self.loader.dataset)  # type: ignore[arg-type]
 
-    @torch.no_grad()
     def read(self, images: Sequence[int]) -> Iterator[tuple[Sequence[int], Tensor]]:
+        for batch, descriptors in self.read_stages(images):
+            yield batch, descriptors[-1]
+
+    @torch.no_grad()
+    def read_stages(self, images: Sequence[int]) -> Iterator[tuple[Sequence[int], list[Tensor]]]:
+        """As `read`, with the descriptors of each stage that the model pools."""
         device = next(self.model.parameters()).device
         batches = [
             range(start, min(start + self.batch_size, len(images)))
@@ -191,9 +206,11 @@ class ModelStream(DescriptorStream):
         try:
             progress = tqdm(loader, 'fit: descriptors', leave=False, disable=self.rank > 0 or None)
             for batch, item in zip(batches, progress, strict=True):
-                x = (item[0] if isinstance(item, tuple | list) else item).to(device)
+                x: Any = item[0] if isinstance(item, tuple | list) else item
+                x = x.to(device) if isinstance(x, Tensor) else [each.to(device) for each in x]
                 features = x if self.from_features else self.model.forward_features(x)
-                yield batch, self.model.descriptors(features)
+                descriptors = self.model.descriptors(features)
+                yield batch, [descriptors] if isinstance(descriptors, Tensor) else descriptors
         finally:
             self.model.train(was_training)
 

@@ -1,0 +1,52 @@
+"""Several heads in one model, each on a stage of its own: their outputs side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from timm_fisher.head import PoolingHead
+from timm_fisher.linalg import at_least_float32, unit_length
+
+
+class ConcatHeads(nn.ModuleList):
+    """Heads whose outputs are L2-normalised, so that none drowns the others, and concatenated.
+
+    Args:
+        heads: two or more, or one.
+        places: for each head, which of the descriptors it pools.
+
+    Attributes:
+        out_features: sum of those of the heads.
+    """
+
+    def __init__(self, heads: Sequence[PoolingHead], places: Sequence[int]) -> None:
+        super().__init__(heads)
+        self.places = list(places)
+        self.out_features = sum(head.out_features for head in heads)
+
+    def placed(self) -> Iterator[tuple[PoolingHead, int]]:
+        """Each head and its place."""
+        return zip(self, self.places, strict=True)  # type: ignore[arg-type]
+
+    def forward(self, x: Sequence[Tensor]) -> Tensor:
+        """Pooled vectors `[B, out_features]` of descriptors `[B, N, C]`, one tensor a stage."""
+        return self._concatenate([head(x[place]) for head, place in self.placed()])
+
+    def forward_with_loss(self, x: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """As `forward`, and the sum of the heads' own losses."""
+        pooled, losses = zip(
+            *(head.forward_with_loss(x[place]) for head, place in self.placed()), strict=True
+        )
+        return self._concatenate(pooled), torch.stack(losses).sum()
+
+    def project_(self) -> None:
+        """Bring each head back to its feasible set."""
+        for head, _ in self.placed():
+            head.project_()
+
+    def _concatenate(self, pooled: Sequence[Tensor]) -> Tensor:
+        parts = [z[:, None].to(at_least_float32(z.dtype)) for z in pooled]
+        return torch.cat([unit_length(z)[:, 0] for z in parts], 1).to(pooled[0].dtype)
