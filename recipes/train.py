@@ -14,6 +14,7 @@ import json
 import math
 import os
 import shutil
+import sys
 import time
 import warnings
 from pathlib import Path
@@ -135,6 +136,7 @@ class Run:
         self.history: list[dict[str, Any]] = []
         self.finished: list[str] = []
         self.best: dict[str, Any] = {}
+        self.steps = 0  # of training, on this process
         self.seconds: dict[str, float] = {'features': 0.0, 'fit': 0.0, 'train': 0.0}
         # Weights are written once, in timm's form, instead of accelerate's.
         accelerator.register_save_state_pre_hook(self._save_weights)
@@ -248,6 +250,7 @@ class Run:
                     if not isinstance(scheduler, ReduceLROnPlateau):
                         scheduler.step_update(updates)
                 optimizer.zero_grad()
+            self.steps += 1
             loss_sum += loss.item() * len(y)
             count += len(y)
             progress.set_postfix(loss=f'{loss.item():.3f}')
@@ -321,6 +324,7 @@ class Run:
             'finished': self.finished,
             'best': self.best,
             'seconds': self.seconds,
+            'steps': self.steps,
             'scheduler': scheduler.state_dict(),
             'setting': self._setting(),
         }
@@ -364,6 +368,9 @@ class Run:
             'seed': config.seed,
             'out_features': model.head_hidden_size,
             'parameters': parameters,
+            'head_parameters': parameters - sum(p.numel() for p in model.backbone.parameters()),
+            'steps': self.steps,
+            'peak_memory_mb': round(_peak_memory(self.accelerator.device) / 2**20),
             'seconds': {key: round(value, 2) for key, value in self.seconds.items()},
             'processes': self.accelerator.num_processes,
             'device': str(self.accelerator.device),
@@ -383,6 +390,7 @@ class Run:
         self.finished = progress['finished']
         self.best = progress['best']
         self.seconds = progress['seconds']
+        self.steps = progress['steps']
         now = self._setting()
         if progress['setting'] != now:
             raise ValueError(f'--resume must keep {progress["setting"]}; this is {now}.')
@@ -443,6 +451,19 @@ class ClassifierOnly(nn.Module):
 
     def forward(self, pooled: Tensor) -> Tensor:
         return self.classifier(self.head_drop(pooled))
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Bytes allocated on the GPU, or, on a CPU, resident of this process; 0 on Windows, which does
+    not tell."""
+    if device.type == 'cuda':
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == 'win32':
+        return 0
+    import resource
+
+    unit = 1 if sys.platform == 'darwin' else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def _cpu_count() -> int:

@@ -379,4 +379,4 @@ def test_two_runs_that_fill_one_cache_at_the_same_time(recipes, recipe, few, tmp
     expected = torch.stack([plain[i][0] for i in range(len(plain))])
     with torch.no_grad():
         expected = model.eval().forward_features(expected)
-    torch.testing.assert_close(torch.from_numpy(np.array(cached.features)), expected)
+    torch.testing.assert_close(torch.from_numpy(np.array(cached.arrays[0])), expected)

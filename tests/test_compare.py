@@ -1,0 +1,159 @@
+"""recipes/compare.py: settings chosen on validation data, and what its table holds."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT
+from PIL import Image
+
+
+@pytest.fixture
+def compare(recipes):
+    return importlib.import_module('compare')
+
+
+def metrics(val, test, **more):
+    result = {'accuracy': test, 'balanced_accuracy': test - 0.1}
+    return {
+        'best': {'val_accuracy': val}, 'test': result, 'out_features': 7, 'head_parameters': 70,
+        'steps': 10, 'peak_memory_mb': 5, 'seconds': {'fit': 1.0, 'train': 2.0}, **more,
+    }  # fmt: skip
+
+
+def test_settings_are_chosen_on_validation_data_of_the_first_seed(compare, tmp_path, monkeypatch):
+    """A better test accuracy, or another seed, must not count."""
+    val = {0.1: 0.6, 0.2: 0.8, 0.3: 0.8, 0.4: 0.7}
+    calls = []
+
+    def run(options, chosen, seed, folder):
+        calls.append((chosen['stages.a.lr'], seed))
+        lr = chosen['stages.a.lr']
+        return metrics(val[lr] if seed == 5 else 1.0 - val[lr], 1.0 - lr + seed / 100)
+
+    monkeypatch.setattr(compare, 'run', run)
+    comparison = compare.Comparison(seeds=[5, 6], search={'stages.a.lr': list(val)})
+    row = compare.compare_variant('x', {'head': 'avg'}, comparison, tmp_path)
+    assert calls == [(0.1, 5), (0.2, 5), (0.3, 5), (0.4, 5), (0.2, 6)]
+    assert row['chosen'] == {'stages.a.lr': 0.2}
+    assert row['accuracy'] == pytest.approx([0.85, 0.86])
+    assert row['val_accuracy'] == pytest.approx([0.8, 0.2])
+    assert [each['val_accuracy'] for each in row['tried']] == [0.6, 0.8, 0.8, 0.7]
+    assert row['step_milliseconds'] == [200.0, 200.0]
+
+
+def test_table_and_plot(compare, tmp_path, monkeypatch):
+    monkeypatch.setattr(compare, 'run', lambda o, c, seed, f: metrics(0.5, 0.5 + seed / 10))
+    comparison = compare.Comparison(seeds=[0, 1, 2])
+    names = ('a', 'b + c')
+    rows = [compare.compare_variant(n, {'head': 'avg'}, comparison, tmp_path) for n in names]
+    compare.write_results(rows, comparison, tmp_path)
+    lines = (tmp_path / 'table.md').read_text().splitlines()
+    cells = '7 | 70 | 50.0 ± 0.0 | 60.0 ± 10.0 | 50.0 ± 10.0 | 1.0 s | 200 ms | 5 MB |'
+    assert [line for line in lines if line.startswith(('| a', '| b'))] == [
+        f'| {name} | {cells}  |' for name in names
+    ]
+    assert json.loads((tmp_path / 'results.json').read_text())['rows'] == rows
+    with Image.open(tmp_path / 'plot.png') as picture:
+        picture.verify()
+
+
+def test_options_of_a_run(compare, tmp_path, monkeypatch):
+    """Those of all, then its own, then what is tried; a finished run is not run again."""
+    started = []
+
+    class Process:
+        exitcode = 0
+
+        def __init__(self, target, args):
+            (_, file), _ = args
+            started.append(yaml.safe_load(Path(file).read_text()))
+            folder = tmp_path / 'lr0.5-s3'
+            folder.mkdir(exist_ok=True)
+            (folder / 'metrics.json').write_text(json.dumps(metrics(0.5, 0.5)))
+
+        def start(self):
+            pass
+
+        join = start
+
+    monkeypatch.setattr(compare.PROCESSES, 'Process', Process)
+    base = {'batch_size': 8, 'stages': {'a': {'lr': 1.0, 'epochs': 3}}}
+    options = {**base, 'head': 'gem'}
+    for _ in range(2):
+        compare.run(options, {'stages.a.lr': 0.5}, 3, tmp_path)
+    assert options == {**base, 'head': 'gem'}
+    assert started == [
+        {
+            'batch_size': 8,
+            'stages': {'a': {'lr': 0.5, 'epochs': 3}},
+            'head': 'gem',
+            'output': str(tmp_path / 'lr0.5-s3'),
+            'seed': 3,
+        }
+    ]
+    with pytest.raises(ValueError, match='holds a run with other options'):
+        compare.run({**options, 'batch_size': 9}, {'stages.a.lr': 0.5}, 3, tmp_path)
+
+
+def test_configuration_is_one_of_train(compare, recipes):
+    """Each variant of the configuration that is shipped is a model that can be built."""
+    config = yaml.safe_load((ROOT / 'recipes/configs/compare.yaml').read_text())
+    for variant in {**compare.BASELINES, **config['variants']}.values():
+        options = {**config['train'], **variant}
+        options.pop('search', None)
+        options |= {'backbone': 'test_resnet', 'pretrained': False}
+        parsed = recipes.config.Config(**{k: v for k, v in options.items() if k != 'stages'})
+        recipes.train._create_model(parsed, 3)
+
+
+COMMAND = [sys.executable, 'recipes/compare.py']
+
+
+@pytest.mark.slow
+def test_the_command(images, tmp_path):
+    """Through real runs; interrupted, it goes on where it was."""
+    config = {
+        'seeds': [0, 1],
+        'data_dir': str(images),
+        'search': {'stages.only.lr': [0.001, 0.1]},
+        'train': {
+            'backbone': 'test_resnet', 'backbone_stage': -2, 'img_size': 32, 'workers': 0,
+            'cache_dir': str(tmp_path / 'cache'),
+            'stages': {'only': {'train': 'classifier', 'epochs': 2}},
+        },
+        'variants': {
+            'two': {'head': [{'name': 'avg'}, {'name': 'gem', 'stage': -3}]},
+            'fisher': {'head': 'sparse_fisher', 'head_kwargs': {'code_dim': 4}},
+        },
+    }  # fmt: skip
+    file = tmp_path / 'compare.yaml'
+    file.write_text(yaml.safe_dump(config))
+    command = [*COMMAND, '--config', str(file), '--output', str(tmp_path / 'out')]
+    first = subprocess.run(
+        [*command, '--only', '["two"]'], cwd=ROOT, capture_output=True, text=True
+    )
+    assert first.returncode == 0, first.stderr
+    assert [line.split(' | ')[0] for line in first.stdout.splitlines()[2:5]] == [
+        '| avg', '| avg + power_l2', '| two',
+    ]  # fmt: skip
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob('out/**/metrics.json')}
+    assert len(before) == 9
+    second = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert second.returncode == 0, second.stderr
+    assert '| fisher |' in second.stdout
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_wrong_variant_is_named(tmp_path):
+    command = [*COMMAND, '--only', '["agv"]', '--output', str(tmp_path / 'out')]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "--only names ['agv']" in done.stderr
+    assert not (tmp_path / 'out').exists()
