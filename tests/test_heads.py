@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from timm_fisher import ListStream, PoolingHead, create_head, get_head, list_heads
 
@@ -155,6 +156,27 @@ def test_degenerate_inputs_stay_finite(name, case, autocast, training):
 
 
 @pytest.mark.parametrize('name', HEADS, ids=str)
+@pytest.mark.parametrize('autocast', [False, True])
+def test_dead_component_stays_finite(name, autocast):
+    """The first atom, cluster, Gaussian or channel of each parameter is zero in all respects."""
+    head = fitted(name)
+    with torch.no_grad():
+        for parameter in head.parameters():
+            if parameter.ndim:
+                parameter[0] = 0.0
+        if hasattr(head, 'log_weights'):
+            head.log_weights[0] = -1e4
+    x = descriptors().requires_grad_()
+    with torch.autocast('cpu', torch.bfloat16, enabled=autocast):
+        pooled, loss = head.forward_with_loss(x.bfloat16() if autocast else x)
+        total = pooled.float().pow(2).sum() + pooled.float().sum() + loss
+    total.backward()
+    assert torch.isfinite(pooled).all()
+    for tensor in (x, *head.parameters()):
+        assert tensor.grad is None or torch.isfinite(tensor.grad).all()
+
+
+@pytest.mark.parametrize('name', HEADS, ids=str)
 def test_autocast_does_not_touch_the_mathematics(name):
     head = fitted(name)
     x = descriptors()
@@ -177,6 +199,29 @@ def test_fit_is_finite_and_repeatable(name, case):
     for key, value in first.items():
         assert torch.isfinite(value).all(), key
         assert torch.equal(value, second[key]), key
+
+
+class LargestTensor(TorchDispatchMode):
+    """Elements of the largest tensor that any operation gives."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(tensor, Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return out
+
+
+@pytest.mark.parametrize('name', HEADS, ids=str)
+def test_no_pooled_vector_per_descriptor(name):
+    """Neither forward nor backward builds `[B, N, K, D]`: one output for each descriptor."""
+    head = fitted(name)
+    x = descriptors(batch=2, number=60).requires_grad_()
+    with LargestTensor() as largest:
+        head(x).sum().backward()
+    assert largest.elements <= max(2 * x.numel(), x[..., 0].numel() * head.out_features // 2)
 
 
 @pytest.mark.parametrize('name', HEADS, ids=str)
