@@ -1,0 +1,129 @@
+"""Whether every installed head compiles and exports, as a Markdown table.
+
+    python recipes/check_export.py                                  # all, some minutes
+    python recipes/check_export.py --heads 3g gem --ways onnx --backbone resnet18
+
+Each head is tried inside a small model with random weights, in eval mode, and what comes out is
+compared with the model itself:
+- compile: `torch.compile(fullgraph=True)`, which needs a C++ compiler on a CPU;
+- export: `torch.export.export`, and
+- onnx: `torch.onnx.export(dynamo=True)`, run by onnxruntime; both traced with one number of images
+  and compared with another. ONNX needs `pip install "timm_fisher[export]"`.
+
+A cell says `ok` and the largest difference, relative to the largest entry, or the reason why not.
+The exit status is 1 if a head with its default arguments fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from measure import table
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+import timm_fisher
+from timm_fisher import get_head, list_heads
+
+# Options that take another way through a head's mathematics.
+OPTIONS: dict[str, list[dict[str, Any]]] = {
+    '3g': [{'shrinkage': 0.5}, {'reduce_dim': 16}],  # eigh; fewer dimensions than descriptors
+    'avg': [{'normalize': True}],
+    'gmm_fisher': [{'l2_descriptors': True}],
+    'sparse_fisher': [{'tied': True}],
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('--heads', nargs='+', default=list_heads(), help='default: all installed')
+    parser.add_argument('--ways', nargs='+', default=list(WAYS), choices=WAYS)
+    parser.add_argument('--backbone', default='test_resnet', help='any timm architecture')
+    parser.add_argument('--tolerance', type=float, default=1e-4, help='relative difference')
+    args = parser.parse_args()
+    try:
+        for name in args.heads:
+            get_head(name)
+    except Exception as error:  # an unknown head, or a broken plug-in
+        parser.error(str(error))
+    warnings.filterwarnings('ignore')
+    logging.disable(logging.WARNING)
+
+    lines, failed = [], False
+    cases = [(name, options) for name in args.heads for options in [{}, *OPTIONS.get(name, [])]]
+    for name, options in tqdm(cases, disable=None):
+        torch.manual_seed(0)
+        model = timm_fisher.create_model(args.backbone, head=name, num_classes=0, **options).eval()
+        images = torch.randn(5, *model.pretrained_cfg['input_size'])
+        line = [', '.join([f'`{name}`', *(f'`{key}={value}`' for key, value in options.items())])]
+        for way in args.ways:
+            works, cell = check(way, model, images, args.tolerance)
+            failed |= not works and not options
+            line.append(cell)
+        lines.append(line)
+    print(table(['head', *args.ways], lines))
+    sys.exit(failed)
+
+
+def check(way: str, model: nn.Module, images: Tensor, tolerance: float) -> tuple[bool, str]:
+    """Whether it works, and what to say about it."""
+    try:
+        with torch.no_grad():
+            expected = model(images)
+            difference = (WAYS[way](model, images) - expected).abs().max() / expected.abs().max()
+    except ModuleNotFoundError as error:
+        return False, f'{error.name} is not installed: `pip install "timm_fisher[export]"`'
+    except Exception as error:  # whatever a compiler or exporter raises belongs in the table
+        return False, reason(error)
+    if not difference <= tolerance:
+        return False, f'differs by {difference:.0e}'
+    return True, f'ok, {difference:.0e}'
+
+
+def reason(error: BaseException) -> str:
+    """The first sentence of what began it."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    sentence = str(error).strip().partition('\n')[0].partition('. ')[0]
+    return f'{type(error).__name__}: {sentence}'.replace('|', '/')[:120]
+
+
+def compiled(model: nn.Module, images: Tensor) -> Tensor:
+    torch.compiler.reset()
+    return torch.compile(model, fullgraph=True)(images)
+
+
+def exported(model: nn.Module, images: Tensor) -> Tensor:
+    shapes = ({0: torch.export.Dim('batch')},)
+    program = torch.export.export(model, (images[:2],), dynamic_shapes=shapes)
+    return program.module()(images)
+
+
+def onnx(model: nn.Module, images: Tensor) -> Tensor:
+    import onnxruntime
+
+    shapes = ({0: torch.export.Dim('batch')},)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, 'model.onnx')
+        torch.onnx.export(
+            model, (images[:2],), path, dynamo=True, dynamic_shapes=shapes, verbose=False
+        )
+        session = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])
+        (out,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+    return torch.from_numpy(out)
+
+
+WAYS = {'compile': compiled, 'export': exported, 'onnx': onnx}
+
+
+if __name__ == '__main__':
+    main()

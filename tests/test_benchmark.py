@@ -1,0 +1,228 @@
+"""recipes/benchmark.py, recipes/measure.py and recipes/check_export.py, at tiny sizes."""
+
+from __future__ import annotations
+
+import ctypes.util
+import importlib
+import json
+import logging
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from timm_fisher import list_heads
+from timm_fisher.linalg import gram_root
+
+TINY = (
+    '--numbers 4 6 --channels 8 --batch 2 --backbone test_resnet --img-sizes 32 --repetitions 1 '
+    '--threads 1'
+).split()
+
+
+@pytest.fixture
+def script(recipes: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., ModuleType]]:
+    """`script('benchmark', *arguments)` runs a script of recipes/ in this process."""
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(importlib.import_module('measure'), 'LEAST_SECONDS', 0)
+
+    def run(name: str, *arguments: object) -> ModuleType:
+        module = importlib.import_module(name)
+        monkeypatch.setattr(sys, 'argv', [f'{name}.py', *map(str, arguments)])
+        module.main()
+        return module
+
+    with warnings.catch_warnings():
+        yield run
+    torch.set_num_threads(threads)
+    logging.disable(logging.NOTSET)
+
+
+@pytest.fixture
+def tiny(recipes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sizes of benchmark.py that no option sets."""
+    benchmark = importlib.import_module('benchmark')
+    for argument, (letter, _) in benchmark.SIZES.items():
+        monkeypatch.setitem(benchmark.SIZES, argument, (letter, (4, 16)))
+    monkeypatch.setitem(benchmark.ROOT, 'batch', 2)
+    monkeypatch.setitem(benchmark.FISHER, 'batch', 3)
+
+
+def results(folder: Path) -> list[dict[str, Any]]:
+    return json.loads((folder / 'benchmark.json').read_text())['results']
+
+
+def check_costs(rows: list[dict[str, Any]]) -> None:
+    for row in rows:
+        assert min(row['forward ms'], row['step ms'], row['forward MiB']) > 0
+        assert row['step MiB'] > row['forward MiB']
+
+
+@pytest.mark.usefixtures('tiny')
+def test_cost_of_every_head(script, tmp_path, capsys):
+    script('benchmark', *TINY, '--parts', 'descriptors', 'sizes', '--output', tmp_path)
+    rows = results(tmp_path)
+    check_costs(rows)
+    for part, letter, values in (
+        ('descriptors', 'N', [4, 6]),
+        ('sizes', 'd', [4]),  # 16 is more than the channels
+        ('sizes', 'K', [4, 16]),
+    ):
+        found = [row for row in rows if row['part'] == part and letter in row]
+        names = {row['head'] for row in found}
+        assert names == set(list_heads()) if part == 'descriptors' else 'gmm_fisher' in names
+        for name in names:
+            assert [row[letter] for row in found if row['head'] == name] == values
+    text = (tmp_path / 'benchmark.md').read_text()
+    assert text.count('| `sparse_fisher` |') == 4
+    assert text.strip() in capsys.readouterr().out
+    assert (tmp_path / 'benchmark.png').stat().st_size > 10_000
+
+
+@pytest.mark.parametrize('precision', ['float32', 'amp', 'bfloat16'])
+def test_cost_inside_a_model(script, tmp_path, precision):
+    options = ['--parts', 'model', '--heads', 'isqrt_cov', '--precision', precision]
+    script('benchmark', *TINY, *options, '--output', tmp_path)
+    rows = results(tmp_path)
+    check_costs(rows)
+    assert [(row['head'], row['image']) for row in rows] == [('avg', 32), ('isqrt_cov', 32)]
+
+
+@pytest.mark.usefixtures('tiny')
+def test_newton_schulz_is_the_same_on_the_smaller_side(script, tmp_path):
+    script('benchmark', *TINY, '--parts', 'newton_schulz', '--output', tmp_path)
+    rows = results(tmp_path)
+    assert [(row['head'], row['pass']) for row in rows] == [
+        ('isqrt_cov', 'forward'), ('isqrt_cov', 'step'), ('3g', 'forward'), ('3g', 'step'),
+    ]  # fmt: skip
+    for row in rows:
+        assert row['relative difference'] < 1e-5
+        assert row['N x N MiB'] < row['d x d MiB']
+
+
+@pytest.mark.usefixtures('tiny')
+@pytest.mark.parametrize('installed', [False, True])
+def test_fisher_vectors_are_those_of_vlfeat(script, tmp_path, monkeypatch, installed):
+    if not installed:
+        monkeypatch.setattr(ctypes.util, 'find_library', lambda _: None)
+    library = ctypes.util.find_library('vl')
+    script('benchmark', *TINY, '--parts', 'fisher', '--output', tmp_path)
+    rows = results(tmp_path)
+    assert len(rows) == 3 if library else 2
+    if library:
+        assert rows[-1]['relative difference'] < 1e-3
+    else:
+        assert 'apt-get install libvlfeat-dev' in (tmp_path / 'benchmark.md').read_text()
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        (['--heads', 'sparse_fischer'], "Did you mean 'sparse_fisher'?"),
+        (['--parts', 'modle'], 'invalid choice'),
+        (['--batch', '0'], '0 is less than 1'),
+        (['--device', 'gpu'], 'gpu'),
+    ],
+)
+def test_benchmark_refuses_what_it_cannot_do(script, capsys, arguments, message):
+    with pytest.raises(SystemExit):
+        script('benchmark', *arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_peak_memory_is_exact(recipes):
+    measure = importlib.import_module('measure')
+
+    def run() -> None:
+        a = torch.zeros(2**18)  # 1 MiB
+        b = a + 1
+        del a
+        c = torch.zeros(2**17)
+        b + c[:1]
+
+    assert [measure.peak_memory(run, 'cpu') for _ in range(3)] == [2.5 * 2**20] * 3
+
+
+def test_times_are_medians_of_runs_in_turn(recipes, monkeypatch):
+    measure = importlib.import_module('measure')
+    monkeypatch.setattr(measure, 'LEAST_SECONDS', 0)
+    clock, calls = [0.0], []
+    monkeypatch.setattr(measure.time, 'perf_counter', lambda: clock[0])
+
+    def run(name: str, seconds: list[float]) -> None:
+        calls.append(name)
+        clock[0] += seconds.pop(0)
+
+    first = [100.0, 1.0, 5.0, 2.0]  # the first one is the warm-up
+    second = [100.0, 9.0, 7.0, 8.0]
+    medians = measure.median_times(
+        lambda: run('a', first), lambda: run('b', second), device='cpu', repetitions=3
+    )
+    assert medians == [2.0, 8.0]
+    assert calls == ['a', 'b'] * 4
+
+
+def test_export(script, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        script('check_export', '--heads', 'avg', '--ways', 'export')
+    assert stopped.value.code == 0
+    plain, normalized = capsys.readouterr().out.splitlines()[2:]
+    assert plain.startswith('| `avg` | ok, ')
+    assert normalized.startswith('| `avg`, `normalize=True` | ok, ')
+
+
+def test_root_on_the_smaller_side_exports(recipes):
+    """torch.onnx does not take every way of adding to a diagonal."""
+
+    class Root(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return gram_root(x, 2, 1e-3)
+
+    check_export = importlib.import_module('check_export')
+    works, cell = check_export.check('onnx', Root().eval(), torch.rand(3, 2, 4), 1e-5)
+    assert works, cell
+
+
+@pytest.mark.slow
+def test_every_head_compiles_and_exports(script, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        script('check_export')
+    lines = capsys.readouterr().out.splitlines()
+    assert stopped.value.code == 0, lines
+    for name in list_heads():
+        (line,) = [line for line in lines if line.startswith(f'| `{name}` |')]
+        assert line.count('ok, ') == 3
+
+
+def test_export_says_why_it_fails(recipes, monkeypatch):
+    check_export = importlib.import_module('check_export')
+    model, images = torch.nn.Identity(), torch.ones(2, 3)
+
+    def check(way: Callable[..., torch.Tensor]) -> tuple[bool, str]:
+        monkeypatch.setitem(check_export.WAYS, 'way', way)
+        return check_export.check('way', model, images, 1e-3)
+
+    def chained(*_: object) -> torch.Tensor:
+        try:
+            raise KeyError('no | such operator. And more.\nAnd more.')
+        except KeyError as error:
+            raise RuntimeError('Failed.') from error
+
+    def missing(*_: object) -> torch.Tensor:
+        return importlib.import_module('nowhere_to_be_found')
+
+    assert check(lambda model, images: images) == (True, 'ok, 0e+00')
+    assert check(lambda model, images: images + 0.1) == (False, 'differs by 1e-01')
+    assert check(lambda model, images: images * torch.nan) == (False, 'differs by nan')
+    works, reason = check(chained)
+    assert not works
+    assert reason.startswith("KeyError: 'no / such operator")
+    assert 'more' not in reason
+    works, reason = check(missing)
+    assert not works
+    assert 'nowhere_to_be_found is not installed' in reason
