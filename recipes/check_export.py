@@ -36,7 +36,7 @@ from timm_fisher import get_head, list_heads
 OPTIONS: dict[str, list[dict[str, Any]]] = {
     '3g': [{'shrinkage': 0.5}, {'reduce_dim': 16}],  # eigh; fewer dimensions than descriptors
     'avg': [{'normalize': True}],
-    'gmm_fisher': [{'l2_descriptors': True}],
+    'gmm_fisher': [{'l2_descriptors': False}],
     'sparse_fisher': [{'tied': True}],
 }
 

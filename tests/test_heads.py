@@ -26,7 +26,7 @@ OPTIONS = {
     'bilinear': [{'reduce_dim': None}, {'normalize': False}],
     'gem': [{'p': 1.0}],
     'gmm_fisher': [
-        {'l2_descriptors': True, 'components': 5},
+        {'l2_descriptors': False, 'components': 5},
         {'reduce_dim': None, 'normalize': False},
     ],
     'isqrt_cov': [{'reduce_dim': None}, {'reduce_dim': 6}],

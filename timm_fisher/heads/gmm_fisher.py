@@ -1,6 +1,6 @@
 """Deep GMM Fisher vector.
 
-    y   = R x + r                                    reduction C -> D, started from PCA
+    y   = R x / |x| + r                              reduction C -> D, started from PCA
     g_k = posterior of component k given y           mixture of K Gaussians, diagonal sigma
     F_k = 1/sqrt(pi_k)   1/N sum g_k (y - mu_k) / sigma_k                   (eq. 1)
     G_k = 1/sqrt(2 pi_k) 1/N sum g_k ((y - mu_k)^2 / sigma_k^2 - 1)         (eq. 2)
@@ -51,7 +51,7 @@ class GMMFisher(PoolingHead):
         in_features: channels C of one descriptor.
         reduce_dim: D, dimensions after the reduction, at most C; None keeps C.
         components: K, Gaussians of the mixture.
-        l2_descriptors: L2-normalise each descriptor before the reduction.
+        l2_descriptors: L2-normalise each descriptor before the reduction (table 1).
         normalize: end with `power_l2`.
 
     Output: `[B, 2 K D]`: F of all components, then G.
@@ -68,7 +68,7 @@ class GMMFisher(PoolingHead):
         *,
         reduce_dim: int | None = 64,
         components: int = 32,
-        l2_descriptors: bool = False,
+        l2_descriptors: bool = True,
         normalize: bool = True,
     ) -> None:
         super().__init__()
@@ -134,7 +134,7 @@ class GMMFisher(PoolingHead):
         mixture, _ = expectation_maximisation(mixture, lambda: [y], floor, rounds=SAMPLE_ROUNDS)
         mixture, _ = expectation_maximisation(
             mixture,
-            lambda: (self._reduce(x.double()).flatten(0, 1) for x in stream.batches()),
+            lambda: (self._reduce(x).flatten(0, 1).double() for x in stream.batches()),
             floor,
             rounds=STREAM_ROUNDS,
             sum_over_ranks=stream.sum,
