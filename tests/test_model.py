@@ -351,6 +351,39 @@ def test_earlier_stage(backbone, gone):
     assert names(model.backbone) < names(plain)
 
 
+def test_last_stride_keeps_the_grid_without_dilation(tmp_path):
+    plain, model = (create('resnet18', last_stride=stride) for stride in (None, 1))
+    x = images(size=96)
+    assert plain.forward_features(x).shape[2:] == (3, 3)
+    features = model.forward_features(x)
+    assert features.shape[2:] == (6, 6)
+    # Every other one is that of stride 2 where only the convolution that strode is between.
+    torch.testing.assert_close(
+        model.backbone.layer4[0].conv1(torch.ones(1, 256, 8, 8))[..., ::2, ::2],
+        plain.backbone.layer4[0].conv1(torch.ones(1, 256, 8, 8)),
+    )
+    convolutions = [each for each in model.modules() if isinstance(each, torch.nn.Conv2d)]
+    assert all(each.dilation == (1, 1) for each in convolutions)
+    timm_fisher.save_pretrained(model, tmp_path)
+    loaded = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
+    assert torch.equal(loaded(x), model(x))
+    dilated = create('resnet50', backbone_kwargs={'output_stride': 16})
+    assert dilated.forward_features(x).shape[2:] == (6, 6)
+
+
+@pytest.mark.parametrize(
+    ('backbone', 'value', 'error'),
+    [
+        ('resnet18', 2, 'last_stride=2 is not 1'),
+        ('test_vit', 1, 'VisionTransformer has none here'),
+        ('resnet50d', 1, 'that only convolutions make smaller'),
+    ],
+)
+def test_last_stride_that_cannot_be(backbone, value, error):
+    with torch.device('meta'), pytest.raises(ValueError, match=error):
+        create(backbone, last_stride=value)
+
+
 @pytest.mark.parametrize('backbone', BACKBONES)
 def test_grey_images(backbone):
     model = create(backbone, in_chans=1)

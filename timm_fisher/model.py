@@ -159,7 +159,7 @@ class PooledModel(nn.Module):
             'class_token': class_token,
             'last_stride': last_stride,
         }
-        self._model_args = {key: value for key, value in recorded.items() if value is not None}
+        self._recorded_args = {key: value for key, value in recorded.items() if value is not None}
 
     @property
     def default_cfg(self) -> dict[str, Any]:
@@ -310,7 +310,9 @@ class PooledModel(nn.Module):
 
     @_model_args.setter
     def _model_args(self, arguments: dict[str, Any]) -> None:
-        self._recorded_args = dict(arguments)
+        # timm's factory adds what it was called with. What the model was built with stands: a
+        # preset merges the caller's arguments with its own.
+        self._recorded_args = {**arguments, **self._recorded_args}
 
 
 def create_model(
@@ -511,7 +513,8 @@ def _keep_last_stride(backbone: Any, last_stride: int) -> None:
     if last_stride != 1:
         raise ValueError(f'{last_stride=} is not 1, or None for the backbone as it is.')
     last = getattr(backbone, 'layer4', nn.Identity())
-    strided = [each for each in last.modules() if getattr(each, 'stride', 1) not in (1, (1, 1))]
+    layers = [each for each in last.modules() if not any(each.children())]
+    strided = [each for each in layers if getattr(each, 'stride', 1) not in (1, (1, 1))]
     if not strided or not all(isinstance(each, nn.Conv2d) for each in strided):
         raise ValueError(
             f'{last_stride=} needs a last stage that only convolutions make smaller, as that of '
