@@ -21,6 +21,7 @@ from timm.layers import to_2tuple
 from tqdm.auto import tqdm
 
 from timm_fisher import PooledModel
+from timm_fisher.model import is_ours
 
 
 def main() -> None:
@@ -29,7 +30,7 @@ def main() -> None:
     patterns = parser.parse_args().patterns
     warnings.filterwarnings('ignore')
 
-    names = [name for name in timm.list_models(patterns) if name != 'timm_fisher']
+    names = [name for name in timm.list_models(patterns) if not is_ours(name)]
     rules: dict[str, list[str]] = defaultdict(list)
     refused: list[tuple[str, str]] = []
     for name in tqdm(names, disable=None):

@@ -12,6 +12,7 @@ import timm
 import torch
 
 from timm_fisher import PooledModel
+from timm_fisher.model import is_ours
 
 # The quickest of each family on the meta device, as of timm 1.0.31.
 FAMILIES = """
@@ -116,7 +117,7 @@ def test_every_family_is_here():
     known = {
         timm.models.model_entrypoint(name).__module__
         for name in timm.list_models()
-        if name != 'timm_fisher'
+        if not is_ours(name)
     }
     assert known - shown == set()
 
@@ -127,7 +128,7 @@ def test_every_architecture(sweep):
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         for name in timm.list_models():
-            if name != 'timm_fisher':
+            if not is_ours(name):
                 try:
                     sweep.try_backbone(name)
                 except Exception as error:

@@ -529,15 +529,15 @@ def check_backbone(name: str) -> None:
     """Refuse a name that timm does not know, with the nearest ones (ValueError)."""
     source, architecture = timm.models.parse_model_name(name)
     architecture = timm.models.get_arch_name(architecture)
-    if source is None and (not timm.is_model(architecture) or _is_ours(architecture)):
-        known = [known for known in timm.list_models() if not _is_ours(known)]
+    if source is None and (not timm.is_model(architecture) or is_ours(architecture)):
+        known = [known for known in timm.list_models() if not is_ours(known)]
         raise ValueError(
             f"Unknown backbone '{name}'.{nearest(architecture, known)} "
             'timm.list_models() lists all of them.'
         )
 
 
-def _is_ours(architecture: str) -> bool:
+def is_ours(architecture: str) -> bool:
     """Whether a name of `timm.list_models()` is a whole model of this package."""
     return model_entrypoint(architecture).__module__.partition('.')[0] == 'timm_fisher'
 
