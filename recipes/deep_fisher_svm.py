@@ -115,7 +115,7 @@ class DeepFisher:
     crop_pct: float | None = None
     reduce_dim: int | None = 64
     components: int = 32
-    l2_descriptors: bool = False
+    l2_descriptors: bool = True
     mode: Literal['single', 'multi'] = 'multi'
     C: float | None = None
     bias: bool = False
@@ -130,6 +130,9 @@ class DeepFisher:
 
 def main() -> None:
     config = parse_config(sys.argv[1:])
+    accelerator = Accelerator()
+    if accelerator.num_processes > 1:
+        raise ValueError(f'This runs in one process, not in {accelerator.num_processes}.')
     set_seed(config.seed)
     output = Path(config.output)
     if (output / 'metrics.json').exists():
@@ -138,7 +141,7 @@ def main() -> None:
     write(output / 'config.yaml', yaml.safe_dump(asdict(config), sort_keys=False))
 
     # Data, backbone, PCA and EM; C
-    model, data, data_config = prepare(config)
+    model, data, data_config = prepare(config, accelerator)
     kernel = FisherKernel(model.head, bias=config.bias)
     em = kernel.get()
     costs = choose_costs(kernel, data, config)
@@ -236,15 +239,14 @@ class Data:
 
 
 @torch.no_grad()
-def prepare(config: DeepFisher) -> tuple[PooledModel, Data, dict[str, Any]]:
+def prepare(
+    config: DeepFisher, accelerator: Accelerator
+) -> tuple[PooledModel, Data, dict[str, Any]]:
     """The model with its head fitted, what the head's reduction gives, and the preprocessing.
 
     Raises:
         ValueError: a split without images of some class, and what `load_splits` refuses.
     """
-    accelerator = Accelerator()
-    if accelerator.num_processes > 1:
-        raise ValueError(f'This runs in one process, not in {accelerator.num_processes}.')
     shared = {each.name for each in fields(Config)} & {each.name for each in fields(config)}
     for_data = Config(**{name: getattr(config, name) for name in shared})
     splits, classes = load_splits(for_data)
@@ -297,7 +299,9 @@ class FisherKernel(GMMFisher):
 
     def __init__(self, head: GMMFisher, *, bias: bool) -> None:
         components, d = head.means.shape
-        super().__init__(d, reduce_dim=None, components=components, normalize=False)
+        super().__init__(
+            d, reduce_dim=None, components=components, l2_descriptors=False, normalize=False
+        )
         self.to(head.means).requires_grad_(False)
         self.reduce.weight.copy_(torch.eye(d))
         self.log_std_floor.copy_(head.log_std_floor)
@@ -604,7 +608,7 @@ def plot(log: list[dict[str, Any]], path: Path) -> None:
         right.plot(
             [row['iteration'] for row in rows], [100 * row['val_ap'] for row in rows], f'C{i}.-'
         )
-    left.set(xlabel='iteration', ylabel='objective / first objective', yscale='log')
+    left.set(xlabel='iteration', ylabel='objective / first objective')
     left.set_title('full: after the SVM step; hollow: after the mixture step', fontsize=9)
     right.set(xlabel='iteration', ylabel='validation average precision (%)')
     left.legend()

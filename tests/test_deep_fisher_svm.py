@@ -68,7 +68,7 @@ def problem(script):
 
     def make(dtype=torch.float32, bias=False):
         found = {name: synthetic(90, i) for i, name in enumerate(('train', 'val', 'test'))}
-        head = GMMFisher(5, reduce_dim=None, components=4)
+        head = GMMFisher(5, reduce_dim=None, components=4, l2_descriptors=False)
         head.fit(ListStream([found['train'][0]]))
         y = {name: head.reduce(x).detach().to(dtype) for name, (x, _) in found.items()}
         signs = {name: each for name, (_, each) in found.items()}
@@ -204,7 +204,7 @@ def test_objective_falls(script, problem, task, bias, fraction):
     assert found.iterations == 5
     trace = [value for row in rows for value in (row['objective'], row.get('objective_after_step'))]
     assert all(later < earlier for earlier, later in pairwise(trace[:-1]))
-    assert trace[-2] < 0.9 * trace[0]
+    assert trace[-2] < 0.95 * trace[0]
 
     # It is eq. 6, and the mixtures are those of the rows.
     for mixture, row in ((before, rows[0]), (found.last, rows[-1]),
@@ -329,6 +329,22 @@ def test_run_leaves_everything(script, run, images, mode, monkeypatch):
     assert config.iterations == 3
     with pytest.raises(ValueError, match='holds a finished run'):
         run(mode=mode, data_dir=images)
+
+
+@pytest.mark.slow
+def test_run_through_the_launcher(launch, images, tmp_path):
+    options = {**SMALL, 'data_dir': images, 'output': tmp_path / 'run', 'cache_dir': tmp_path / 'c'}
+    process = launch('recipes/deep_fisher_svm.py', **options)
+    text, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, text
+    assert (tmp_path / 'run' / 'tables.md').read_text() in text
+    check_tables(tmp_path / 'run', json.loads((tmp_path / 'run' / 'metrics.json').read_text()))
+    process = launch(
+        'recipes/deep_fisher_svm.py', processes=2, **options | {'output': tmp_path / 'two'}
+    )
+    text, _ = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert 'runs in one process, not in 2' in text
 
 
 @pytest.mark.parametrize('l2_descriptors', [False, True])
