@@ -145,10 +145,11 @@ def gram_root(x: Tensor, iterations: int, eps: float) -> Tensor:
     g = gram / trace + e * torch.eye(n, dtype=x.dtype, device=x.device)
     root = x.transpose(1, 2) @ (newton_schulz(g, iterations) / trace.sqrt()) @ x
     if eps:
-        # In place: the d x d result is by far the largest tensor here. Not by `diagonal`, whose
-        # in-place addition torch.onnx cannot translate.
-        floor = eps / trace.sqrt() * newton_schulz(e, iterations)
-        root.view(-1, d * d)[:, :: d + 1].add_(floor[:, 0])
+        # In place and without a graph (the gradient is of the order of eps): the d x d result is by
+        # far the largest tensor here. `diagonal().add_` is what torch.onnx cannot translate.
+        with torch.no_grad():
+            floor = eps / trace.sqrt() * newton_schulz(e, iterations)
+            root.view(-1, d * d)[:, :: d + 1].add_(floor[:, 0])
     return root
 
 
