@@ -273,7 +273,8 @@ def measure_newton_schulz(args: argparse.Namespace) -> tuple[str, list[Row]]:
 
 def measure_fisher(args: argparse.Namespace) -> tuple[str, list[Row]]:
     b, n, d, k = FISHER.values()
-    head = GMMFisher(d, reduce_dim=None, components=k).to(args.device).eval()
+    head = GMMFisher(d, reduce_dim=None, components=k, l2_descriptors=False)
+    head.to(args.device).eval()
     x = torch.randn(b, n, d, device=args.device) / d**0.5
     with torch.no_grad():  # an identity, which VLFeat does not have, but some mixture
         head.reduce.weight.copy_(torch.eye(d))
