@@ -3,10 +3,11 @@
     python recipes/compare.py --config recipes/configs/compare.yaml --data-dir PATH
 
 Every run is one of recipes/train.py, with the same splits, seeds and budget. Each head's settings
-are chosen by the validation accuracy of the first seed, from the same grid, and then run with all
-seeds; the test split is only ever reported. Leaves in `--output`: table.md, results.json, plot.png
-(accuracy against size of the pooled vector) and the runs; a comparison that was interrupted goes on
-where it stopped.
+are chosen from a grid by the validation accuracy of the first seed, and then run with all seeds;
+the test split is only ever reported. A head that is trained may have a grid of its own.
+
+Leaves in `--output`: table.md, results.json, plot.png (accuracy against size of the pooled vector)
+and the runs; a comparison that was interrupted goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -80,8 +81,8 @@ def main() -> None:
     unknown = set(comparison.only) - set(variants)
     if unknown:
         parser.error(f'--only names {sorted(unknown)}; the variants are {list(variants)}.')
-    if not comparison.seeds:
-        parser.error('seeds is empty; give at least one.')
+    if not comparison.seeds or len(set(comparison.seeds)) < len(comparison.seeds):
+        parser.error(f'seeds is {comparison.seeds}; give one or more, all different.')
     if comparison.data_dir:
         comparison.train['data_dir'] = comparison.data_dir
     if comparison.only:
@@ -201,7 +202,7 @@ def table(rows: list[dict[str, Any]], comparison: Comparison) -> str:
         '|---|---:|---:|---:|---:|---:|---:|---:|---:|---|',
     ]
     for row in rows:
-        chosen = ', '.join(f'{k.split(".")[-1]} {v:g}' for k, v in row['chosen'].items())
+        chosen = ', '.join(f'{k.split(".")[-1]} {v}' for k, v in row['chosen'].items())
         lines.append(
             f'| {row["name"]} | {row["out_features"]} | {row["head_parameters"]} | '
             f'{percent(row["val_accuracy"])} | {percent(row["accuracy"])} | '
@@ -212,8 +213,10 @@ def table(rows: list[dict[str, Any]], comparison: Comparison) -> str:
     lines.append('')
     lines.append(
         f'Mean and standard deviation over seeds {", ".join(map(str, comparison.seeds))}. '
-        'Parameters: of head and classifier. Step: of training, its share of validation included. '
-        'Settings chosen by the validation accuracy of the first seed.'
+        'Parameters: of head and classifier. Step: of training, its share of validation included; '
+        'where the head is frozen, that of the classifier alone. Peak memory: of the process, with '
+        'the backbone where features were not cached yet. Settings chosen by the validation '
+        'accuracy of the first seed.'
     )
     return '\n'.join(lines) + '\n'
 

@@ -250,14 +250,19 @@ def create_datasets(
 
 
 class Cached(Dataset[tuple[Any, int]]):
-    """What a frozen part of a model gives for each image of a data set: arrays, memory-mapped from
-    files. One of them comes as a tensor, several as a list.
+    """What a frozen part of a model gives for each image of a data set, memory-mapped from files.
 
-    Attributes:
+    Args:
+        paths: one file of arrays for each tensor that it gives.
+        labels: of the images.
+        as_list: a list of tensors, as features of several heads are, instead of one tensor.
         pooled: they are pooled vectors, not features of the backbone.
     """
 
-    def __init__(self, paths: Sequence[Path], labels: np.ndarray, *, pooled: bool) -> None:
+    def __init__(
+        self, paths: Sequence[Path], labels: np.ndarray, *, as_list: bool, pooled: bool
+    ) -> None:
+        self.as_list = as_list
         self.arrays = [np.load(path, mmap_mode='r', allow_pickle=False) for path in paths]
         self.labels = labels
         self.pooled = pooled
@@ -267,7 +272,7 @@ class Cached(Dataset[tuple[Any, int]]):
 
     def __getitem__(self, i: int) -> tuple[Any, int]:
         tensors = [torch.from_numpy(np.array(array[i])) for array in self.arrays]
-        return tensors if len(tensors) > 1 else tensors[0], int(self.labels[i])
+        return tensors if self.as_list else tensors[0], int(self.labels[i])
 
 
 def cache_features(
@@ -279,6 +284,7 @@ def cache_features(
     All ranks must see one `config.cache_dir`.
     """
     model.to(accelerator.device).eval()
+    several = isinstance(model.descriptors, StageDescriptors)
     paths = _write_once(
         Path(config.cache_dir, _cache_key(model, dataset, accelerator)),
         model.forward_features,
@@ -286,9 +292,9 @@ def cache_features(
         config,
         accelerator,
         what='cache features',
-        count=len(model.descriptors) if isinstance(model.descriptors, StageDescriptors) else 1,
+        count=len(model.descriptors) if several else 1,
     )
-    return Cached(paths, dataset.split.labels, pooled=False)
+    return Cached(paths, dataset.split.labels, as_list=several, pooled=False)
 
 
 def cache_pooled(
@@ -296,7 +302,8 @@ def cache_pooled(
 ) -> Cached:
     """Pool cached features once, for a stage that trains the classifier alone.
 
-    The files are new each time, for the head may have been trained meanwhile.
+    The files are new each time, for the head may have been trained meanwhile. All ranks must see
+    one `config.output`.
     """
     folder = Path(config.output, 'pooled')
     if accelerator.is_main_process:
@@ -312,7 +319,7 @@ def cache_pooled(
         accelerator,
         what=f'pool {name}',
     )
-    return Cached(paths, features.labels, pooled=True)
+    return Cached(paths, features.labels, as_list=False, pooled=True)
 
 
 @torch.no_grad()
@@ -382,7 +389,8 @@ def _allocate(paths: list[Path], shapes: list[tuple[int, ...]]) -> None:
         size = sum(4 * math.prod(shape) for shape in shapes)
         raise OSError(
             f'{size / 2**30:.1f} GiB of features do not fit into {paths[0].parent}: {error}. '
-            'Free some space, give another --cache_dir, or switch it off by --cache false.'
+            'Free some space, give another --cache_dir or --output, or switch it off by '
+            '--cache false.'
         ) from error
 
 

@@ -31,6 +31,7 @@ def test_settings_are_chosen_on_validation_data_of_the_first_seed(compare, tmp_p
     """A better test accuracy, or another seed, must not count."""
     val = {0.1: 0.6, 0.2: 0.8, 0.3: 0.8, 0.4: 0.7}
     calls = []
+    monkeypatch.setattr(compare, 'plot', lambda *_: None)
 
     def run(options, chosen, seed, folder):
         calls.append((chosen['stages.a.lr'], seed))
@@ -46,6 +47,9 @@ def test_settings_are_chosen_on_validation_data_of_the_first_seed(compare, tmp_p
     assert row['val_accuracy'] == pytest.approx([0.8, 0.2])
     assert [each['val_accuracy'] for each in row['tried']] == [0.6, 0.8, 0.8, 0.7]
     assert row['step_milliseconds'] == [200.0, 200.0]
+    assert '| lr 0.2 |' in compare.table([row], comparison)
+    row['chosen'] = {'head_kwargs.reduce_dim': None, 'stages.a.sched': 'cosine'}
+    assert '| reduce_dim None, sched cosine |' in compare.table([row], comparison)
 
 
 def test_table_and_plot(compare, tmp_path, monkeypatch):

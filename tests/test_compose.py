@@ -69,6 +69,7 @@ def test_saved_and_loaded_like_any_model(tmp_path):
     loaded = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
     assert torch.equal(loaded(x), model(x))
     assert repr(loaded) == repr(model)
+    assert loaded.head.places == model.head.places == [2, 1, 1, 0]
 
 
 def test_one_head_of_a_list_is_normalised():
@@ -188,6 +189,13 @@ def test_fit_reads_the_data_once_for_all(monkeypatch):
     assert passes == [40]
 
 
+def test_a_fit_that_reads_twice_at_the_same_time_is_refused(monkeypatch):
+    model = create()
+    monkeypatch.setattr(type(model.head[0]), 'fit', lambda self, s: list(zip(s, s, strict=True)))
+    with pytest.raises(RuntimeError, match='one pass after another'):
+        timm_fisher.fit(model, loader())
+
+
 def test_a_failing_fit_stops_the_others(monkeypatch):
     def fail(self, stream):
         stream.sample(5)
@@ -221,6 +229,8 @@ def test_a_fit_may_leave_its_loop_early(monkeypatch):
     [
         ({'head': []}, ValueError, 'empty list'),
         ({'head': ['avg', 'gem']}, TypeError, "dicts with a name.*got 'avg'"),
+        ({'head': {'name': 'avg'}}, TypeError, "list of dicts with a name.*got {'name': 'avg'}"),
+        ({'head': [{'name': 'avg', 'stage': '-2'}]}, TypeError, "stage='-2' of the head 'avg'"),
         ({'head': [{'stage': -2}]}, TypeError, 'dicts with a name'),
         ({'head': [{'name': 'agv'}]}, ValueError, "Unknown head 'agv'. Did you mean .*'avg'"),
         ({'head': [{'name': 'avg', 'normalise': True}]}, TypeError, "Did you mean 'normalize'"),

@@ -181,6 +181,18 @@ def test_no_weight_decay_names_parameters():
     assert decay[parameters['backbone.blocks.0.attn.qkv.weight']] == 0.1
 
 
+def test_no_weight_decay_of_heads():
+    several = [{'name': 'avg'}, {'name': 'gmm_fisher', 'components': 3}]
+    for head, prefix in (('gmm_fisher', 'head.'), (several, 'head.1.')):
+        model = create(head=head)
+        spared = {f'{prefix}means', f'{prefix}log_stds'}
+        assert model.no_weight_decay() == spared
+        groups = create_optimizer_v2(model, 'adamw', weight_decay=0.1).param_groups
+        decay = {p: group['weight_decay'] for group in groups for p in group['params']}
+        assert {decay[model.get_parameter(name)] for name in spared} == {0}
+        assert decay[model.get_parameter(f'{prefix}reduce.weight')] == 0.1
+
+
 @pytest.mark.parametrize('backbone', BACKBONES)
 def test_layer_decay_has_head_and_classifier_last(backbone):
     model = create(backbone, head='sparse_fisher', code_dim=4)

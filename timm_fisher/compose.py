@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -42,11 +43,20 @@ class ConcatHeads(nn.ModuleList):
         )
         return self._concatenate(pooled), torch.stack(losses).sum()
 
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that a head wants without weight decay."""
+        heads = enumerate(head for head, _ in self.placed())
+        return {f'{i}.{name}' for i, head in heads for name in head.no_weight_decay()}
+
     def project_(self) -> None:
         """Bring each head back to its feasible set."""
         for head, _ in self.placed():
             head.project_()
 
     def _concatenate(self, pooled: Sequence[Tensor]) -> Tensor:
-        parts = [z[:, None].to(at_least_float32(z.dtype)) for z in pooled]
-        return torch.cat([unit_length(z)[:, 0] for z in parts], 1).to(pooled[0].dtype)
+        dtype = functools.reduce(torch.promote_types, [z.dtype for z in pooled])
+        parts = [z[:, None].to(at_least_float32(dtype)) for z in pooled]
+        return torch.cat([unit_length(z)[:, 0] for z in parts], 1).to(dtype)
+
+    def extra_repr(self) -> str:
+        return f'places={self.places}'

@@ -60,5 +60,10 @@ class PoolingHead(nn.Module):
                 a fit on two ranks equals the fit on one.
         """
 
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that weight decay must not pull towards zero, as timm's models have
+        it; vectors and biases are spared anyway."""
+        return set()
+
     def project_(self) -> None:
         """Bring the parameters back to their feasible set, in place, after an optimizer step."""

@@ -112,7 +112,7 @@ def covariance_root(x: Tensor, iterations: int, eps: float = 0.0) -> Tensor:
         eps: added to the diagonal of the covariance.
 
     Returns:
-        Roots `[B, d, d]`; zero for a constant map without `eps`.
+        Roots `[B, d, d]`; for a constant map without `eps` zero, up to rounding errors.
 
     Source: Li et al., CVPR 2018 (iSQRT-COV), eqs. 4 to 7.
     """
@@ -187,6 +187,6 @@ def triangle_index(size: int, *, lower: bool = False) -> Tensor:
 
 
 def _safe_trace(trace: Tensor) -> Tensor:
-    """`[B]` -> `[B, 1, 1]`, 1 where all descriptors are alike but for rounding errors."""
+    """`[B]` -> `[B, 1, 1]`, 1 where it is too small to divide by."""
     smallest = torch.finfo(trace.dtype).tiny ** 0.5
     return torch.where(trace > smallest, trace, 1.0)[:, None, None]

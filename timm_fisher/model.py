@@ -276,9 +276,10 @@ class PooledModel(nn.Module):
         self.backbone.set_grad_checkpointing(enable)
 
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters that the backbone wants without weight decay."""
+        """Names of parameters that backbone or head want without weight decay."""
         names: set[str] = getattr(self.backbone, 'no_weight_decay', set)()
-        return {f'backbone.{name}' for name in names}
+        of_head = {f'head.{name}' for name in self.head.no_weight_decay()}
+        return {f'backbone.{name}' for name in names} | of_head
 
     def group_matcher(self, coarse: bool = False) -> Callable[[str], float]:
         """Layer numbers of parameter names, for layer-wise learning rates: the backbone's own
@@ -495,14 +496,17 @@ def _parse_heads(
             "dict: head=[dict(name='avg', normalize=True), ...]."
         )
     heads = []
-    for each in head:
-        if not isinstance(each, dict) or not isinstance(each.get('name'), str):
+    for each in [head] if isinstance(head, dict) else head:
+        if head is each or not isinstance(each, dict) or not isinstance(each.get('name'), str):
             raise TypeError(
-                f'Several heads are given as dicts with a name, such as dict(name='
-                f"'gmm_fisher', stage=-2, components=64); got {each!r}."
+                f'Several heads are given as a list of dicts with a name, such as [dict(name='
+                f"'gmm_fisher', stage=-2, components=64), ...]; got {each!r}."
             )
         arguments = dict(each)
-        heads.append((arguments.pop('name'), arguments.pop('stage', stage), arguments))
+        name, its_stage = arguments.pop('name'), arguments.pop('stage', stage)
+        if not isinstance(its_stage, int):
+            raise TypeError(f"stage={its_stage!r} of the head '{name}' is not a number like -2.")
+        heads.append((name, its_stage, arguments))
     if not heads:
         raise ValueError('head is an empty list; give one head or more.')
     return heads

@@ -7,6 +7,7 @@ from queue import SimpleQueue
 from threading import Thread
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from timm_fisher.head import PoolingHead
@@ -18,7 +19,8 @@ def fit_together(placed: Iterable[tuple[PoolingHead, int]], stream: ModelStream)
 
     A fit reads its stream whenever it likes, so each runs in a thread of its own; but only one at a
     time, in a fixed order. When all have asked for descriptors or ended, the data is read once, and
-    each batch goes to all who wait for it. The result is that of separate fits.
+    each batch goes to all who wait for it. The result is that of separate fits. Under
+    `torch.distributed`, and within one pass, a fit must read to the end.
 
     Args:
         placed: each head, and which of the stages that the model reads it pools.
@@ -49,6 +51,8 @@ def _read_once(
     positions = {lane: {image: i for i, image in enumerate(its)} for lane, its in asked.items()}
     reading = list(asked)
     for batch, stages in stream.read_stages(images):
+        if not reading:
+            break
         numbers = [images[i] for i in batch]
         for lane in list(reading):
             rows = [row for row, number in enumerate(numbers) if number in positions[lane]]
@@ -82,13 +86,16 @@ class _Lane(DescriptorStream):
         self.inbox: SimpleQueue[Any] = SimpleQueue()
         self.outbox: SimpleQueue[Any] = SimpleQueue()
         self.error: BaseException | None = None
+        self.reads = 0
+        self.grad_enabled = torch.is_grad_enabled()  # which is a thread's own
         self.thread = Thread(target=self._run, name=f'fit {type(head).__name__}', daemon=True)
 
     # In the thread of the fit
 
     def _run(self) -> None:
         try:
-            self.head.fit(self)
+            with torch.set_grad_enabled(self.grad_enabled):
+                self.head.fit(self)
         except BaseException as error:
             self.error = error
         self.outbox.put(_DONE)
@@ -100,9 +107,13 @@ class _Lane(DescriptorStream):
         return self.stream.sum(*tensors)
 
     def read(self, images: Sequence[int]) -> Iterator[tuple[Sequence[int], Tensor]]:
+        self.reads += 1
+        current = self.reads
         item = self._ask(images)
         while item is not _END:
             yield item
+            if current != self.reads:
+                raise RuntimeError('A fit reads one pass after another, not two at the same time.')
             item = self._ask(_NEXT)
 
     def _ask(self, message: Any) -> Any:

@@ -118,6 +118,10 @@ class GMMFisher(PoolingHead):
     def fit(self, stream: DescriptorStream) -> None:
         """PCA, k-means and EM on a sample, then EM on the whole stream."""
         sample = stream.sample(FIT_SAMPLE).double()
+        with without_autocast(sample):
+            self._fit(sample, stream)
+
+    def _fit(self, sample: Tensor, stream: DescriptorStream) -> None:
         if self.l2_descriptors:
             sample = unit_length(sample)
         components, mean = pca(sample, len(self.reduce.weight))
@@ -143,6 +147,10 @@ class GMMFisher(PoolingHead):
         self.means.copy_(mixture.means)
         self.log_stds.copy_(mixture.log_stds)
         self.log_std_floor.copy_(floor.log() / 2)
+
+    def no_weight_decay(self) -> set[str]:
+        """Zero is no natural place for means and log deviations."""
+        return {'means', 'log_stds'}
 
     @torch.no_grad()
     def project_(self) -> None:

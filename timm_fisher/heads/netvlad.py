@@ -69,6 +69,10 @@ class NetVLAD(PoolingHead):
             v = F.normalize(v, dim=2, eps=1e-6)
             return F.normalize(v.flatten(1), dim=1, eps=0.5).to(x.dtype)
 
+    def no_weight_decay(self) -> set[str]:
+        """Zero is no natural place for centroids."""
+        return {'centroids'}
+
     @torch.no_grad()
     def fit(self, stream: DescriptorStream) -> None:
         """PCA for the reduction, k-means for the centroids, then the assignment from these."""
