@@ -61,7 +61,6 @@ SIZES = {
 CLASSES = 100
 ROOT = dict(batch=64, number=49, d=256, iterations=5)  # the papers' 7 x 7 maps
 FISHER = dict(batch=32, number=196, d=64, components=32)
-INSTALL_VLFEAT = 'libvl is not installed; on Debian: `apt-get install libvlfeat-dev`'
 Row = dict[str, Any]
 
 
@@ -89,8 +88,8 @@ def main() -> None:
         about['load after'] = load()
         (args.output / 'benchmark.md').write_text('\n\n'.join(sections) + '\n')
         record = {'environment': about, 'options': vars(args), 'results': rows}
-        text = json.dumps(record, indent=1, default=str)
-        (args.output / 'benchmark.json').write_text(text + '\n')
+        text = json.dumps(record, indent=1, default=str) + '\n'
+        (args.output / 'benchmark.json').write_text(text)
     if any(part in args.parts for part in ('descriptors', 'sizes')):
         plot(rows, args.output / 'benchmark.png')
     print(f'\nAll of it is in {args.output}.')
@@ -297,7 +296,7 @@ def measure_fisher(args: argparse.Namespace) -> tuple[str, list[Row]]:
         {'what': what, 'ms': 1e3 * s, 'gmm_fisher takes': seconds[0] / s}
         for what, s in zip(named, seconds, strict=True)
     ]
-    note = f'VLFeat: {INSTALL_VLFEAT}.' if args.device == 'cpu' else 'VLFeat runs on a CPU only.'
+    note = 'No VLFeat: it needs a CPU, and on Debian `apt-get install libvlfeat-dev`.'
     if 'VLFeat' in named:
         other = named['VLFeat']()
         difference = ((other - vector).norm() / vector.norm()).item()
@@ -385,11 +384,14 @@ def plot(rows: list[Row], path: Path) -> None:
                 points = sorted((row[letter], row[key]) for row in found)
                 axis.plot(*zip(*points, strict=True), 'o-', color=colours[name], label=name)
             axis.set(xscale='log', yscale='log', xlabel=title)
+            values = sorted({row[letter] for row in rows if letter in row})
+            axis.set_xticks(values, labels=map(str, values))
+            axis.set_xticks([], minor=True)
             axis.grid(alpha=0.3)
     axes[0, 0].set_ylabel('step, ms per image')
     axes[1, 0].set_ylabel('step, peak MiB of the batch')
-    if axes[0, 0].lines:
-        axes[0, 0].legend()
+    drawn = {line.get_label(): line for axis in axes[0] for line in axis.lines}
+    figure.legend(drawn.values(), drawn.keys(), loc='outside right upper')
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
