@@ -132,9 +132,6 @@ def positive(text: str) -> int:
     return value
 
 
-# Measuring
-
-
 def costs(args: argparse.Namespace, modules: list[Any], x: Tensor) -> list[Row]:
     """Milliseconds per image and MiB per batch of each module: a forward pass, and a step."""
     device = torch.device(args.device)
