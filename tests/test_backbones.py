@@ -1,5 +1,5 @@
-"""Local descriptors of every timm architecture: one small model of each family here, all of them
-with `pytest -m slow`."""
+"""Local descriptors of every timm architecture: small models of every other family here, of each
+family and then all of them with `pytest -m slow`."""
 
 from __future__ import annotations
 
@@ -62,7 +62,13 @@ def sweep():
     return module
 
 
-@pytest.mark.parametrize('name', FAMILIES)
+@pytest.mark.parametrize(
+    'name',
+    [
+        name if i % 2 else pytest.param(name, marks=pytest.mark.slow)
+        for i, name in enumerate(FAMILIES)
+    ],
+)
 def test_family(sweep, name):
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
