@@ -27,6 +27,7 @@ from typing import Any
 import jsonargparse
 import matplotlib
 import yaml
+from files import save_png, write
 from tqdm.auto import tqdm
 
 matplotlib.use('Agg')
@@ -102,9 +103,8 @@ def compare_variant(
     name: str, variant: dict[str, Any], comparison: Comparison, output: Path
 ) -> dict[str, Any]:
     """Choose the settings of one head, run them with all seeds; a row of the table."""
-    own = copy.deepcopy(variant)
-    search = own.pop('search', comparison.search)
-    options = merged(comparison.train, own)
+    options = {**comparison.train, **variant}  # `stages` as a whole, too
+    search = options.pop('search', comparison.search)
     folder = output / name.replace(' ', '').replace('/', '-')
 
     candidates = []
@@ -142,11 +142,6 @@ def train(arguments: list[str], log: Path) -> None:
         os.dup2(file.fileno(), 2)
         sys.argv = ['train.py', *arguments]
         importlib.import_module('train').main()
-
-
-def merged(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-    """Options of one run: those of all, with those of its own put over them, `stages` whole."""
-    return {**copy.deepcopy(base), **copy.deepcopy(own)}
 
 
 def run(options: dict[str, Any], chosen: dict[str, Any], seed: int, folder: Path) -> dict[str, Any]:
@@ -243,17 +238,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     axes.margins(x=0.15)
     axes.grid(alpha=0.3)
     figure.tight_layout()
-    beside = path.with_name(f'.{path.name}')
-    figure.savefig(beside, format='png', dpi=120)
-    plt.close(figure)
-    os.replace(beside, path)
-
-
-def write(path: Path, text: str) -> None:
-    """Write beside, then rename."""
-    beside = path.with_name(f'.{path.name}.partial')
-    beside.write_text(text)
-    os.replace(beside, path)
+    save_png(figure, path)
 
 
 if __name__ == '__main__':

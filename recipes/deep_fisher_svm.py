@@ -27,7 +27,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 import time
 from collections import defaultdict
@@ -46,6 +45,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from config import Config
 from data import cache_features, create_datasets, load_splits
+from files import save_png, write
 from sklearn.metrics import average_precision_score
 from sklearn.svm import LinearSVC
 from torch import Tensor
@@ -583,13 +583,6 @@ def save(
     timm_fisher.save_pretrained(model, folder, label_names=names, data_config=data_config)
 
 
-def write(path: Path, text: str) -> None:
-    """Write beside, then rename."""
-    beside = path.with_name(f'.{path.name}.partial')
-    beside.write_text(text)
-    os.replace(beside, path)
-
-
 def plot(log: list[dict[str, Any]], path: Path) -> None:
     """Objective, relative to the first, and average precision on the validation split."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2))
@@ -613,10 +606,7 @@ def plot(log: list[dict[str, Any]], path: Path) -> None:
     right.set(xlabel='iteration', ylabel='validation average precision (%)')
     left.legend()
     figure.tight_layout()
-    beside = path.with_name(f'.{path.name}')
-    figure.savefig(beside, format='png', dpi=120)
-    plt.close(figure)
-    os.replace(beside, path)
+    save_png(figure, path)
 
 
 if __name__ == '__main__':

@@ -30,6 +30,7 @@ from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.utils import set_seed
 from config import Config, Stage, parse_config
 from data import Cached, Images, cache_features, cache_pooled, create_datasets, load_splits
+from files import save_png, write
 from sklearn.metrics import accuracy_score, balanced_accuracy_score
 from timm.optim import create_optimizer_v2, param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2
@@ -337,10 +338,10 @@ class Run:
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             lines = ''.join(json.dumps(each) + '\n' for each in self.history)
-            _write(self.output / 'log.jsonl', lines)
+            write(self.output / 'log.jsonl', lines)
             if last:
                 _plot(self.history, self.output / 'curve.png')
-            _write(partial / 'progress.json', json.dumps(progress))
+            write(partial / 'progress.json', json.dumps(progress))
             os.replace(partial, final)
             for old in self.output.glob('checkpoint-*'):
                 if old != final:
@@ -376,7 +377,7 @@ class Run:
             'device': str(self.accelerator.device),
             'versions': {'torch': torch.__version__, 'timm': timm.__version__},
         }
-        _write(self.output / 'metrics.json', json.dumps(metrics, indent=2) + '\n')
+        write(self.output / 'metrics.json', json.dumps(metrics, indent=2) + '\n')
 
     def latest_checkpoint(self) -> Path | None:
         """The newest complete checkpoint of this run, if there is one."""
@@ -555,14 +556,7 @@ def _prepare_output(output: Path, config: Config, main: bool) -> None:
         )
     elif main:
         output.mkdir(parents=True, exist_ok=True)
-        _write(path, config.to_yaml())
-
-
-def _write(path: Path, text: str) -> None:
-    """Write beside, then rename."""
-    beside = path.with_name(f'.{path.name}.partial')
-    beside.write_text(text)
-    os.replace(beside, path)
+        write(path, config.to_yaml())
 
 
 def _plot(history: list[dict[str, Any]], path: Path) -> None:
@@ -581,10 +575,7 @@ def _plot(history: list[dict[str, Any]], path: Path) -> None:
     right.set(xlabel='epoch', ylabel='validation accuracy (%)')
     left.legend()
     figure.tight_layout()
-    beside = path.with_name(f'.{path.name}')
-    figure.savefig(beside, format='png', dpi=120)
-    plt.close(figure)
-    os.replace(beside, path)
+    save_png(figure, path)
 
 
 if __name__ == '__main__':

@@ -269,10 +269,10 @@ def test_run_stopped_while_it_saves(recipe, recipes, stop, few_images, tmp_path,
     name = f'checkpoint-{epoch:04d}'
     moments = {
         'model': (recipes.train.Run, '_save_model', lambda run, path: name in str(path)),
-        'progress': (recipes.train, '_write', lambda path, text: name in str(path)),
+        'progress': (recipes.train, 'write', lambda path, text: name in str(path)),
         'log': (
             recipes.train,
-            '_write',
+            'write',
             lambda path, text: path.name == 'log.jsonl' and text.count('\n') == epoch,
         ),
     }

@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from timm_fisher.compose import ConcatHeads
@@ -76,6 +76,30 @@ def pca(rows: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     components = vectors.flip(1).T[:dim]
     largest = components.gather(1, components.abs().argmax(1, keepdim=True))
     return components * torch.where(largest < 0, -1.0, 1.0), mean
+
+
+@torch.no_grad()
+def start_reduction(reduce: nn.Linear, rows: Tensor) -> Tensor:
+    """Start a reduction from PCA, in place, scaled by one number such that the mean squared length
+    of what it gives is 1, whatever the scale of the backbone.
+
+    Args:
+        reduce: C -> d, with a bias, which removes the mean.
+        rows: descriptors `[M, C]`.
+
+    Returns:
+        The reduced descriptors `[M, d]`, float64.
+
+    Raises:
+        ValueError: `rows` holds a value that is not finite.
+    """
+    components, mean = pca(rows, len(reduce.weight))
+    y = (rows.double() - mean) @ components.T
+    scale = y.square().sum(1).mean().sqrt()
+    scale = torch.where(scale > 0, scale, 1.0)  # all descriptors alike
+    reduce.weight.copy_(components / scale)
+    reduce.bias.copy_(-(components @ mean) / scale)
+    return y / scale
 
 
 def kmeans(rows: Tensor, clusters: int, *, seed: int = 0, iterations: int = 100) -> Tensor:

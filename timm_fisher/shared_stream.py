@@ -60,7 +60,7 @@ def _read_once(
                 continue
             x = stages[lane.place]
             x = x if len(rows) == len(x) else x[rows]
-            reply = lane.hand([positions[lane][numbers[row]] for row in rows], x)
+            reply = lane.resume(([positions[lane][numbers[row]] for row in rows], x))
             if reply is not _NEXT:  # it left its loop before the end
                 reading.remove(lane)
                 lane.note(reply, wanted)
@@ -125,11 +125,8 @@ class _Lane(DescriptorStream):
 
     # In the reader's thread
 
-    def hand(self, positions: Sequence[int], x: Tensor) -> Any:
-        """Give a batch; the fit's next message."""
-        return self.resume((positions, x))
-
     def resume(self, item: Any) -> Any:
+        """Give a batch, or the end; the fit's next message."""
         self.inbox.put(item)
         return self.outbox.get()
 

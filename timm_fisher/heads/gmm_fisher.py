@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from timm_fisher.fitting import kmeans, pca
+from timm_fisher.fitting import kmeans, start_reduction
 from timm_fisher.head import PoolingHead
 from timm_fisher.linalg import at_least_float32, power_l2, unit_length, without_autocast
 from timm_fisher.stream import DescriptorStream
@@ -124,13 +124,7 @@ class GMMFisher(PoolingHead):
     def _fit(self, sample: Tensor, stream: DescriptorStream) -> None:
         if self.l2_descriptors:
             sample = unit_length(sample)
-        components, mean = pca(sample, len(self.reduce.weight))
-        # One number: the Fisher vector does not depend on it, the size of a gradient step does.
-        scale = ((sample - mean) @ components.T).square().sum(1).mean().sqrt()
-        scale = torch.where(scale > 0, scale, 1.0)  # all descriptors alike
-        self.reduce.weight.copy_(components / scale)
-        self.reduce.bias.copy_(-(components @ mean) / scale)
-
+        start_reduction(self.reduce, sample)
         y = self._linear(sample)
         variance = y.var(0, unbiased=False)
         floor = VARIANCE_FLOOR * torch.maximum(variance, 1e-6 * variance.mean() + 1e-12)

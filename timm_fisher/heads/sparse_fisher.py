@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from timm_fisher.fitting import pca
+from timm_fisher.fitting import start_reduction
 from timm_fisher.head import PoolingHead
 from timm_fisher.linalg import at_least_float32, power_l2, without_autocast
 from timm_fisher.stream import DescriptorStream
@@ -109,14 +109,8 @@ class SparseFisher(PoolingHead):
     @torch.no_grad()
     def fit(self, stream: DescriptorStream) -> None:
         """PCA for the reduction, dictionary learning for B, then W, S and the threshold from B."""
-        rows = stream.sample(FIT_SAMPLE)
-        components, mean = pca(rows, len(self.reduce.weight))
-        y = (rows.double() - mean) @ components.T
-        scale = y.square().sum(1).mean().sqrt()
-        scale = torch.where(scale > 0, scale, 1.0)  # all descriptors alike
-        self.reduce.weight.copy_(components / scale)
-        self.reduce.bias.copy_(-(components @ mean) / scale)
-        self.dictionary.copy_(learn_dictionary(y / scale, self.dictionary.shape[1], self.sparsity))
+        y = start_reduction(self.reduce, stream.sample(FIT_SAMPLE))
+        self.dictionary.copy_(learn_dictionary(y, self.dictionary.shape[1], self.sparsity))
         if not self.tied:
             self._start_from_dictionary()
 
