@@ -60,6 +60,14 @@ class PoolingHead(nn.Module):
                 a fit on two ranks equals the fit on one.
         """
 
+    def partial_fit(self, stream: DescriptorStream) -> None:
+        """One round of the head's own update rule on a mini-batch, in place; a head that learns by
+        gradients alone does nothing. Unsupervised stages call it before each step.
+
+        Args:
+            stream: the mini-batch: `batches()` gives this rank's part of it, `sum` adds over ranks.
+        """
+
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that weight decay must not pull towards zero, as timm's models have
         it; vectors and biases are spared anyway."""

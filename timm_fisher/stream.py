@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -95,6 +95,33 @@ class DescriptorStream(ABC):
             rows = rows[keep.to(rows.device)]
         return rows
 
+    def sample_images(self, n: int, pool: Callable[[Tensor], Tensor], *, seed: int = 0) -> Tensor:
+        """One vector for each of at most `n` random images, the same on every rank.
+
+        For fits that need all of an image's descriptors at once and pass over them many times.
+        Memory is that of the result, whatever the number of images.
+
+        Args:
+            n: how many images are wanted; all are taken if there are no more.
+            pool: descriptors `[B, N, C]` -> vectors `[B, D]`, each image for itself, on any device.
+            seed: of the choice.
+
+        Returns:
+            Vectors `[min(n, images), D]`, in the order of the images.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        images = torch.randperm(len(self), generator=generator)[:n].sort().values.tolist()
+        rows: Tensor | None = None
+        for positions, x in self.read(images):
+            vectors = pool(x)
+            if rows is None:
+                rows = vectors.new_zeros(len(images), vectors.shape[1])
+            rows[torch.as_tensor(positions, device=rows.device)] = vectors
+        if rows is None:  # a rank without a share
+            like = pool(torch.zeros(1, 1, self.num_features))
+            rows = like.new_zeros(len(images), like.shape[1])
+        return self.sum(rows)[0]
+
 
 def _scatter(images: Sequence[int], number: int, seed: int) -> Tensor:
     """Pseudorandom int64 `[B, number]` that depend on image, column and seed alone: the low 32 bits
@@ -136,6 +163,20 @@ class ListStream(DescriptorStream):
 
     def sum(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         return tensors
+
+
+class BatchStream(ListStream):
+    """One mini-batch, shared out over ranks: what `PoolingHead.partial_fit` reads.
+
+    Args:
+        x: this rank's descriptors `[B, N, C]`.
+    """
+
+    def __init__(self, x: Tensor) -> None:
+        super().__init__([x])
+
+    def sum(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return sum_over_ranks(*tensors)
 
 
 class ModelStream(DescriptorStream):
@@ -215,10 +256,15 @@ class ModelStream(DescriptorStream):
             self.model.train(was_training)
 
     def sum(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        if self.world_size == 1:
-            return tensors
         device = next(self.model.parameters()).device
-        summed = [tensor.to(device, copy=True) for tensor in tensors]
-        for tensor in summed:
-            dist.all_reduce(tensor)
-        return tuple(summed)
+        return sum_over_ranks(*(tensor.to(device) for tensor in tensors))
+
+
+def sum_over_ranks(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Each tensor added up over the ranks of `torch.distributed`, if there are several."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return tensors
+    summed = [tensor.clone() for tensor in tensors]
+    for tensor in summed:
+        dist.all_reduce(tensor)
+    return tuple(summed)
