@@ -66,13 +66,24 @@ class Config:
         output: folder of the run.
         resume: continue the run in this folder exactly where its last checkpoint is.
         data_dir: folder with train/, val/ and test/, one subfolder per class; or the root of a
-            torch/ or hfds/ data set.
-        dataset: empty for such a folder, torch/NAME or hfds/NAME as timm takes them, or digits
-            (scikit-learn's handwritten digits, built in).
+            torch/ or hfds/ data set; or a file of arrays.
+        dataset: empty for such a folder, torch/NAME or hfds/NAME as timm takes them, digits
+            (scikit-learn's handwritten digits, built in), or npz for a file FILE.npz with images
+            and labels x_train, y_train, x_test and y_test, or x and y: images [n, H, W] or
+            [n, H, W, C], uint8 or float from 0 to 1, labels [n].
         train_split: name of the training split.
-        val_split: name of the validation split; null carves it from the training split.
+        val_split: name of the validation split; null carves it from the training split, as is
+            always done for npz.
         test_split: name of the test split; null for none.
         val_fraction: share of the training split that is carved off, stratified by class.
+        test_fraction: share of the images of an .npz with x and y alone that is the test split,
+            stratified by class and always the same.
+        folds: cut such an .npz into so many parts instead, stratified by class and always the
+            same; 0 for none.
+        fold: which of them, from 0, is the test split.
+        max_train: take so many training images at most, at random but always the same, before
+            validation images are carved off; null for all.
+        max_test: take so many test images at most, likewise.
         backbone: any name that timm.create_model takes, local-dir:FOLDER included.
         pretrained: load the backbone's pretrained weights.
         backbone_kwargs: further arguments of the backbone.
@@ -105,6 +116,11 @@ class Config:
     val_split: str | None = 'val'
     test_split: str | None = 'test'
     val_fraction: float = 0.15
+    test_fraction: float = 0.25
+    folds: int = 0
+    fold: int = 0
+    max_train: int | None = None
+    max_test: int | None = None
     backbone: str = 'resnet50'
     pretrained: bool = False
     backbone_kwargs: dict[str, Any] = field(default_factory=dict)
@@ -166,4 +182,12 @@ def parse_config(arguments: list[str] | None = None) -> Config:
     for name, stage in config.stages.items():
         if stage.epochs < 1:
             parser.error(f'stages.{name}.epochs is {stage.epochs}; give 1 or more.')
+    for name in ('max_train', 'max_test'):
+        most = getattr(config, name)
+        if most is not None and most < 1:
+            parser.error(f'{name} is {most}; give 1 or more, or null for all images.')
+    for name in ('max_train', 'max_test'):
+        most = getattr(config, name)
+        if most is not None and most < 1:
+            parser.error(f'{name} is {most}; give 1 or more, or null for all images.')
     return config

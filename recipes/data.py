@@ -6,6 +6,7 @@ import hashlib
 import math
 import os
 import uuid
+import zipfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -36,7 +37,7 @@ class Split:
     """Some images of a data set, undecoded.
 
     Attributes:
-        dataset: of timm or torchvision, or a list of (image, label).
+        dataset: of timm or torchvision, a list of (image, label), or `ArrayImages`.
         indices: which of its images.
         labels: their classes `[len(indices)]`.
     """
@@ -45,6 +46,10 @@ class Split:
     indices: np.ndarray
     labels: np.ndarray
 
+    def take(self, part: np.ndarray) -> Split:
+        """Some of its images, by their places in the split."""
+        return Split(self.dataset, self.indices[part], self.labels[part])
+
     def fingerprint(self) -> str:
         """Changes when the images do."""
         reader = getattr(self.dataset, 'reader', None)
@@ -52,7 +57,9 @@ class Split:
         for path, _ in getattr(reader, 'samples', ()):
             stat = os.stat(path)
             digest.update(f'{path} {stat.st_size} {stat.st_mtime_ns}'.encode())
-        if isinstance(self.dataset, list):
+        if isinstance(self.dataset, ArrayImages):
+            digest.update(self.dataset.fingerprint)
+        elif isinstance(self.dataset, list):
             for image, _ in self.dataset:
                 digest.update(image.tobytes())
         elif hasattr(reader, 'dataset'):
@@ -60,6 +67,27 @@ class Split:
         elif reader is None:  # of torchvision, whose repr gives root and split
             digest.update(repr(self.dataset).encode())
         return digest.hexdigest()
+
+
+class ArrayImages(Dataset[tuple[Image.Image, int]]):
+    """Images in one array, turned into pictures when they are asked for.
+
+    Args:
+        pixels: uint8 `[n, H, W]`, or `[n, H, W, C]` with 3 or 4 channels.
+        labels: their classes `[n]`.
+    """
+
+    def __init__(self, pixels: np.ndarray, labels: np.ndarray) -> None:
+        self.pixels, self.labels = pixels, labels
+        digest = hashlib.sha256(repr(pixels.shape).encode())
+        digest.update(np.ascontiguousarray(pixels))
+        self.fingerprint = digest.digest()
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def __getitem__(self, i: int) -> tuple[Image.Image, int]:
+        return Image.fromarray(self.pixels[i]), int(self.labels[i])
 
 
 class Images(Dataset[tuple[Tensor, int]]):
@@ -92,12 +120,18 @@ def load_splits(config: Config) -> tuple[dict[str, Split], list[str]]:
 
     Raises:
         ValueError: a folder that is missing, empty or holds one class, classes that the training
-            split lacks, or files that are no images.
+            split lacks, files that are no images, or arrays that are none.
     """
     if config.dataset == 'digits':
         splits, classes = _load_digits()
+    elif config.dataset == 'npz':
+        splits, classes = _load_npz(config)
     else:
         splits, classes = _load_timm(config)
+    for name, most in (('train', config.max_train), ('test', config.max_test)):
+        if most is not None and name in splits and most < len(splits[name].indices):
+            order = np.random.default_rng(0).permutation(len(splits[name].indices))
+            splits[name] = splits[name].take(np.sort(order[:most]))
     if 'val' not in splits:
         train = splits['train']
         try:
@@ -112,8 +146,8 @@ def load_splits(config: Config) -> tuple[dict[str, Split], list[str]]:
                 f'No validation set of {config.val_fraction:.0%} can be carved from the '
                 f'{len(train.indices)} training images: {error}'
             ) from error
-        for name, part in (('train', np.sort(kept)), ('val', np.sort(carved))):
-            splits[name] = Split(train.dataset, train.indices[part], train.labels[part])
+        splits['train'] = train.take(np.sort(kept))
+        splits['val'] = train.take(np.sort(carved))
     prints = {name: split.fingerprint() for name, split in splits.items()}
     for name, other in combinations(prints, 2):
         if prints[name] == prints[other]:
@@ -145,6 +179,118 @@ def _load_digits() -> tuple[dict[str, Split], list[str]]:
         for name, part in parts.items()
     }
     return splits, [str(digit) for digit in range(10)]
+
+
+def _load_npz(config: Config) -> tuple[dict[str, Split], list[str]]:
+    """The splits 'train' and 'test' of a file of arrays, and the classes, `str` of its labels.
+
+    `x_train`, `y_train`, `x_test` and `y_test`; or `x` and `y`, of which `config.test_fraction` or,
+    with `config.folds`, one fold is the test split. Images are `[n, H, W]` or `[n, H, W, C]` with
+    1, 3 or 4 channels, uint8 or floating-point from 0 to 1; uint8 images without a value above 1
+    are taken for binary. Labels are `[n]`, integers or strings.
+    """
+    arrays = _read_npz(Path(config.data_dir))
+    pairs = [('x_train', 'y_train'), ('x_test', 'y_test')]
+    own_test = 'x_train' in arrays
+    if not own_test:
+        pairs = [('x', 'y')]
+    elif config.folds:
+        raise ValueError(
+            f"'{config.data_dir}' has a test split of its own (x_test); {config.folds} folds need "
+            'a file with x and y alone.'
+        )
+    elif config.test_split is None:
+        pairs = pairs[:1]
+    for pair in pairs:
+        for key in pair:
+            if key not in arrays:
+                raise ValueError(
+                    f"'{config.data_dir}' has no array '{key}', only {sorted(arrays)}. It must "
+                    'hold x_train, y_train, x_test and y_test, or x and y.'
+                )
+    where = {key: f"'{key}' in '{config.data_dir}'" for pair in pairs for key in pair}
+    numeric = [arrays[x] for x, _ in pairs if arrays[x].dtype.kind in 'fiu']
+    top = max((each.max(initial=0) for each in numeric), default=0)
+    labels = {y: _check_labels(arrays[y], arrays[x].shape[:1], where[y]) for x, y in pairs}
+    names = np.unique(labels[pairs[0][1]])
+    datasets = []
+    for x, y in pairs:
+        unknown = np.setdiff1d(labels[y], names)
+        if len(unknown):
+            raise ValueError(f'{where[y]} has classes that training lacks: {unknown.tolist()}.')
+        pixels = _to_pixels(arrays[x], top, where[x])
+        datasets.append(ArrayImages(pixels, np.searchsorted(names, labels[y])))
+    splits = [Split(each, np.arange(len(each)), each.labels) for each in datasets]
+    if not own_test and config.test_split is not None:
+        everything = splits[0]
+        test = _test_part(everything.labels, config)
+        splits = [everything.take(np.flatnonzero(~test)), everything.take(np.flatnonzero(test))]
+    return dict(zip(('train', 'test'), splits, strict=False)), [str(name) for name in names]
+
+
+def _read_npz(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of a file, without pickles."""
+    if not path.is_file():
+        raise ValueError(f"'{path}' is no file; --dataset npz needs --data-dir FILE.npz.")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {key: file[key] for key in file.files}
+    except (AttributeError, EOFError, OSError, ValueError, zipfile.BadZipFile) as error:
+        raise ValueError(f"'{path}' cannot be read as an .npz file of arrays: {error}") from error
+
+
+def _check_labels(y: np.ndarray, shape: tuple[int, ...], where: str) -> np.ndarray:
+    if y.shape != shape or y.dtype.kind not in 'iuU':
+        raise ValueError(
+            f'{where} must hold one label for each image, shape {list(shape)}, integers or '
+            f'strings; it is {y.dtype} of shape {list(y.shape)}.'
+        )
+    return y
+
+
+def _to_pixels(x: np.ndarray, top: float, where: str) -> np.ndarray:
+    """uint8 `[n, H, W]` or `[n, H, W, C]`; `top` is the largest value of the whole file."""
+    if x.ndim not in (3, 4) or not x.size or (x.ndim == 4 and x.shape[3] not in (1, 3, 4)):
+        raise ValueError(
+            f'{where} has shape {list(x.shape)}; images are [n, H, W] or [n, H, W, C] with 1, 3 or '
+            '4 channels C.'
+        )
+    if x.dtype.kind == 'f' and x.min() >= 0 and top <= 1:
+        x = np.rint(x * 255).astype(np.uint8)
+    elif x.dtype == np.uint8 and top <= 1:
+        x = x * np.uint8(255)
+    elif x.dtype != np.uint8:
+        found = f' from {x.min():g} to {x.max():g}' if x.dtype.kind in 'fiu' else ''
+        raise ValueError(
+            f'{where} is {x.dtype}{found}; images are uint8 from 0 to 255 or floating-point from 0 '
+            'to 1.'
+        )
+    return x[..., 0] if x.ndim == 4 and x.shape[3] == 1 else x
+
+
+def _test_part(labels: np.ndarray, config: Config) -> np.ndarray:
+    """Which images of a data set without a test split are it, a mask; the same on every call."""
+    order = np.random.default_rng(0).permutation(len(labels))
+    if config.folds:
+        if not 2 <= config.folds <= len(labels) or not 0 <= config.fold < config.folds:
+            raise ValueError(
+                f'fold {config.fold} of {config.folds} folds does not exist for {len(labels)} '
+                f'images: give 2 folds or more, and a fold from 0 to {config.folds - 1}.'
+            )
+        # Dealt out class by class: unlike scikit-learn's, more folds than a class has images.
+        test = np.zeros(len(labels), dtype=bool)
+        test[order[np.argsort(labels[order], kind='stable')][config.fold :: config.folds]] = True
+        return test
+    try:
+        _, chosen = train_test_split(
+            order, test_size=config.test_fraction, stratify=labels[order], random_state=0
+        )
+    except ValueError as error:
+        raise ValueError(
+            f'No test split of {config.test_fraction:.0%} can be taken from the {len(labels)} '
+            f"images of '{config.data_dir}': {error}"
+        ) from error
+    return np.isin(np.arange(len(labels)), chosen)
 
 
 def _load_timm(config: Config) -> tuple[dict[str, Split], list[str]]:
