@@ -18,8 +18,12 @@ class Stage:
     """One stage of training.
 
     Args:
-        train: what is trained: the classifier alone, head and classifier, or everything. What is
-            not trained is frozen.
+        train: what is trained: the classifier alone, head and classifier, everything, or the
+            backbone alone. What is not trained is frozen.
+        layers: names of the backbone's modules that are trained, such as conv_head or blocks.6;
+            empty for all of it. The rest of it is frozen, and stays in evaluation mode.
+        unsupervised: the loss is the head's own alone; no label is read, and the classifier is
+            frozen. Before each step the head updates itself by its own rule, if it has one.
         epochs: passes over the training set.
         opt: optimizer, any that timm.optim knows; sgd is Nesterov's, momentum the plain one.
         lr: learning rate.
@@ -32,14 +36,17 @@ class Stage:
         decay_rate: factor of the step and plateau schedules.
         patience_epochs: epochs without a lower training loss before plateau decays.
         min_lr: where cosine and plateau end.
-        head_loss: weight of the head's own unsupervised loss, added to the cross-entropy.
+        head_loss: weight of the head's own unsupervised loss, added to the cross-entropy; in an
+            unsupervised stage 0 stands for 1.
         label_smoothing: of the cross-entropy.
         clip_grad: largest norm of the gradient; null for none.
         freeze_bn: keep the statistics of the backbone's batch norms, as in evaluation, while all
             else is trained.
     """
 
-    train: Literal['classifier', 'head', 'all'] = 'all'
+    train: Literal['classifier', 'head', 'all', 'backbone'] = 'all'
+    layers: list[str] = field(default_factory=list)
+    unsupervised: bool = False
     epochs: int = 10
     opt: str = 'adamw'
     lr: float = 1e-3
@@ -56,6 +63,11 @@ class Stage:
     label_smoothing: float = 0.0
     clip_grad: float | None = None
     freeze_bn: bool = False
+
+    @property
+    def trains_backbone(self) -> bool:
+        """Whether the backbone, or some layers of it, are trained."""
+        return self.train in ('all', 'backbone')
 
 
 @dataclass
@@ -97,7 +109,8 @@ class Config:
         crop_pct: share of the resized image that evaluation crops; null for the backbone's own.
         augment: arguments of timm.data.create_transform for training, {} for timm's defaults;
             null for no augmentation.
-        stages: the stages by name, in order.
+        stages: the stages by name, in order. If all are unsupervised, no labels are needed, and
+            the model gets no classifier.
         batch_size: images per process and step.
         workers: processes that load images; another number draws other augmentations.
         grad_accum_steps: steps whose gradients are added up.
@@ -145,7 +158,12 @@ class Config:
     def caches(self, stage: Stage) -> bool:
         """Whether this stage trains on cached features of its frozen backbone."""
         wanted = self.augment is None if self.cache is None else self.cache
-        return wanted and stage.train != 'all'
+        return wanted and not stage.trains_backbone
+
+    @property
+    def unsupervised(self) -> bool:
+        """Whether no stage reads labels."""
+        return all(stage.unsupervised for stage in self.stages.values())
 
     def to_yaml(self) -> str:
         """The configuration as a file that `--config` reads."""
@@ -182,6 +200,17 @@ def parse_config(arguments: list[str] | None = None) -> Config:
     for name, stage in config.stages.items():
         if stage.epochs < 1:
             parser.error(f'stages.{name}.epochs is {stage.epochs}; give 1 or more.')
+        if stage.unsupervised and stage.train == 'classifier':
+            parser.error(f'stages.{name}: an unsupervised stage cannot train the classifier.')
+        if stage.layers and not stage.trains_backbone:
+            parser.error(
+                f'stages.{name}.layers is {stage.layers}, but train is {stage.train}: the backbone '
+                'is frozen. Give train: all or backbone.'
+            )
+    for name in ('max_train', 'max_test'):
+        most = getattr(config, name)
+        if most is not None and most < 1:
+            parser.error(f'{name} is {most}; give 1 or more, or null for all images.')
     for name in ('max_train', 'max_test'):
         most = getattr(config, name)
         if most is not None and most < 1:

@@ -118,6 +118,9 @@ class Images(Dataset[tuple[Tensor, int]]):
 def load_splits(config: Config) -> tuple[dict[str, Split], list[str]]:
     """The splits 'train', 'val' and, if there is one, 'test'; and the names of the classes.
 
+    Where all stages are unsupervised, labels may be missing or all the same, and have no say in
+    what is carved off for validation.
+
     Raises:
         ValueError: a folder that is missing, empty or holds one class, classes that the training
             split lacks, files that are no images, or arrays that are none.
@@ -138,7 +141,7 @@ def load_splits(config: Config) -> tuple[dict[str, Split], list[str]]:
             kept, carved = train_test_split(
                 np.arange(len(train.indices)),
                 test_size=config.val_fraction,
-                stratify=train.labels,
+                stratify=None if config.unsupervised else train.labels,
                 random_state=config.seed,
             )
         except ValueError as error:
@@ -155,7 +158,7 @@ def load_splits(config: Config) -> tuple[dict[str, Split], list[str]]:
                 f"The splits '{name}' and '{other}' hold the same images. Where a data set has two "
                 'splits only, --val_split null carves validation images from the training split.'
             )
-    if len(classes) < 2:
+    if len(classes) < 2 and not config.unsupervised:
         raise ValueError(
             f"The training images of '{config.data_dir or config.dataset}' are all of one class, "
             f'{classes}. Training needs two or more: one subfolder per class.'
@@ -187,7 +190,8 @@ def _load_npz(config: Config) -> tuple[dict[str, Split], list[str]]:
     `x_train`, `y_train`, `x_test` and `y_test`; or `x` and `y`, of which `config.test_fraction` or,
     with `config.folds`, one fold is the test split. Images are `[n, H, W]` or `[n, H, W, C]` with
     1, 3 or 4 channels, uint8 or floating-point from 0 to 1; uint8 images without a value above 1
-    are taken for binary. Labels are `[n]`, integers or strings.
+    are taken for binary. Labels are `[n]`, integers or strings; where no stage reads them they may
+    be missing.
     """
     arrays = _read_npz(Path(config.data_dir))
     pairs = [('x_train', 'y_train'), ('x_test', 'y_test')]
@@ -201,6 +205,8 @@ def _load_npz(config: Config) -> tuple[dict[str, Split], list[str]]:
         )
     elif config.test_split is None:
         pairs = pairs[:1]
+    if config.unsupervised and any(y not in arrays for _, y in pairs):
+        arrays |= {y: np.zeros(arrays[x].shape[:1], int) for x, y in pairs if x in arrays}
     for pair in pairs:
         for key in pair:
             if key not in arrays:

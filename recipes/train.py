@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 from accelerate import Accelerator, DataLoaderConfiguration
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedDataParallelKwargs, send_to_device, set_seed
 from config import Config, Stage, parse_config
 from data import Cached, Images, cache_features, cache_pooled, create_datasets, load_splits
 from files import save_png, write
@@ -37,11 +37,14 @@ from timm.scheduler import create_scheduler_v2
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.lr_scheduler import ReduceLROnPlateau
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm.auto import tqdm
 
 import timm_fisher
 from timm_fisher import PooledModel
+from timm_fisher.compose import ConcatHeads
+from timm_fisher.registry import nearest
+from timm_fisher.stream import BatchStream
 
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt
@@ -51,10 +54,13 @@ AnyDataset = Images | Cached
 
 def main() -> None:
     config = parse_config()
+    # A head's own loss need not depend on all that the stage trains.
+    own_loss_alone = any(stage.unsupervised for stage in config.stages.values())
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision,
         gradient_accumulation_steps=config.grad_accum_steps,
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=config.seed),
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=own_loss_alone)],
     )
     launched = 'ACCELERATE_MIXED_PRECISION' in os.environ
     if accelerator.device.type == 'cpu' and launched and os.environ.get('OMP_NUM_THREADS') == '1':
@@ -68,7 +74,12 @@ def main() -> None:
 
     # Data and model
     splits, classes = load_splits(config)
+    if config.unsupervised:
+        classes = []  # an untrained classifier would mislead
     model = _create_model(config, len(classes)).to(memory_format=torch.channels_last)
+    for name, stage in config.stages.items():
+        _freeze(model, name, stage)  # refuses what does not fit before anything is computed
+    model.requires_grad_(True)
     requested = {'img_size': config.img_size, 'crop_pct': config.crop_pct}
     data_config = timm.data.resolve_input_data_config(model, requested)
     datasets: dict[str, AnyDataset] = dict(create_datasets(config, splits, data_config))
@@ -111,9 +122,15 @@ def main() -> None:
     run.load_weights(output / 'model')
     final = 'test' if 'test' in datasets else 'val'
     on_features = config.caches(config.stages[run.best['stage']])
-    result = run.evaluate_on((cached() if on_features else datasets)[final], final)
+    dataset = (cached() if on_features else datasets)[final]
+    if config.unsupervised:
+        result = run.evaluate_own_loss(dataset, final)
+        found = f'own loss {result["own_loss"]:.4g}'
+    else:
+        result = run.evaluate_on(dataset, final)
+        found = f'accuracy {result["accuracy"]:.2%}'
     run.finish(final, result)
-    say(f'{final} accuracy {result["accuracy"]:.2%} of {result["samples"]} images -> {output}')
+    say(f'{final} {found} of {result["samples"]} images -> {output}')
     accelerator.end_training()
 
 
@@ -150,10 +167,7 @@ class Run:
         # the ranks draw different augmentation and dropout.
         number = list(config.stages).index(name)
         set_seed(config.seed + 1000 * (number + 1), device_specific=True)
-        model.requires_grad_(True)
-        model.freeze_backbone(stage.train != 'all')
-        if stage.train == 'classifier':
-            model.head.requires_grad_(False)
+        _freeze(model, name, stage)
         pool_once = stage.train == 'classifier' and isinstance(datasets['train'], Cached)
         if pool_once and not stage.head_loss:
             start = time.perf_counter()
@@ -163,7 +177,10 @@ class Run:
             }
             datasets = {**pooled, 'augmented': pooled['train']}
             self.seconds['features'] += time.perf_counter() - start
-        module = self._module(datasets['train'])
+        if stage.unsupervised:
+            module: nn.Module = Unsupervised(model, isinstance(datasets['train'], Cached))
+        else:
+            module = self._module(datasets['train'])
         train_loader = self.loader(datasets['augmented'], shuffle=True)
         val_loader = self.loader(datasets['val'])
         optimizer = _create_optimizer(model, stage)
@@ -187,8 +204,13 @@ class Run:
             train_loader.set_epoch(epoch)
             rate = max(group['lr'] for group in optimizer.param_groups)
             loss = self._train_epoch(name, epoch, stage, module, optimizer, scheduler, train_loader)
-            result = self.evaluate(module, val_loader, 'val')
-            self._refuse_non_finite(result['loss'], f'{name}, validation of epoch {epoch + 1}')
+            if stage.unsupervised:
+                own = self.evaluate_own_loss(datasets['val'], 'val')
+                result = {'val_loss': own['own_loss']}
+            else:
+                found = self.evaluate(module, val_loader, 'val')
+                result = {'val_loss': found['loss'], 'val_accuracy': found['accuracy']}
+            self._refuse_non_finite(result['val_loss'], f'{name}, validation of epoch {epoch + 1}')
             if isinstance(scheduler, ReduceLROnPlateau):
                 scheduler.step(loss)
             self.seconds['train'] += time.perf_counter() - start
@@ -197,8 +219,7 @@ class Run:
                 'epoch': epoch + 1,
                 'lr': rate,
                 'train_loss': loss,
-                'val_loss': result['loss'],
-                'val_accuracy': result['accuracy'],
+                **result,
                 'seconds': round(time.perf_counter() - start, 2),
             }
             self._end_epoch(row, last=epoch + 1 == stage.epochs, scheduler=scheduler)
@@ -220,6 +241,11 @@ class Run:
         accelerator = self.accelerator
         parameters = [p for group in optimizer.param_groups for p in group['params']]
         module.train()
+        layers = _trained_layers(self.model, stage)
+        if layers:
+            self.model.backbone.eval()
+            for layer in layers:
+                layer.train()
         if stage.freeze_bn:
             for layer in self.model.backbone.modules():
                 if isinstance(layer, _BatchNorm):
@@ -234,14 +260,19 @@ class Run:
         )
         for step, (x, y) in enumerate(progress):
             with accelerator.accumulate(module):
-                if stage.head_loss:
-                    logits, own = module(x, head_loss=True)
+                weight = 1.0
+                if stage.unsupervised:
+                    loss, weight = module(x), stage.head_loss or 1.0
+                    _refuse_without_gradient(loss, name, stage, self.config)
                 else:
-                    logits, own = module(x), 0.0
-                loss = F.cross_entropy(logits.float(), y, label_smoothing=stage.label_smoothing)
-                loss = loss + stage.head_loss * own
+                    if stage.head_loss:
+                        logits, own = module(x, head_loss=True)
+                    else:
+                        logits, own = module(x), 0.0
+                    loss = F.cross_entropy(logits.float(), y, label_smoothing=stage.label_smoothing)
+                    loss = loss + stage.head_loss * own
                 self._refuse_non_finite(loss.item(), f'{name}, epoch {epoch + 1}, step {step + 1}')
-                accelerator.backward(loss)
+                accelerator.backward(weight * loss)
                 if stage.clip_grad is not None and accelerator.sync_gradients:
                     accelerator.clip_grad_norm_(parameters, stage.clip_grad)
                 optimizer.step()
@@ -252,8 +283,8 @@ class Run:
                         scheduler.step_update(updates)
                 optimizer.zero_grad()
             self.steps += 1
-            loss_sum += loss.item() * len(y)
-            count += len(y)
+            loss_sum += loss.item() * _batch_size(x)
+            count += _batch_size(x)
             progress.set_postfix(loss=f'{loss.item():.3f}')
         total = accelerator.reduce(torch.tensor([loss_sum, count], device=accelerator.device))
         return (total[0] / total[1]).item()
@@ -294,28 +325,56 @@ class Run:
             'samples': len(labels),
         }
 
+    @torch.no_grad()
+    def evaluate_own_loss(self, dataset: AnyDataset, what: str) -> dict[str, Any]:
+        """Mean own loss of the head over the true number of samples; no label is read.
+
+        Each rank takes its share, uneven as it may be: the loss of a batch is no sum over its
+        images that `gather_for_metrics` could leave the repeated ones out of.
+        """
+        accelerator = self.accelerator
+        device = accelerator.device
+        share = range(accelerator.process_index, len(dataset), accelerator.num_processes)
+        module = Unsupervised(self.model, isinstance(dataset, Cached)).to(device).eval()
+        total = torch.zeros(2, device=device)
+        show = accelerator.is_main_process
+        loader = self.loader(Subset(dataset, share))
+        for x, _ in tqdm(loader, what, leave=False, disable=not show or None):
+            with accelerator.autocast():
+                loss = module(send_to_device(x, device))
+            total += _batch_size(x) * torch.stack([loss.float(), torch.ones_like(total[0])])
+        loss_sum, count = accelerator.reduce(total).tolist()
+        return {'own_loss': loss_sum / count, 'samples': round(count)}
+
     def _module(self, dataset: AnyDataset) -> nn.Module:
         if not isinstance(dataset, Cached):
             return self.model
         return ClassifierOnly(self.model) if dataset.pooled else HeadOnly(self.model)
 
-    def loader(self, dataset: AnyDataset, *, shuffle: bool = False) -> DataLoader[Any]:
+    def loader(self, dataset: Dataset[Any], *, shuffle: bool = False) -> DataLoader[Any]:
         """A loader over a data set, before accelerate prepares it."""
         # Cached features come from a memory map: workers would only copy them once more.
-        workers = 0 if isinstance(dataset, Cached) else self.config.workers
+        whole = dataset.dataset if isinstance(dataset, Subset) else dataset
+        workers = 0 if isinstance(whole, Cached) else self.config.workers
         return DataLoader(dataset, self.config.batch_size, shuffle=shuffle, num_workers=workers)
 
     def _end_epoch(self, row: dict[str, Any], *, last: bool, scheduler: Any) -> None:
         """Report, keep the model if it is the best, and write the checkpoint."""
         accelerator = self.accelerator
         self.history.append(row)
+        supervised = 'val_accuracy' in row
+        accuracy = f'val accuracy {row["val_accuracy"]:.2%}, ' if supervised else ''
         accelerator.print(
             f'{row["stage"]} {row["epoch"]}: lr {row["lr"]:.2g}, train loss '
-            f'{row["train_loss"]:.4f}, val loss {row["val_loss"]:.4f}, val accuracy '
-            f'{row["val_accuracy"]:.2%}, {row["seconds"]:.1f} s'
+            f'{row["train_loss"]:.4f}, val loss {row["val_loss"]:.4f}, {accuracy}'
+            f'{row["seconds"]:.1f} s'
         )
-        if not self.best or row['val_accuracy'] > self.best['val_accuracy']:
-            self.best = {key: row[key] for key in ('stage', 'epoch', 'val_accuracy')}
+        # Own losses of different features cannot be compared: until labels say which epoch is the
+        # best, it is the last.
+        best = self.best.get('val_accuracy', -1.0)
+        if row['val_accuracy'] > best if supervised else best < 0:
+            key = 'val_accuracy' if supervised else 'val_loss'
+            self.best = {each: row[each] for each in ('stage', 'epoch', key)}
             if accelerator.is_main_process:
                 self._save_model(self.output / 'model')
         if last:
@@ -412,7 +471,10 @@ class Run:
 
     def _save_model(self, folder: Path) -> None:
         timm_fisher.save_pretrained(
-            self.model, folder, label_names=self.classes, data_config=self.data_config
+            self.model,
+            folder,
+            label_names=self.classes or None,
+            data_config=self.data_config,
         )
 
     def _save_weights(self, models: Any, weights: list[Any], folder: str) -> None:
@@ -452,6 +514,84 @@ class ClassifierOnly(nn.Module):
 
     def forward(self, pooled: Tensor) -> Tensor:
         return self.classifier(self.head_drop(pooled))
+
+
+class Unsupervised(nn.Module):
+    """The own loss of a model's head, what an unsupervised stage trains; DDP wraps it.
+
+    In training mode the head first updates itself by its own rule on the mini-batch
+    (`PoolingHead.partial_fit`): the gradient that follows is that of the loss with the new
+    parameters, in what the stage trains.
+
+    Args:
+        model: of which the head is asked.
+        from_features: the input is what `model.forward_features` gives, not images.
+    """
+
+    def __init__(self, model: PooledModel, from_features: bool) -> None:
+        super().__init__()
+        self.model, self.from_features = model, from_features
+
+    def forward(self, x: Any) -> Tensor:
+        model = self.model
+        descriptors = model.descriptors(x if self.from_features else model.forward_features(x))
+        if self.training:
+            if isinstance(model.head, ConcatHeads):
+                parts = [(head, descriptors[place]) for head, place in model.head.placed()]
+            else:
+                parts = [(model.head, descriptors)]
+            for head, part in parts:
+                head.partial_fit(BatchStream(part.detach()))
+        loss: Tensor = model.head.forward_with_loss(descriptors)[1]
+        return loss
+
+
+def _trained_layers(model: PooledModel, stage: Stage) -> list[nn.Module]:
+    """The modules of the backbone that a stage names."""
+    modules = dict(model.backbone.named_modules())
+    for name in stage.layers:
+        if not name or name not in modules:
+            known = [each for each in modules if each]
+            raise ValueError(f"The backbone has no layer '{name}'.{nearest(name, known)}")
+    return [modules[name] for name in stage.layers]
+
+
+def _freeze(model: PooledModel, name: str, stage: Stage) -> None:
+    """Leave only what a stage trains with gradients.
+
+    Raises:
+        ValueError: a layer that the backbone does not have, or nothing that can be trained.
+    """
+    model.requires_grad_(True)
+    model.freeze_backbone(not stage.trains_backbone)
+    layers = _trained_layers(model, stage)
+    for layer_name, layer in zip(stage.layers, layers, strict=True):
+        if not any(parameter.requires_grad for parameter in layer.parameters()):
+            raise ValueError(
+                f"Layer '{layer_name}' of the backbone has no parameters that the head depends on."
+            )
+    if layers:
+        trained = {id(parameter) for layer in layers for parameter in layer.parameters()}
+        for parameter in model.backbone.parameters():
+            parameter.requires_grad_(parameter.requires_grad and id(parameter) in trained)
+    if stage.train in ('classifier', 'backbone'):
+        model.head.requires_grad_(False)
+    if stage.train == 'backbone' or stage.unsupervised:
+        model.classifier.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(f"Stage '{name}' has nothing to train: its head has no parameters.")
+
+
+def _refuse_without_gradient(loss: Tensor, name: str, stage: Stage, config: Config) -> None:
+    if not loss.requires_grad:
+        raise ValueError(
+            f"Stage '{name}' trains nothing: the own loss of {_head_names(config)} is zero or does "
+            f'not depend on what train: {stage.train} trains.'
+        )
+
+
+def _batch_size(x: Any) -> int:
+    return len(x if isinstance(x, Tensor) else x[0])
 
 
 def _peak_memory(device: torch.device) -> int:
@@ -560,20 +700,25 @@ def _prepare_output(output: Path, config: Config, main: bool) -> None:
 
 
 def _plot(history: list[dict[str, Any]], path: Path) -> None:
-    """Losses and validation accuracy by epoch, the stages set off by lines."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4))
+    """Losses and, if any stage is supervised, validation accuracy by epoch; the stages are set off
+    by lines."""
+    accuracies = [100 * row.get('val_accuracy', math.nan) for row in history]
+    supervised = any(map(math.isfinite, accuracies))
+    figure, axes = plt.subplots(1, 1 + supervised, figsize=(10, 4), squeeze=False)
     epochs = range(1, len(history) + 1)
     for key in ('train_loss', 'val_loss'):
-        left.plot(epochs, [row[key] for row in history], label=key.replace('_', ' '))
-    right.plot(epochs, [100 * row['val_accuracy'] for row in history])
+        axes[0, 0].plot(epochs, [row[key] for row in history], label=key.replace('_', ' '))
+    axes[0, 0].set(xlabel='epoch', ylabel='loss', yscale='log')
+    axes[0, 0].legend()
+    if supervised:
+        axes[0, 1].plot(epochs, accuracies)
+        axes[0, 1].set(xlabel='epoch', ylabel='validation accuracy (%)')
     for i, row in enumerate(history):
         if row['epoch'] == 1:
-            for axes in (left, right):
-                axes.axvline(i + 0.5, color='grey', linewidth=0.8, linestyle=':')
-            right.annotate(row['stage'], (i + 0.6, 0.02), xycoords=('data', 'axes fraction'))
-    left.set(xlabel='epoch', ylabel='loss', yscale='log')
-    right.set(xlabel='epoch', ylabel='validation accuracy (%)')
-    left.legend()
+            for each in axes[0]:
+                each.axvline(i + 0.5, color='grey', linewidth=0.8, linestyle=':')
+            where = (i + 0.6, 0.02)
+            axes[0, -1].annotate(row['stage'], where, xycoords=('data', 'axes fraction'))
     figure.tight_layout()
     save_png(figure, path)
 

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import distributed_checks
+import numpy as np
 import pytest
 import safetensors.torch
 import timm
@@ -18,9 +19,11 @@ import torch
 import yaml
 from conftest import ROOT, TINY, write_images
 from PIL import Image
+from torch import nn
 from torch.utils.data import DataLoader
 
 import timm_fisher
+from timm_fisher.compose import ConcatHeads
 
 HEADS = timm_fisher.list_heads()
 COMPOSED = [{'name': 'avg', 'stage': -4}, {'name': 'sparse_fisher', 'code_dim': 4}]
@@ -64,6 +67,15 @@ def accuracy_by_plain_timm(folder, images, split):
     return torch.cat(right).double().mean().item()
 
 
+def own_loss_by_plain_timm(folder, images, split):
+    model = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+    dataset = timm.data.create_dataset('', images, split=split, transform=transform)
+    with torch.no_grad():
+        losses = [model(x[None], head_loss=True)[1] for x, _ in dataset]
+    return torch.stack(losses).double().mean().item()
+
+
 @pytest.fixture
 def few_images(tmp_path):
     """24 training images, 9 for validation."""
@@ -92,7 +104,7 @@ def check_run(run, images, recipes, *, head, stages=TWO_STAGES, processes=1):
     log = read_log(run)
     epochs = [(name, i + 1) for name in stages for i in range(stages[name]['epochs'])]
     assert [(row['stage'], row['epoch']) for row in log] == epochs
-    best = max(log, key=lambda row: row['val_accuracy'])  # the first one of equals
+    best = max(log, key=lambda row: row.get('val_accuracy', -1))  # the first one of equals
     assert metrics['best'] == {key: best[key] for key in ('stage', 'epoch', 'val_accuracy')}
     with Image.open(run / 'curve.png') as curve:
         assert curve.format == 'PNG'
@@ -243,12 +255,29 @@ def stop(recipe, tmp_path, monkeypatch):
     return run
 
 
-def test_run_stopped_at_a_step_resumes_exactly(recipe, stop, few_images, tmp_path):
+# Labels come late, or never.
+OWN = {
+    'own': {'train': 'head', 'epochs': 2, 'lr': 0.01, 'unsupervised': True},
+    'tune': {'train': 'all', 'epochs': 1, 'lr': 0.001, 'layers': ['layer3', 'layer2.0']},
+}
+
+
+@pytest.mark.parametrize(
+    ('change', 'steps'),
+    [
+        ({}, (2, 8, 14, 24)),
+        ({'stages': OWN}, (5, 8)),
+        ({'stages': {'own': OWN['own']}}, (5,)),
+    ],
+    ids=['memory', 'own and tune', 'own'],
+)
+def test_run_stopped_at_a_step_resumes_exactly(recipe, stop, few_images, tmp_path, change, steps):
     """Before any checkpoint, in the first stage, in the first and in the last epoch of the second:
     3 steps an epoch, 4 + 4 epochs."""
     options = {**MEMORY, 'data_dir': few_images, 'test_split': None, 'workers': 0, 'batch_size': 8}
+    options |= change
     expected = recipe(output=tmp_path / 'expected', **options)
-    for step in (2, 8, 14, 24):
+    for step in steps:
         steps = iter(range(1, 100))
         output = tmp_path / f'step-{step}'
         run = stop(
@@ -314,6 +343,151 @@ def test_config(recipe, few_images, config):
     options |= {f'stages.{name}.epochs': 1 for name in stages}
     run = recipe('--config', str(config), **options)
     assert [row['stage'] for row in read_log(run)] == stages
+
+
+# Unsupervised stages
+
+
+def test_run_without_labels(recipe, images):
+    """It ends with the last epoch, without a classifier; its result is the own loss."""
+    stages = {'own': {**OWN['own'], 'epochs': 3}}
+    run = recipe(data_dir=images, head='sparse_fisher', head_kwargs={'code_dim': 4}, stages=stages)
+    log, metrics = read_log(run), read_metrics(run)
+    losses = [row['val_loss'] for row in log]
+    assert losses == sorted(losses, reverse=True)
+    assert [set(row) for row in log] == [{'stage', 'epoch', 'lr', 'train_loss', 'val_loss'}] * 3
+    assert metrics['best'] == {'stage': 'own', 'epoch': 3, 'val_loss': losses[-1]}
+    for folder in ('model', 'last'):
+        expected = own_loss_by_plain_timm(run / folder, images, 'test')
+        assert metrics['test'] == {'own_loss': pytest.approx(expected, rel=1e-5), 'samples': 51}
+        assert not any(name.startswith('classifier') for name in read_weights(run / folder))
+    assert losses[-1] == pytest.approx(
+        own_loss_by_plain_timm(run / 'last', images, 'val'), rel=1e-5
+    )
+    assert json.loads((run / 'model/config.json').read_text())['num_classes'] == 0
+
+
+def test_labels_decide_once_they_are_read(recipe, images):
+    run = recipe(data_dir=images, head='sparse_fisher', head_kwargs={'code_dim': 4}, stages=OWN)
+    log, metrics = read_log(run), read_metrics(run)
+    assert ['val_accuracy' in row for row in log] == [False, False, True]
+    assert metrics['best'] == {'stage': 'tune', 'epoch': 1, 'val_accuracy': log[2]['val_accuracy']}
+    assert accuracy_by_plain_timm(run / 'model', images, 'test') == metrics['test']['accuracy']
+
+
+def test_no_label_is_read(recipe, recipes, few_images, tmp_path, monkeypatch):
+    """Whatever the labels are, and with images of one class: the same model."""
+    options = {'data_dir': few_images, 'test_split': None, 'head': 'sparse_fisher'}
+    options |= {'stages': {'own': OWN['own']}, 'val_split': None, 'val_fraction': 0.2}
+    expected = recipe(output=tmp_path / 'expected', **options)
+    load_timm = recipes.data._load_timm
+    for labels in ('garbage', 'one class'):
+
+        def load(config, labels=labels):
+            splits, classes = load_timm(config)
+            y = splits['train'].labels
+            y[:] = 0 if labels == 'one class' else range(-2, len(y) - 2)
+            return splits, classes[:1] if labels == 'one class' else classes
+
+        monkeypatch.setattr(recipes.data, '_load_timm', load)
+        run = recipe(output=tmp_path / labels, **options)
+        found, weights = read_weights(run / 'model'), read_weights(expected / 'model')
+        assert all(torch.equal(found[name], weights[name]) for name in weights)
+
+
+def test_run_on_arrays_without_labels(recipe, recipes, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 32, 32), dtype=np.uint8)
+    np.savez(tmp_path / 'images.npz', x=pixels)
+    options = {'dataset': 'npz', 'data_dir': tmp_path / 'images.npz', 'head': 'sparse_fisher'}
+    run = recipe(**options, stages={'own': OWN['own']})
+    assert read_metrics(run)['test']['samples'] == 10
+    with pytest.raises(ValueError, match="has no array 'y'"):
+        recipe(**options, output=tmp_path / 'labelled', stages=OWN)
+
+
+class Centre(timm_fisher.PoolingHead):
+    """Its own rule sets a centre; its own loss is the squared distance from it."""
+
+    def __init__(self, in_features):
+        super().__init__()
+        self.in_features = self.out_features = in_features
+        self.centre = nn.Parameter(torch.zeros(in_features))
+
+    def forward(self, x):
+        return x.mean(1)
+
+    def forward_with_loss(self, x):
+        return x.mean(1), (x - self.centre).square().sum(-1).mean()
+
+    @torch.no_grad()
+    def partial_fit(self, stream):
+        total, count = torch.zeros_like(self.centre), torch.zeros(())
+        for x in stream.batches():
+            total, count = total + x.sum((0, 1)), count + x.shape[0] * x.shape[1]
+        total, count = stream.sum(total, count)
+        self.centre.copy_(total / count)
+
+
+@pytest.mark.parametrize('composed', [False, True])
+def test_own_rule_comes_before_the_gradient(recipes, composed):
+    """Each head has its own descriptors; evaluation changes nothing."""
+    head = [{'name': 'avg'}, {'name': 'gem', 'stage': -4}] if composed else 'avg'
+    torch.manual_seed(0)
+    model = timm_fisher.create_model('test_resnet', head, num_classes=0)
+    widths = [each.in_features for each in model.head] if composed else [model.num_features]
+    centres = [Centre(width) for width in widths]
+    model.head = ConcatHeads(centres, model.head.places) if composed else centres[0]
+    images = torch.randn(6, 3, 32, 32)
+    module = recipes.train.Unsupervised(model, from_features=False).eval()
+    features = model.forward_features(images)
+    descriptors = model.descriptors(features)
+    parts = [descriptors[place] for place in model.head.places] if composed else [descriptors]
+    far = sum(part.square().sum(-1).mean() for part in parts)
+    torch.testing.assert_close(module(images), far)
+    assert not any(centre.centre.any() for centre in centres)
+
+    module = recipes.train.Unsupervised(model, from_features=True).train()
+    near = sum((part - part.mean((0, 1))).square().sum(-1).mean() for part in parts)
+    torch.testing.assert_close(module(features), near)
+    for centre, part in zip(centres, parts, strict=True):
+        torch.testing.assert_close(centre.centre, part.mean((0, 1)))
+
+
+@pytest.mark.parametrize(
+    ('head', 'stage', 'message'),
+    [
+        ('avg', {'unsupervised': True}, "Stage 'only' trains nothing: the own loss of avg is zero"),
+        (
+            'sparse_fisher',
+            {'train': 'backbone', 'unsupervised': True},
+            'does not depend on what train: backbone',
+        ),
+        ('avg', {'train': 'head', 'unsupervised': True}, "Stage 'only' has nothing to train"),
+        ('avg', {'layers': ['layer3', 'layr2']}, "no layer 'layr2'. Did you mean 'layer"),
+        ('avg', {'layers': ['']}, "no layer ''"),
+        ('avg', {'layers': ['layer4']}, "Layer 'layer4' of the backbone has no parameters"),
+    ],
+    ids=str,
+)
+def test_stage_that_trains_nothing(recipe, few_images, head, stage, message):
+    stages = {'only': {'epochs': 1, **stage}}
+    with pytest.raises(ValueError, match=message):
+        recipe(data_dir=few_images, test_split=None, head=head, stages=stages)
+
+
+@pytest.mark.parametrize(
+    'stage',
+    [
+        {'train': 'classifier', 'unsupervised': True},
+        {'train': 'head', 'layers': ['layer4']},
+        {'train': 'classifier', 'layers': ['layer4']},
+    ],
+    ids=str,
+)
+def test_stage_that_contradicts_itself(recipes, capsys, stage):
+    with pytest.raises(SystemExit):
+        recipes.config.parse_config([f'--stages={json.dumps({"only": stage})}'])
+    assert 'stages.only' in capsys.readouterr().err
 
 
 # Cached features
@@ -478,6 +652,7 @@ def test_head_lr_scale(step):
         ('classifier', {'classifier'}),
         ('head', {'classifier', 'head'}),
         ('all', {'classifier', 'head', 'backbone'}),
+        ('backbone', {'backbone'}),
     ],
 )
 def test_stage_trains_what_it_says(step, train, trained):
@@ -488,7 +663,21 @@ def test_stage_trains_what_it_says(step, train, trained):
         moved = [tensor.any().item() for tensor in parameters_of(change, part).values()]
         assert any(moved) == (part in trained), part
     statistics = [tensor for name, tensor in change.items() if 'running_mean' in name]
-    assert not any(tensor.any() for tensor in statistics) or train == 'all'
+    assert not any(tensor.any() for tensor in statistics) or train in ('all', 'backbone')
+
+
+@pytest.mark.parametrize('freeze_bn', [False, True])
+def test_layers_that_are_trained(step, freeze_bn):
+    """The rest of the backbone keeps its weights and its statistics."""
+    names = ['layer2.0', 'layer3']
+    start = step(lr=0.0, layers=names, freeze_bn=True)
+    change = step(lr=0.1, layers=names, freeze_bn=freeze_bn, start=start)
+    for part in ('classifier.', *(f'backbone.{name}.' for name in names)):
+        assert any(tensor.any() for tensor in parameters_of(change, part).values()), part
+    moved = {name for name, tensor in change.items() if tensor.any()}
+    inside = ('classifier.', *(f'backbone.{name}.' for name in names))
+    assert all(name.startswith(inside) for name in moved)
+    assert any('running_' in name for name in moved) != freeze_bn
 
 
 @pytest.mark.parametrize('freeze_bn', [False, True])
@@ -518,10 +707,25 @@ def test_clip_grad(step, accumulate):
 
 def test_recipe_on_two_processes(launch, recipes, images, tmp_path):
     """51 test images in batches of 2 x 16: some are seen twice, each is counted once."""
-    options = {**TINY, 'data_dir': images, 'stages': TWO_STAGES, 'head': 'sparse_fisher'}
+    stages = {'own': {**OWN['own'], 'epochs': 1}, **TWO_STAGES}
+    options = {**TINY, 'data_dir': images, 'stages': stages, 'head': 'sparse_fisher'}
     options |= {'output': tmp_path / 'run', 'cache_dir': tmp_path / 'cache'}
     finish(launch(processes=2, **options))
-    check_run(tmp_path / 'run', images, recipes, head='sparse_fisher', processes=2)
+    check_run(tmp_path / 'run', images, recipes, head='sparse_fisher', stages=stages, processes=2)
+
+
+@pytest.mark.slow
+def test_unsupervised_run_on_two_processes(launch, images, tmp_path):
+    """Through the network, too, where DDP finds parameters that the own loss does not reach."""
+    stages = {'own': {**OWN['own'], 'train': 'all'}}
+    options = {**TINY, 'data_dir': images, 'stages': stages, 'head': 'sparse_fisher'}
+    finish(launch(processes=2, output=tmp_path / 'run', **options))
+    expected = own_loss_by_plain_timm(tmp_path / 'run/model', images, 'test')
+    found = read_metrics(tmp_path / 'run')
+    assert found['test'] == {'own_loss': pytest.approx(expected, rel=1e-5), 'samples': 51}
+    assert found['processes'] == 2
+    with Image.open(tmp_path / 'run/curve.png') as curve:
+        curve.load()
 
 
 @pytest.fixture(scope='module')
