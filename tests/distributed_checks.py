@@ -23,6 +23,7 @@ import timm_fisher
 SMALL = {  # faster than the default
     'bilinear': {'reduce_dim': 8},
     'gmm_fisher': {'reduce_dim': 8, 'components': 6},
+    'gsnmf': {'components': 8},
     'netvlad': {'reduce_dim': 8, 'clusters': 6},
     'sparse_fisher': {'reduce_dim': 8, 'code_dim': 6},
 }

@@ -29,6 +29,10 @@ OPTIONS = {
         {'l2_descriptors': False, 'components': 5},
         {'reduce_dim': None, 'normalize': False},
     ],
+    'gsnmf': [
+        {'components': 5, 'signed': 'split'},
+        {'signed': 'softplus', 'components': 20, 'l2_penalty': 0.0, 'l1_penalty': 0.0},
+    ],
     'isqrt_cov': [{'reduce_dim': None}, {'reduce_dim': 6}],
     'netvlad': [{'reduce_dim': None, 'clusters': 5}],
     'sparse_fisher': [{'tied': True}, {'normalize': False}],
