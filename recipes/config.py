@@ -23,7 +23,8 @@ class Stage:
         layers: names of the backbone's modules that are trained, such as conv_head or blocks.6;
             empty for all of it. The rest of it is frozen, and stays in evaluation mode.
         unsupervised: the loss is the head's own alone; no label is read, and the classifier is
-            frozen. Before each step the head updates itself by its own rule, if it has one.
+            frozen. Before each step the head updates itself by its own rule, if it has one. Images
+            left over at the end of an epoch, too few for a batch, are left out of it.
         epochs: passes over the training set.
         opt: optimizer, any that timm.optim knows; sgd is Nesterov's, momentum the plain one.
         lr: learning rate.
@@ -207,14 +208,6 @@ def parse_config(arguments: list[str] | None = None) -> Config:
                 f'stages.{name}.layers is {stage.layers}, but train is {stage.train}: the backbone '
                 'is frozen. Give train: all or backbone.'
             )
-    for name in ('max_train', 'max_test'):
-        most = getattr(config, name)
-        if most is not None and most < 1:
-            parser.error(f'{name} is {most}; give 1 or more, or null for all images.')
-    for name in ('max_train', 'max_test'):
-        most = getattr(config, name)
-        if most is not None and most < 1:
-            parser.error(f'{name} is {most}; give 1 or more, or null for all images.')
     for name in ('max_train', 'max_test'):
         most = getattr(config, name)
         if most is not None and most < 1:

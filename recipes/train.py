@@ -181,7 +181,11 @@ class Run:
             module: nn.Module = Unsupervised(model, isinstance(datasets['train'], Cached))
         else:
             module = self._module(datasets['train'])
-        train_loader = self.loader(datasets['augmented'], shuffle=True)
+        # A head's own rule takes every batch at full weight: a few images left over would undo what
+        # the others taught it.
+        whole = config.batch_size * accelerator.num_processes <= len(datasets['train'])
+        drop_last = stage.unsupervised and whole
+        train_loader = self.loader(datasets['augmented'], shuffle=True, drop_last=drop_last)
         val_loader = self.loader(datasets['val'])
         optimizer = _create_optimizer(model, stage)
         module, optimizer, train_loader, val_loader = accelerator.prepare(
@@ -351,12 +355,20 @@ class Run:
             return self.model
         return ClassifierOnly(self.model) if dataset.pooled else HeadOnly(self.model)
 
-    def loader(self, dataset: Dataset[Any], *, shuffle: bool = False) -> DataLoader[Any]:
+    def loader(
+        self, dataset: Dataset[Any], *, shuffle: bool = False, drop_last: bool = False
+    ) -> DataLoader[Any]:
         """A loader over a data set, before accelerate prepares it."""
         # Cached features come from a memory map: workers would only copy them once more.
         whole = dataset.dataset if isinstance(dataset, Subset) else dataset
         workers = 0 if isinstance(whole, Cached) else self.config.workers
-        return DataLoader(dataset, self.config.batch_size, shuffle=shuffle, num_workers=workers)
+        return DataLoader(
+            dataset,
+            self.config.batch_size,
+            shuffle=shuffle,
+            num_workers=workers,
+            drop_last=drop_last,
+        )
 
     def _end_epoch(self, row: dict[str, Any], *, last: bool, scheduler: Any) -> None:
         """Report, keep the model if it is the best, and write the checkpoint."""

@@ -405,6 +405,35 @@ def test_run_on_arrays_without_labels(recipe, recipes, tmp_path):
         recipe(**options, output=tmp_path / 'labelled', stages=OWN)
 
 
+def test_unsupervised_fine_tuning_of_gsnmf(recipe, few_images, tmp_path):
+    """The basis by the head's rule, the chosen layer by the gradient; nothing else moves."""
+    stage = {'train': 'backbone', 'layers': ['layer3'], 'freeze_bn': True, 'unsupervised': True}
+    options = {'data_dir': few_images, 'test_split': None, 'head': 'gsnmf', 'batch_size': 24}
+    options |= {'head_kwargs': {'components': 6}}
+
+    def train(name, **more):
+        stages = {'tune': {'epochs': 4, 'lr': 0.001, **stage, **more}}
+        run = recipe(output=tmp_path / name, stages=stages, **options)
+        return read_weights(run / 'last'), read_log(run)
+
+    still, still_log = train('still', lr=0.0)
+    tuned, log = train('tuned')
+    moved = {name for name in tuned if not torch.equal(tuned[name], still[name])}
+    assert 'head.basis' in moved
+    assert all(name.startswith(('head.basis', 'backbone.layer3.')) for name in moved)
+    assert any(name.startswith('backbone.') for name in moved)
+    assert log[-1]['train_loss'] < still_log[-1]['train_loss']
+
+
+@pytest.mark.parametrize(('batch_size', 'steps'), [(10, 2), (24, 1), (30, 1)])
+def test_own_rule_sees_whole_batches(recipe, few_images, batch_size, steps):
+    """24 images; where they are too few for one batch, they are the batch."""
+    stages = {'own': {**OWN['own'], 'epochs': 1}}
+    options = {'data_dir': few_images, 'test_split': None, 'head': 'sparse_fisher'}
+    run = recipe(**options, stages=stages, batch_size=batch_size)
+    assert read_metrics(run)['steps'] == steps
+
+
 class Centre(timm_fisher.PoolingHead):
     """Its own rule sets a centre; its own loss is the squared distance from it."""
 
