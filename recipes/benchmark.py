@@ -70,7 +70,7 @@ SIZES = {
 CLASSES = 100
 ROOT = dict(batch=64, number=49, d=256, iterations=5)  # the papers' 7 x 7 maps
 FISHER = dict(batch=32, number=196, d=64, components=32)
-FACTORIZE = dict(images=10_000, channels=1280, components=256, rounds=200)
+FACTORIZE = dict(images=10_000, channels=1280, components=256, rounds=300)
 Row = dict[str, Any]
 
 
