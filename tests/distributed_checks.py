@@ -22,6 +22,7 @@ import timm_fisher
 
 SMALL = {  # faster than the default
     'bilinear': {'reduce_dim': 8},
+    'dbm_idfk': {'hidden': [6, 4], 'rank': 8, 'epochs': 2},
     'gmm_fisher': {'reduce_dim': 8, 'components': 6},
     'gsnmf': {'components': 8},
     'netvlad': {'reduce_dim': 8, 'clusters': 6},

@@ -1,10 +1,10 @@
 """Pooling heads for timm: replace the global pool of any timm model by a named, pluggable head.
 
-Importing this package registers the architecture `timm_fisher` with timm, and the papers'
-configurations by name, such as `resnet50_3g`.
+Importing this package registers the architecture `timm_fisher` with timm, the papers'
+configurations by name, such as `resnet50_3g`, and the backbone `pixels`.
 """
 
-from timm_fisher import presets  # noqa: F401  (registers them)
+from timm_fisher import pixels, presets  # noqa: F401  (registers them)
 from timm_fisher.fitting import fit
 from timm_fisher.head import PoolingHead
 from timm_fisher.hub import save_pretrained

@@ -542,8 +542,8 @@ def check_backbone(name: str) -> None:
 
 
 def is_ours(architecture: str) -> bool:
-    """Whether a name of `timm.list_models()` is a whole model of this package."""
-    return model_entrypoint(architecture).__module__.partition('.')[0] == 'timm_fisher'
+    """Whether a name of `timm.list_models()` is a whole model of this package, not a backbone."""
+    return model_entrypoint(architecture).__module__ in (__name__, 'timm_fisher.presets')
 
 
 def _can_resize(backbone: Any) -> bool:
