@@ -216,10 +216,10 @@ def table(rows: list[dict[str, Any]], comparison: Comparison) -> str:
     return '\n'.join(lines) + '\n'
 
 
-def percent(values: list[float]) -> str:
+def percent(values: list[float], digits: int = 1) -> str:
     """`91.2 ± 0.3` of accuracies; the sample's standard deviation."""
-    mean = f'{100 * statistics.mean(values):.1f}'
-    return f'{mean} ± {100 * statistics.stdev(values):.1f}' if len(values) > 1 else mean
+    mean = f'{100 * statistics.mean(values):.{digits}f}'
+    return f'{mean} ± {100 * statistics.stdev(values):.{digits}f}' if len(values) > 1 else mean
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:

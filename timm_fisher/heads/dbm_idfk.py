@@ -138,7 +138,7 @@ class DBMFisher(PoolingHead):
 
     def forward(self, x: Tensor) -> Tensor:
         with without_autocast(x):
-            phi = self._normalize(self._moments(self._visible(x)))
+            phi = self.normalized_score(x)
             return (self._improve(phi) if self.whiten else phi).to(x.dtype)
 
     def score(self, x: Tensor) -> Tensor:
@@ -147,6 +147,11 @@ class DBMFisher(PoolingHead):
         with without_autocast(x):
             moments = self._moments(self._visible(x))
             return moments - self.model_moments.to(moments.dtype)
+
+    def normalized_score(self, x: Tensor) -> Tensor:
+        """phi `[B, C * L1 + L1 * L2]` of descriptors `[B, N, C]`; float32 or better."""
+        with without_autocast(x):
+            return self._normalize(self._moments(self._visible(x)))
 
     def posteriors(self, x: Tensor) -> list[Tensor]:
         """Mean-field posteriors `[B, L]` of each hidden layer, for descriptors `[B, N, C]`."""

@@ -1,0 +1,471 @@
+"""Improved deep Fisher kernel (IDFK) against the kernels without Fisher information: DFK, FK.
+
+    python recipes/kernel.py --config recipes/configs/kernel_usps.yaml --data-dir usps.npz \
+        --output runs/kernel_usps
+
+For each seed, and each fold if there are any, `dbm_idfk` is fitted to the training split, as a DBM
+and as an RBM, and saved. Three kinds of Fisher vectors come from them:
+
+    IDFK  of the DBM, with the leading axes of its Fisher information (eq. 8)
+    DFK   of the same DBM, without
+    FK    of the RBM, without
+
+each of unit length, IDFK after its mean over the training set is taken off; and each goes to a
+linear SVM and to the nearest neighbour (1-NN). Rank, ridge and C are chosen by the accuracy on
+validation images of the first seed, for each classifier by itself. With them it is trained again,
+on training and validation images, and measured on the test images, for every seed.
+
+Leaves in `--output`: table.md, results.json, the models (`timm.create_model('local-dir:...')`) and
+the paper's figures, of the first seed: tsne.png (figure 2), features.png (figure 3, by linear SHAP
+values) and sgd.png (figure 4). Interrupted, it goes on where it stopped.
+
+Paper: Ahmed, Azim, Early and Ramchurn, "Revisiting Deep Fisher Vectors: Using Fisher Information to
+Improve Object Classification".
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import jsonargparse
+import matplotlib
+import numpy as np
+import timm
+import torch
+import yaml
+from accelerate import Accelerator
+from cluster import create, load, parse
+from compare import percent
+from config import Config
+from data import Cached, cache_features, create_datasets, load_splits
+from files import save_png, write
+from scipy import sparse
+from sklearn.linear_model import SGDClassifier
+from sklearn.manifold import TSNE
+from sklearn.preprocessing import normalize
+from sklearn.svm import LinearSVC
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+import timm_fisher
+from timm_fisher import PooledModel
+
+matplotlib.use('Agg')
+import matplotlib.pyplot as plt
+
+SHOWN = 2000  # images in tsne.png
+EPOCHS = 30  # of SGD in sgd.png
+TOP = 3  # features of each sign and class in features.png
+CHUNK = 1024  # images at a time
+METHODS = ('IDFK', 'DFK', 'FK')
+
+
+@dataclass
+class Kernels:
+    """Compare Fisher kernels of Boltzmann machines on one data set.
+
+    Args:
+        output: folder of all results.
+        data_dir: as train.py takes it; a file FILE.npz with `dataset: npz` in `train`.
+        seeds: of the repetitions; the first chooses the settings.
+        train: options of train.py: data, backbone, and `head_kwargs` of the DBM.
+        rbm: `head_kwargs` of the RBM in place of those of the DBM.
+        ranks: to choose from; the largest is computed.
+        ridges: to choose from.
+        svm_c: C of the linear SVM, to choose from.
+        search_images: training images that the search uses at most.
+        search_folds: folds of the first seed that the search averages over.
+    """
+
+    output: str = 'runs/kernel'
+    data_dir: str = ''
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    train: dict[str, Any] = field(default_factory=dict)
+    rbm: dict[str, Any] = field(default_factory=lambda: {'hidden': [10]})
+    ranks: list[int] = field(default_factory=lambda: [300, 1000])
+    ridges: list[float] = field(default_factory=lambda: [0.001, 0.01, 0.1])
+    svm_c: list[float] = field(default_factory=lambda: [1.0, 10.0])
+    search_images: int = 10_000
+    search_folds: int = 4
+
+
+def main() -> None:
+    parser = jsonargparse.ArgumentParser(description='Compare Fisher kernels on one data set.')
+    parser.add_argument('--config', action='config', help='YAML file of these options')
+    parser.add_class_arguments(Kernels)
+    arguments = [a.replace('--data-dir', '--data_dir') for a in sys.argv[1:]]
+    parsed = parser.instantiate(parser.parse_args(arguments))
+    kernels = Kernels(**{key: parsed[key] for key in Kernels.__dataclass_fields__})
+    for key in ('seeds', 'ranks', 'ridges', 'svm_c'):
+        values = getattr(kernels, key)
+        if not values or len(set(values)) < len(values):
+            parser.error(f'{key} is {values}; give one or more, all different.')
+    if kernels.data_dir:
+        kernels.train['data_dir'] = kernels.data_dir
+    kernels.train['head'] = 'dbm_idfk'
+    output = Path(kernels.output)
+    prepare_output(output, kernels)
+
+    folds = range(max(1, parse(kernels.train, kernels.seeds[0], output).folds))
+    chosen = once(output / 'chosen.json', lambda: search(kernels, list(folds), output))
+    print(f'chosen on validation images: {chosen}', flush=True)
+    results = []
+    for seed, fold in (progress := tqdm(list(product(kernels.seeds, folds)), disable=None)):
+        progress.set_description(f'seed {seed}, fold {fold}')
+        path = output / f'results-s{seed}-f{fold}.json'
+        results.append(once(path, lambda s=seed, f=fold: measure(kernels, chosen, s, f, output)))
+        write_results(results, chosen, kernels, output)
+    if not (output / 'sgd.png').exists():
+        figures(Vectors(kernels, kernels.seeds[0], 0, output), chosen, output)
+    print((output / 'table.md').read_text())
+
+
+def prepare_output(output: Path, kernels: Kernels) -> None:
+    """Refuse to go on with other settings."""
+    output.mkdir(parents=True, exist_ok=True)
+    path = output / 'config.yaml'
+    settings = {k: v for k, v in asdict(kernels).items() if k not in ('output', 'seeds')}
+    if path.exists() and yaml.safe_load(path.read_text()) != settings:
+        raise ValueError(f"'{output}' holds results of other settings, see {path}. Give another.")
+    write(path, yaml.safe_dump(settings, sort_keys=False))
+
+
+def once(path: Path, function: Any) -> Any:
+    """What a function returns, kept in a JSON file."""
+    if not path.exists():
+        write(path, json.dumps(function(), indent=2) + '\n')
+    return json.loads(path.read_text())
+
+
+class Vectors:
+    """Fisher vectors of the images of one seed and fold: of 'train', 'val' and 'test'.
+
+    Attributes:
+        labels: `[n]` of each split.
+        phi: of the DBM (DFK) and of the RBM (FK): CSR `[n, d]` of each split.
+        seconds: of the fits.
+        saturated: share of posteriors within 0.05 of 0 or 1, for each layer, DBM and RBM.
+    """
+
+    def __init__(self, kernels: Kernels, seed: int, fold: int, output: Path) -> None:
+        accelerator = Accelerator()
+        options = {**kernels.train, 'fold': fold}
+        options['head_kwargs'] = {**options.get('head_kwargs', {}), 'rank': max(kernels.ranks)}
+        config = parse(options, seed, output)
+        splits, self.classes = load_splits(config)
+        if 'test' not in splits:
+            raise ValueError(f"'{config.data_dir or config.dataset}' must have a test split.")
+        self.labels = {name: split.labels for name, split in splits.items()}
+        self.phi: dict[str, dict[str, sparse.csr_matrix]] = {}
+        self.seconds: dict[str, float] = {}
+        self.saturated: dict[str, list[float]] = {}
+        machines = {'DFK': {'seed': seed}, 'FK': {**kernels.rbm, 'whiten': False, 'seed': seed}}
+        features: dict[str, Cached] = {}
+        for name, of_head in machines.items():
+            model = create(config, **of_head)
+            if not features:
+                shape = {'img_size': config.img_size, 'crop_pct': config.crop_pct}
+                data_config = timm.data.resolve_input_data_config(model, shape)
+                datasets = create_datasets(config, splits, data_config)
+                features = {
+                    split: cache_features(model, datasets[split], config, accelerator)
+                    for split in splits
+                }
+            folder = output / ('rbm' if name == 'FK' else 'dbm') / f's{seed}-f{fold}'
+            self.seconds[name] = fit(model, features['train'], folder, config)
+            self.saturated[name] = saturated(model, features['train'])
+            self.phi[name] = {split: score(model, each) for split, each in features.items()}
+            if name == 'DFK':
+                self._axes = model.head.axes.cpu().numpy()
+                self._variances = model.head.variances.cpu().numpy()
+        self._mean = np.asarray(self.phi['DFK']['train'].mean(0)) @ self._axes
+        self._rotated = {
+            split: np.asarray(each @ self._axes) - self._mean
+            for split, each in self.phi['DFK'].items()
+        }
+
+    def get(self, method: str, setting: dict[str, Any]) -> dict[str, Any]:
+        """Vectors of unit length `[n, d]` of each split; dense for IDFK."""
+        if method != 'IDFK':
+            return self.phi[method]
+        rank, ridge = setting['rank'], setting['ridge']
+        scale = (self._variances[:rank] + ridge * self._variances[0]) ** -0.5
+        return {split: normalize(z[:, :rank] * scale) for split, z in self._rotated.items()}
+
+
+def fit(model: PooledModel, features: Cached, folder: Path, config: Config) -> float:
+    """Fit a model's head and save it, or load it if that was done before; seconds it took then."""
+    taken = folder / 'seconds.json'
+    if not taken.exists():
+        start = time.perf_counter()
+        loader = DataLoader(features, config.batch_size)
+        timm_fisher.fit(model.to(Accelerator().device), loader, from_features=True)
+        seconds = time.perf_counter() - start
+        timm_fisher.save_pretrained(model, folder)
+        write(taken, json.dumps(round(seconds, 2)))
+    load(model, folder)
+    return float(json.loads(taken.read_text()))
+
+
+@torch.no_grad()
+def score(model: PooledModel, features: Cached) -> sparse.csr_matrix:
+    """phi `[n, d]` of cached features. Sparse: where a pixel is off, so are its products."""
+    device = next(model.parameters()).device
+    return sparse.vstack(
+        [
+            sparse.csr_matrix(
+                model.head.normalized_score(model.descriptors(x.to(device))).cpu().numpy()
+            )
+            for x, _ in DataLoader(features, CHUNK)
+        ],
+        format='csr',
+    )
+
+
+@torch.no_grad()
+def saturated(model: PooledModel, features: Cached) -> list[float]:
+    """Share of posteriors within 0.05 of 0 or 1, for each layer, over 1024 images."""
+    x, _ = next(iter(DataLoader(features, CHUNK)))
+    x = model.descriptors(x.to(next(model.parameters()).device))
+    return [((mu - 0.5).abs() > 0.45).float().mean().item() for mu in model.head.posteriors(x)]
+
+
+def nearest(train: Any, labels: np.ndarray, queries: Any) -> np.ndarray:
+    """Label of the nearest training vector; all are of unit length."""
+    best = np.full(queries.shape[0], -np.inf, np.float32)
+    found = np.zeros(queries.shape[0], labels.dtype)
+    asked = torch.from_numpy(dense(queries))
+    for start in range(0, train.shape[0], CHUNK):
+        part = torch.from_numpy(dense(train[start : start + CHUNK]))
+        similarity, where = (asked @ part.T).max(1)
+        closer = similarity.numpy() > best
+        best[closer] = similarity.numpy()[closer]
+        found[closer] = labels[start + where.numpy()[closer]]
+    return found
+
+
+def dense(x: Any) -> np.ndarray:
+    return np.asarray(x.todense() if sparse.issparse(x) else x, dtype=np.float32)
+
+
+def svm(c: float, seed: int) -> LinearSVC:
+    return LinearSVC(C=c, random_state=seed, max_iter=2000)
+
+
+def search(kernels: Kernels, folds: list[int], output: Path) -> dict[str, Any]:
+    """The settings of each method and classifier with the best accuracy on validation images."""
+    seed = kernels.seeds[0]
+    scores: dict[str, dict[str, list[float]]] = {'svm': {}, '1nn': {}}
+    for fold in folds[: kernels.search_folds]:
+        vectors = Vectors(kernels, seed, fold, output)
+        y, truth = vectors.labels['train'], vectors.labels['val']
+        some = np.random.default_rng(seed).permutation(len(y))[: kernels.search_images]
+        for method in METHODS:
+            grid = product(kernels.ranks, kernels.ridges) if method == 'IDFK' else [(0, 0.0)]
+            for rank, ridge in grid:
+                setting = {'rank': rank, 'ridge': ridge} if method == 'IDFK' else {}
+                z = vectors.get(method, setting)
+                train, val = z['train'][some], z['val']
+                for c in kernels.svm_c:
+                    found = svm(c, seed).fit(train, y[some]).score(val, truth)
+                    key = json.dumps([method, {**setting, 'C': c}])
+                    scores['svm'].setdefault(key, []).append(found)
+                    print(f'  fold {fold}, SVM, {key}: {found:.4f}', flush=True)
+                found = float((nearest(train, y[some], val) == truth).mean())
+                key = json.dumps([method, setting])
+                scores['1nn'].setdefault(key, []).append(found)
+                print(f'  fold {fold}, 1-NN, {key}: {found:.4f}', flush=True)
+    chosen: dict[str, Any] = {}
+    for classifier, each in scores.items():
+        means = {key: float(np.mean(found)) for key, found in each.items()}
+        for method in METHODS:
+            mine = {key: mean for key, mean in means.items() if json.loads(key)[0] == method}
+            best = max(mine, key=mine.__getitem__)  # the first of equals
+            chosen.setdefault(method, {})[classifier] = json.loads(best)[1]
+            chosen[method][f'{classifier}_validation'] = mine[best]
+    return chosen
+
+
+def measure(
+    kernels: Kernels, chosen: dict[str, Any], seed: int, fold: int, output: Path
+) -> dict[str, Any]:
+    """Test accuracy of each method and classifier, with one seed and fold."""
+    vectors = Vectors(kernels, seed, fold, output)
+    y = np.concatenate([vectors.labels['train'], vectors.labels['val']])
+    truth = vectors.labels['test']
+    rows: dict[str, Any] = {}
+    for method in METHODS:
+        rows[method] = {}
+        for classifier in ('svm', '1nn'):
+            setting = chosen[method][classifier]
+            z = vectors.get(method, setting)
+            train = join(z['train'], z['val'])
+            if classifier == 'svm':
+                predicted = svm(setting['C'], seed).fit(train, y).predict(z['test'])
+            else:
+                predicted = nearest(train, y, z['test'])
+            rows[method][classifier] = float((predicted == truth).mean())
+            rows[method]['dimensions'] = int(z['test'].shape[1])
+        print(f'seed {seed}, fold {fold}, {method}: {rows[method]}', flush=True)
+    images = {name: len(labels) for name, labels in vectors.labels.items()}
+    about = {'seed': seed, 'fold': fold, 'images': images, 'classes': len(vectors.classes)}
+    return {**about, 'seconds': vectors.seconds, 'saturated': vectors.saturated, 'rows': rows}
+
+
+def join(first: Any, second: Any) -> Any:
+    if sparse.issparse(first):
+        return sparse.vstack([first, second], format='csr')
+    return np.concatenate([first, second])
+
+
+def write_results(
+    results: list[dict[str, Any]], chosen: dict[str, Any], kernels: Kernels, output: Path
+) -> None:
+    """table.md and results.json of what there is so far."""
+    write(output / 'table.md', table(results, chosen))
+    everything = {'settings': asdict(kernels), 'chosen': chosen, 'results': results}
+    write(output / 'results.json', json.dumps(everything, indent=2) + '\n')
+
+
+def table(results: list[dict[str, Any]], chosen: dict[str, Any]) -> str:
+    """Markdown; mean and standard deviation over the seeds, of means over folds, in per cent."""
+    seeds = sorted({each['seed'] for each in results})
+    lines = [
+        '| Fisher vectors | dimensions | linear SVM | 1-NN | fit | chosen for the SVM | for 1-NN |',
+        '|---|---:|---:|---:|---:|---|---|',
+    ]
+    for method in METHODS:
+        cells = []
+        for classifier in ('svm', '1nn'):
+            of_seed = [
+                [each['rows'][method][classifier] for each in results if each['seed'] == seed]
+                for seed in seeds
+            ]
+            cells.append(percent([float(np.mean(found)) for found in of_seed], digits=2))
+        machine = 'FK' if method == 'FK' else 'DFK'
+        seconds = float(np.median([each['seconds'][machine] for each in results]))
+        settings = [
+            ', '.join(f'{key} {value}' for key, value in chosen[method][classifier].items()) or '-'
+            for classifier in ('svm', '1nn')
+        ]
+        dimensions = results[0]['rows'][method]['dimensions']
+        lines.append(
+            f'| {method} | {dimensions} | {" | ".join(cells)} | {seconds:.0f} s | '
+            f'{" | ".join(settings)} |'
+        )
+    shares = {
+        machine: np.mean([each['saturated'][machine] for each in results], 0)
+        for machine in ('DFK', 'FK')
+    }
+    text = '; '.join(
+        f'{machine} {", ".join(f"{100 * share:.0f} %" for share in each)}'
+        for machine, each in shares.items()
+    )
+    folds = len({each['fold'] for each in results})
+    images = ', '.join(f'{count} {name}' for name, count in results[0]['images'].items())
+    lines += [
+        '',
+        f'Mean and standard deviation over seeds {", ".join(map(str, seeds))}'
+        f'{f" of the mean over {folds} folds" if folds > 1 else ""}; {images} images, of which '
+        'validation images join the training once settings are chosen. Saturated posteriors: '
+        f'{text}.',
+    ]
+    return '\n'.join(lines) + '\n'
+
+
+def figures(vectors: Vectors, chosen: dict[str, Any], output: Path) -> None:
+    """The paper's figures 2 to 4."""
+    setting = chosen['IDFK']['svm']
+    pair = {'IDFK': vectors.get('IDFK', setting), 'DFK': vectors.get('DFK', {})}
+    plot_tsne(pair, vectors, output / 'tsne.png')
+    plot_features(pair['IDFK'], vectors, setting['C'], output / 'features.png')
+    plot_sgd(pair, vectors, chosen, output / 'sgd.png')
+
+
+def plot_tsne(pair: dict[str, dict[str, Any]], vectors: Vectors, path: Path) -> None:
+    """Test images, and training images where there are few of them, side by side."""
+    few = len(vectors.labels['test']) < 500
+    names = ['test', 'train'] if few else ['test']
+    y = np.concatenate([vectors.labels[name] for name in names])
+    shown = np.random.default_rng(0).permutation(len(y))[:SHOWN]
+    figure, axes = plt.subplots(1, 2, figsize=(12, 6))
+    last = max(1, len(vectors.classes) - 1)
+    for ax, (method, z) in zip(axes, pair.items(), strict=True):
+        points = join(z['test'], z['train']) if few else z['test']
+        spread = TSNE(random_state=0).fit_transform(dense(points[shown]))
+        for index, name in enumerate(vectors.classes):
+            part = spread[y[shown] == index]
+            ax.scatter(*part.T, s=6, color=plt.cm.turbo(index / last), label=name)
+        ax.set(title=method, xticks=[], yticks=[])
+    columns = 1 if len(vectors.classes) <= 20 else 2
+    axes[1].legend(
+        markerscale=2, fontsize=7, ncols=columns, loc='center left', bbox_to_anchor=(1, 0.5)
+    )
+    figure.tight_layout()
+    save_png(figure, path)
+
+
+def plot_features(z: dict[str, np.ndarray], vectors: Vectors, c: float, path: Path) -> None:
+    """For each class the features that support and refute it most, over its test images.
+
+    Of a linear model, the SHAP value of a feature is its weight times the feature's distance from
+    its mean over the training set.
+    """
+    machine = svm(c, 0).fit(z['train'][:10_000], vectors.labels['train'][:10_000])
+    centred = z['test'] - z['train'].mean(0)
+    present = [k for k in range(len(vectors.classes)) if (vectors.labels['test'] == k).any()]
+    weights = (
+        machine.coef_ if len(machine.coef_) > 1 else np.stack([-1, 1])[:, None] * machine.coef_
+    )
+    rows = -(-len(present) // 5)
+    figure, axes = plt.subplots(rows, 5, figsize=(14, 2.3 * rows), squeeze=False)
+    for ax in axes.flat[len(present) :]:
+        ax.set_axis_off()
+    for ax, k in zip(axes.flat, present, strict=False):
+        values = weights[k] * centred[vectors.labels['test'] == k].mean(0)
+        order = values.argsort()
+        top = [*order[:TOP], *order[-TOP:]]
+        colours = ['tab:red' if values[f] < 0 else 'tab:green' for f in top]
+        ax.barh([str(f) for f in top], values[top], color=colours)
+        ax.set_title(f'class {vectors.classes[k]}', fontsize=9)
+        ax.tick_params(labelsize=7)
+    figure.supxlabel('mean SHAP value of axis number ...', fontsize=9)
+    figure.tight_layout()
+    save_png(figure, path)
+
+
+def plot_sgd(
+    pair: dict[str, dict[str, Any]], vectors: Vectors, chosen: dict[str, Any], path: Path
+) -> None:
+    """Accuracy of a linear SVM trained by SGD, by epoch, with and without Fisher information."""
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharex=True)
+    some = np.random.default_rng(0).permutation(len(vectors.labels['train']))[:10_000]
+    y = vectors.labels['train'][some]
+    for method, z in pair.items():
+        train = z['train'][some]
+        machine = SGDClassifier(
+            alpha=1 / (chosen[method]['svm']['C'] * len(y)), random_state=0, shuffle=True
+        )
+        curves: tuple[list[float], list[float]] = ([], [])
+        for _ in tqdm(range(EPOCHS), f'SGD on {method}', leave=False, disable=None):
+            machine.partial_fit(train, y, classes=np.arange(len(vectors.classes)))
+            curves[0].append(100 * machine.score(train, y))
+            curves[1].append(100 * machine.score(z['test'], vectors.labels['test']))
+        for ax, curve in zip(axes, curves, strict=True):
+            ax.plot(range(1, EPOCHS + 1), curve, label=method)
+    for ax, title in zip(axes, ('training', 'test'), strict=True):
+        ax.set(xlabel='epoch', ylabel=f'{title} accuracy (%)')
+        ax.grid(alpha=0.3)
+        ax.legend()
+    figure.tight_layout()
+    save_png(figure, path)
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,166 @@
+"""recipes/kernel.py: nearest neighbours and vectors against slow ones, and the command."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import timm
+import torch
+import yaml
+from conftest import ENVIRONMENT, ROOT
+from scipy import sparse
+from sklearn.datasets import load_digits
+from sklearn.neighbors import KNeighborsClassifier
+
+CONFIGS = sorted(ROOT.glob('recipes/configs/kernel_*.yaml'))
+
+
+@pytest.fixture(scope='module')
+def kernel(recipes):
+    return importlib.import_module('kernel')
+
+
+def unit(count, *, seed):
+    x = np.random.default_rng(seed).standard_normal((count, 6)).astype(np.float32)
+    return x / np.linalg.norm(x, axis=1, keepdims=True)
+
+
+@pytest.mark.parametrize('form', [np.asarray, sparse.csr_matrix])
+def test_nearest_is_scikit_learns(kernel, monkeypatch, form):
+    monkeypatch.setattr(kernel, 'CHUNK', 7)
+    train, queries, labels = unit(50, seed=0), unit(20, seed=1), np.arange(50) % 4
+    expected = KNeighborsClassifier(1).fit(train, labels).predict(queries)
+    assert (kernel.nearest(form(train), labels, form(queries)) == expected).all()
+
+
+@pytest.fixture
+def digits(tmp_path):
+    """Four classes of scikit-learn's digits, 120 images, as an .npz file."""
+    x, y = load_digits(n_class=4, return_X_y=True)
+    path = tmp_path / 'digits.npz'
+    np.savez(path, x=(x[:120].reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8), y=y[:120])
+    return path
+
+
+@pytest.fixture
+def run(kernel, digits, tmp_path, monkeypatch):
+    """`run(seeds='[0]', ...)` runs the recipe in this process, and returns the output folder."""
+    config = {
+        'data_dir': str(digits),
+        'output': str(tmp_path / 'out'),
+        'train': {
+            'dataset': 'npz', 'backbone': 'pixels', 'cache_dir': str(tmp_path / 'cache'),
+            'backbone_kwargs': {'img_size': 8}, 'workers': 0,
+            'head_kwargs': {'hidden': [6, 4], 'squash': False, 'epochs': 5},
+        },
+        'rbm': {'hidden': [3]}, 'ranks': [5, 30], 'ridges': [0.01, 0.1], 'svm_c': [1.0],
+    }  # fmt: skip
+    (tmp_path / 'kernel.yaml').write_text(yaml.safe_dump(config))
+    for key, value in ENVIRONMENT.items():
+        monkeypatch.setenv(key, value)
+
+    def start(**options):
+        arguments = [f'--{key}={value}' for key, value in options.items()]
+        file = str(tmp_path / 'kernel.yaml')
+        monkeypatch.setattr('sys.argv', ['kernel.py', '--config', file, *arguments])
+        kernel.main()
+        return Path(options.get('output', tmp_path / 'out'))
+
+    return start
+
+
+def test_run_leaves_everything(run, capsys):
+    output = run(seeds='[0]')
+    for name in ('tsne.png', 'features.png', 'sgd.png'):
+        assert (output / name).read_bytes().startswith(b'\x89PNG')
+    found = json.loads((output / 'results.json').read_text())
+    rows = found['results'][0]['rows']
+    assert list(rows) == ['IDFK', 'DFK', 'FK']
+    assert rows['DFK']['dimensions'] == 64 * 6 + 6 * 4
+    assert rows['FK']['dimensions'] == 64 * 3
+    assert rows['IDFK']['dimensions'] in (5, 30)
+    # Four classes: 25 % by chance.
+    assert min(row[key] for row in rows.values() for key in ('svm', '1nn')) > 0.6
+    assert '| IDFK |' in (output / 'table.md').read_text()
+    capsys.readouterr()
+
+    # Another seed goes on where the first one stopped; other settings are refused.
+    before = (output / 'dbm/s0-f0/model.safetensors').stat().st_mtime_ns
+    chosen = (output / 'chosen.json').read_text()
+    run(seeds='[0, 1]')
+    assert (output / 'dbm/s0-f0/model.safetensors').stat().st_mtime_ns == before
+    assert (output / 'chosen.json').read_text() == chosen
+    results = json.loads((output / 'results.json').read_text())['results']
+    assert [each['seed'] for each in results] == [0, 1]
+    assert results[0] == found['results'][0]
+    weights = [
+        safetensors.torch.load_file(output / f'dbm/s{seed}-f0/model.safetensors') for seed in (0, 1)
+    ]
+    assert not torch.equal(weights[0]['head.weights.0'], weights[1]['head.weights.0'])
+    with pytest.raises(ValueError, match='holds results of other settings'):
+        run(svm_c='[2.0]')
+
+
+def test_vectors_are_those_of_the_saved_model(kernel, run, digits, tmp_path):
+    output = run(seeds='[0]')
+    settings = yaml.safe_load((output / 'config.yaml').read_text())
+    vectors = kernel.Vectors(kernel.Kernels(**settings), 0, 0, output)
+    model = timm.create_model(f'local-dir:{output}/dbm/s0-f0', pretrained=True).eval()
+    model.head.ridge = 0.1
+    pixels = np.load(digits)['x']
+    x = torch.from_numpy(pixels[:, None].astype(np.float32) / 255)
+    with torch.no_grad():
+        z = model(x).numpy()
+    splits, _ = kernel.load_splits(kernel.parse(settings['train'], 0, output))
+    z = {
+        name: z[split.indices] - z[splits['train'].indices].mean(0)
+        for name, split in splits.items()
+    }
+    for name, found in vectors.get('IDFK', {'rank': 30, 'ridge': 0.1}).items():
+        expected = z[name] / np.linalg.norm(z[name], axis=1, keepdims=True)
+        np.testing.assert_allclose(found, expected, atol=1e-3)
+
+
+def test_settings_are_chosen_on_validation_images(kernel, run, tmp_path, monkeypatch):
+    """Other labels of the test images do not change them."""
+    first = run(seeds='[0]')
+    load = kernel.load_splits
+
+    def garbled(config):
+        splits, classes = load(config)
+        splits['test'].labels = (splits['test'].labels + 1) % 4
+        return splits, classes
+
+    monkeypatch.setattr(kernel, 'load_splits', garbled)
+    second = run(seeds='[0]', output=tmp_path / 'other')
+    assert (second / 'chosen.json').read_text() == (first / 'chosen.json').read_text()
+    rows = [
+        json.loads((path / 'results.json').read_text())['results'][0] for path in (first, second)
+    ]
+    assert rows[1]['rows']['IDFK']['svm'] < 0.3 < 0.6 < rows[0]['rows']['IDFK']['svm']
+
+
+@pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)
+def test_configuration_that_is_shipped(kernel, tmp_path, path):
+    settings = yaml.safe_load(path.read_text())
+    assert f'--config recipes/configs/{path.name} ' in path.read_text()
+    kernels = kernel.Kernels(**settings)
+    config = kernel.parse({**kernels.train, 'head': 'dbm_idfk'}, 0, tmp_path)
+    model = kernel.create(config)
+    machine = kernel.create(config, **kernels.rbm, whiten=False)
+    assert model.head.score_features == model.num_features * model.head.hidden[0] + (
+        model.head.hidden[0] * model.head.hidden[1]
+    )
+    assert machine.head.out_features == 10 * model.num_features
+
+
+@pytest.mark.parametrize('option', ['seeds', 'ranks', 'ridges', 'svm_c'])
+def test_empty_grid_is_refused(run, option, capsys):
+    with pytest.raises(SystemExit):
+        run(**{option: '[]'})
+    assert f'{option} is []; give one or more' in capsys.readouterr().err
