@@ -9,9 +9,7 @@ Parts:
 - sizes: heads alone, as d (`reduce_dim`) and K (`components`, `code_dim`, `clusters`) grow;
 - model: heads inside a model with random weights, for several image sizes;
 - newton_schulz: the matrix root of 3g and isqrt_cov on the N x N side against the d x d one;
-- fisher: gmm_fisher against its bare matrix products, and against VLFeat where that is installed;
-- nmf: the fit of gsnmf against scikit-learn's NMF, in seconds to the objective at which that ends.
-  It takes minutes, so only when asked for: `--parts nmf --threads 2 --data FOLDER_OR_NPZ`.
+- fisher: gmm_fisher against its bare matrix products, and against VLFeat where that is installed.
 
 A forward pass is in eval mode without a graph. A step is forward and backward in train mode, to
 the parameters and, for heads alone, to the descriptors; no optimizer. Times are medians over
@@ -31,28 +29,21 @@ import ctypes
 import ctypes.util
 import inspect
 import json
-import time
-import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import matplotlib
-import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
-from measure import digits, load, median_times, peak_memory, processor, synchronize, table
-from sklearn.decomposition import NMF
-from threadpoolctl import threadpool_limits
+from measure import digits, load, median_times, peak_memory, processor, table
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 import timm_fisher
 from timm_fisher import create_head, get_head, list_heads
 from timm_fisher.heads.gmm_fisher import GMMFisher
-from timm_fisher.heads.gsnmf import factorize
 from timm_fisher.heads.three_g import EPS
 from timm_fisher.linalg import gram_root, matrix_root
 
@@ -70,7 +61,6 @@ SIZES = {
 CLASSES = 100
 ROOT = dict(batch=64, number=49, d=256, iterations=5)  # the papers' 7 x 7 maps
 FISHER = dict(batch=32, number=196, d=64, components=32)
-FACTORIZE = dict(images=10_000, channels=1280, components=256, rounds=300)
 Row = dict[str, Any]
 
 
@@ -110,8 +100,7 @@ def parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    usual = [part for part in PARTS if part != 'nmf']
-    add('--parts', nargs='+', default=usual, choices=PARTS, metavar='PART')
+    add('--parts', nargs='+', default=list(PARTS), choices=PARTS, metavar='PART')
     add('--heads', nargs='+', default=list_heads(), metavar='HEAD', help='default: all installed')
     add('--output', type=Path, default=Path('runs/benchmark'), help='folder')
     add('--device', default='cpu', help='cpu, cuda, cuda:1, ...')
@@ -125,11 +114,6 @@ def parse() -> argparse.Namespace:
     add('--backbone', default='resnet50', help='any timm architecture')
     add('--img-sizes', type=positive, nargs='+', default=[224, 448])
     add('--model-batch', type=positive, default=2, help='images, inside a model')
-    add(
-        '--data', type=Path,
-        help='of nmf: an .npz with features x [n, C], none negative, or a folder of images, which '
-        'go through the pretrained --backbone; default: random ones of low rank, and noise',
-    )  # fmt: skip
     args = parser.parse_args()
     try:
         for name in args.heads:
@@ -325,74 +309,6 @@ def measure_fisher(args: argparse.Namespace) -> tuple[str, list[Row]]:
     return title + table(header, lines) + f'\n\n{note}', rows
 
 
-def measure_nmf(args: argparse.Namespace) -> tuple[str, list[Row]]:
-    """Both in float32, without penalties, from NNDSVD, which is part of the time."""
-    x = F.normalize(nmf_features(args), dim=1)
-    components, rounds = FACTORIZE['components'], FACTORIZE['rounds']
-
-    def objective(w: Tensor, h: Tensor) -> float:
-        return 0.5 * (x.double() - h.double().T @ w.double().T).square().sum().item()
-
-    def run(rounds: int) -> tuple[float, tuple[Tensor, Tensor, list[float]]]:
-        rows = x.to(args.device)
-        synchronize(args.device)
-        start = time.perf_counter()
-        found = factorize(rows, components, rounds=rounds, tolerance=0)
-        synchronize(args.device)
-        return time.perf_counter() - start, found
-
-    history = run(rounds)[1][2]
-    rows: list[Row] = []
-    for solver in ('mu', 'cd'):
-        model = NMF(components, init='nndsvd', solver=solver, max_iter=200, random_state=0)
-        start = time.perf_counter()
-        with warnings.catch_warnings(), threadpool_limits(torch.get_num_threads()):
-            warnings.simplefilter('ignore')  # that it has not converged after 200 iterations
-            codes = model.fit_transform(x.numpy())
-        theirs = time.perf_counter() - start
-        target = objective(torch.from_numpy(model.components_).T, torch.from_numpy(codes).T)
-        # All rounds where the objective is not reached: the table then shows a higher one.
-        needed = next((k for k, value in enumerate(history, 1) if value <= target), rounds)
-        ours, (w, h, _) = run(needed)
-        rows.append({
-            'solver': solver, 'iterations': model.n_iter_, 'seconds': theirs, 'objective': target,
-            'gsnmf rounds': needed, 'gsnmf seconds': ours,
-            'gsnmf objective': objective(w.cpu(), h.cpu()), 'times faster': theirs / ours,
-        })  # fmt: skip
-    lines = [[v if isinstance(v, str) else digits(v) for v in row.values()] for row in rows]
-    title = (
-        f"### gsnmf's fit to the objective of scikit-learn's NMF: {len(x)} x {x.shape[1]}, "
-        f'{components} components, float32, {torch.get_num_threads()} threads\n\n'
-    )
-    note = (
-        f'The objective is 1/2 |X - W H|^2, of rows of unit length. After {len(history)} rounds '
-        f'gsnmf has {digits(history[-1])}.'
-    )
-    return title + table(list(rows[0]), lines) + f'\n\n{note}', rows
-
-
-def nmf_features(args: argparse.Namespace) -> Tensor:
-    """Features `[n, C]` of --data, float32; or random sparse parts in random sparse mixtures."""
-    if args.data is None:
-        n, c, components, _ = FACTORIZE.values()
-        codes, parts = torch.rand(n, components), torch.rand(components, c)
-        codes, parts = (
-            codes * (torch.rand_like(codes) < 0.1),
-            parts * (torch.rand_like(parts) < 0.2),
-        )
-        x = codes @ parts
-        return (x + 0.3 * x.mean() * torch.randn_like(x)).relu()
-    if args.data.suffix == '.npz':
-        with np.load(args.data) as arrays:
-            return torch.from_numpy(arrays['x']).float()
-    model = timm.create_model(args.backbone, pretrained=True, num_classes=0).eval().to(args.device)
-    transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model))
-    images = timm.data.create_dataset('', root=args.data, transform=transform)
-    with torch.no_grad():
-        batches = [model(x.to(args.device)).relu().cpu() for x, _ in DataLoader(images, 64)]
-    return torch.cat(batches)
-
-
 def vlfeat_encoder(library: str, head: GMMFisher, x: Tensor) -> Callable[[], Tensor]:
     """`vl_fisher_encode` of VLFeat, image by image, on as many threads as PyTorch.
 
@@ -432,7 +348,6 @@ PARTS = {
     'model': measure_model,
     'newton_schulz': measure_newton_schulz,
     'fisher': measure_fisher,
-    'nmf': measure_nmf,
 }
 
 # Tables and plot

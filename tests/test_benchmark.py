@@ -13,9 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import numpy as np
 import pytest
-import timm
 import torch
 
 from timm_fisher import list_heads
@@ -53,8 +51,6 @@ def tiny(recipes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(benchmark.SIZES, argument, (letter, (4, 16)))
     monkeypatch.setitem(benchmark.ROOT, 'batch', 2)
     monkeypatch.setitem(benchmark.FISHER, 'batch', 3)
-    tiny = dict(images=120, channels=20, components=6, rounds=300)
-    monkeypatch.setattr(benchmark, 'FACTORIZE', tiny)
 
 
 def results(folder: Path) -> list[dict[str, Any]]:
@@ -122,25 +118,6 @@ def test_fisher_vectors_are_those_of_vlfeat(script, tmp_path, monkeypatch, insta
         assert rows[-1]['relative difference'] < 1e-3
     else:
         assert 'apt-get install libvlfeat-dev' in (tmp_path / 'benchmark.md').read_text()
-
-
-@pytest.mark.usefixtures('tiny')
-@pytest.mark.parametrize('data', ['random', 'arrays', 'images'])
-def test_factorization_reaches_the_objective_of_scikit_learn(script, tmp_path, images, data):
-    options = ['--parts', 'nmf']
-    if data == 'arrays':
-        np.savez(tmp_path / 'x.npz', x=np.random.default_rng(0).random((50, 12)))
-        options += ['--data', tmp_path / 'x.npz']
-    elif data == 'images':
-        backbone = tmp_path / 'backbone'
-        timm.models.save_for_hf(timm.create_model('test_resnet', num_classes=0), backbone)
-        options += ['--data', images / 'val', '--backbone', f'local-dir:{backbone}']
-    script('benchmark', *TINY, *options, '--output', tmp_path)
-    rows = results(tmp_path)
-    assert [row['solver'] for row in rows] == ['mu', 'cd']
-    for row in rows:
-        assert row['gsnmf objective'] <= 1.01 * row['objective']
-        assert row['gsnmf seconds'] > 0
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,127 @@
+"""recipes/benchmark_fits.py, at tiny sizes."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+
+
+@pytest.fixture
+def fits(recipes: Any, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The script, with small sizes where no option sets them."""
+    module = importlib.import_module('benchmark_fits')
+    tiny = dict(images=120, channels=20, components=6, rounds=300)
+    monkeypatch.setattr(module, 'FACTORIZE', tiny)
+    monkeypatch.setattr(module, 'IMAGES', dict(images=100, pixels=16))
+    measure = partial(
+        module.measure_fisher_information, hidden=((2, 3), (3, 4), (4, 6), (5, 8)), rank=8
+    )
+    monkeypatch.setitem(module.PARTS, 'fisher_information', measure)
+    return module
+
+
+@pytest.fixture
+def run(
+    fits: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[..., list[dict[str, Any]]]]:
+    """`run('nmf', *arguments)` gives the rows that the script leaves."""
+    threads = torch.get_num_threads()
+
+    def call(*arguments: object) -> list[dict[str, Any]]:
+        common = ['--threads', '1', '--output', tmp_path / 'out']
+        monkeypatch.setattr(sys, 'argv', ['benchmark_fits.py', *map(str, [*arguments, *common])])
+        fits.main()
+        return json.loads((tmp_path / 'out/benchmark_fits.json').read_text())['results']
+
+    yield call
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize('data', ['random', 'arrays', 'images'])
+def test_factorization_reaches_the_objective_of_scikit_learn(run, tmp_path, images, data):
+    options = []
+    if data == 'arrays':
+        np.savez(tmp_path / 'x.npz', x=np.random.default_rng(0).random((50, 12)))
+        options = ['--data', tmp_path / 'x.npz']
+    elif data == 'images':
+        backbone = tmp_path / 'backbone'
+        timm.models.save_for_hf(timm.create_model('test_resnet', num_classes=0), backbone)
+        options = ['--data', images / 'val', '--backbone', f'local-dir:{backbone}']
+    rows = run('nmf', *options)
+    assert [row['solver'] for row in rows] == ['mu', 'cd']
+    for row in rows:
+        assert row['gsnmf objective'] <= 1.01 * row['objective']
+        assert row['gsnmf seconds'] > 0
+
+
+@pytest.mark.parametrize('full', [False, True])
+def test_leading_axes_against_forming_the_fisher_information(run, tmp_path, capsys, full):
+    options = ['--full'] if full else []
+    fit, *axes, estimate = run('fisher_information', '--epochs', 2, *options)
+    assert (fit['d'], fit['r']) == (120, 8)
+    assert fit['seconds'] > fit['leading_axes s'] > 0
+    assert 0.05 < fit['GB before'] <= fit['peak GB'] < 64
+    assert [row['d'] for row in axes] == [38, 60, 88, 120]
+    formed = axes if full else axes[:-1]
+    assert ['product s' in row for row in axes] == [row in formed for row in axes]
+    for row in formed:
+        assert row['difference'] < 1e-3
+        assert row['times faster'] * row['leading_axes s'] == pytest.approx(
+            row['product s'] + row['decomposition s']
+        )
+    assert estimate['d'] == 120
+    text = (tmp_path / 'out/benchmark_fits.md').read_text()
+    assert text.count('| 120, extrapolated |') == 1
+    assert text.count('| 120 |') == (2 if full else 1)
+    assert text.strip() in capsys.readouterr().out
+
+
+def test_all_training_images_of_a_file_are_read(fits, tmp_path):
+    x = np.random.default_rng(0).integers(0, 256, (40, 4, 4)).astype(np.uint8)
+    y = np.arange(40) % 2
+    rows = torch.from_numpy(x).flatten(1) / 255 > 0.25
+    np.savez(tmp_path / 'test.npz', x_train=x, y_train=y, x_test=255 - x, y_test=y)
+    np.savez(tmp_path / 'no_labels.npz', x=x)
+    for name in ('test.npz', 'no_labels.npz'):
+        assert torch.equal(fits.binary_images(tmp_path / name), rows.float())
+
+
+def test_formed_fisher_information_is_the_covariance(fits):
+    rows = torch.rand(50, 7) + 10
+    expected = torch.cov(rows.double().T, correction=0)
+    found = fits.form(rows.split(8)).double()
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+
+
+def test_extrapolation_continues_a_power_law(fits):
+    exponent, seconds = fits.extrapolate([(1, 100.0), (2, 8.0), (4, 64.0)], 10)
+    assert exponent == pytest.approx(3)
+    assert seconds == pytest.approx(1000)
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        ([], 'PART'),
+        (['fisher'], 'invalid choice'),
+        (['nmf', '--full'], 'unrecognized arguments: --full'),
+        (['nmf', '--device', 'gpu'], 'gpu'),
+        (['fisher_information', '--epochs', '0'], '0 is less than 1'),
+    ],
+)
+def test_refuses_what_it_cannot_do(fits, monkeypatch, capsys, arguments, message):
+    monkeypatch.setattr(sys, 'argv', ['benchmark_fits.py', *arguments])
+    with pytest.raises(SystemExit):
+        fits.main()
+    assert message in capsys.readouterr().err
