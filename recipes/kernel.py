@@ -255,7 +255,7 @@ def dense(x: Any) -> np.ndarray:
 
 
 def svm(c: float, seed: int) -> LinearSVC:
-    return LinearSVC(C=c, random_state=seed, max_iter=2000)
+    return LinearSVC(C=c, tol=1e-3, random_state=seed)
 
 
 def search(kernels: Kernels, folds: list[int], output: Path) -> dict[str, Any]:

@@ -18,6 +18,9 @@ import pytest
 import torch
 from PIL import Image
 
+if 'PYTEST_XDIST_WORKER' in os.environ:  # one of several processes: as many threads are enough
+    torch.set_num_threads(1)
+
 ROOT = Path(__file__).parent.parent
 COLOURS = {'blue': (70, 70, 200), 'green': (70, 200, 70), 'red': (200, 70, 70)}
 TINY = {

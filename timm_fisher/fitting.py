@@ -80,7 +80,7 @@ def pca(rows: Tensor, dim: int) -> tuple[Tensor, Tensor]:
 
 
 def leading_axes(
-    chunks: Callable[[], Iterable[Tensor]], rank: int, *, iterations: int = 3, seed: int = 0
+    chunks: Callable[[], Iterable[Tensor]], rank: int, *, iterations: int = 2, seed: int = 0
 ) -> tuple[Tensor, Tensor]:
     """Leading eigenvectors and eigenvalues of the covariance of rows, which is never formed: by
     subspace iterations from random directions, over chunks of rows.
