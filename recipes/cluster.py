@@ -31,7 +31,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -58,6 +58,7 @@ from sklearn.preprocessing import normalize
 from sklearn.svm import LinearSVC
 from torch import Tensor
 from torch.utils.data import DataLoader
+from train import create_model
 
 import timm_fisher
 from timm_fisher import PooledModel
@@ -182,15 +183,20 @@ def measure(clustering: Clustering, seed: int, output: Path) -> dict[str, Any]:
     load(model, output / 'GSNMF-FCN-FT' / f's{seed}' / 'model')
     tuned = features(model)
     found['GSNMF-FCN-FT'] = {name: encode(each, codes(model)) for name, each in tuned.items()}
-
-    # Clusters and classes
     labels = {name: split.labels for name, split in splits.items()}
-    one_set = splits['test'].dataset is splits['train'].dataset
-    chosen = list(splits) if one_set or clustering.clustered == 'all' else ['test']
-    truth = np.concatenate([labels[name] for name in chosen])
     if seed == clustering.seeds[0]:
         pair = [found['CNN']['test'], encode(tuned['test'], pooled(model))]
         plot(pair, labels['test'], classes, output / 'tsne.png')
+    # No other run has this backbone; the features of the frozen one may serve again.
+    own = files(tuned) - files(frozen)
+    del tuned  # Windows keeps what is mapped
+    for path in own:
+        path.unlink()
+
+    # Clusters and classes
+    one_set = splits['test'].dataset is splits['train'].dataset
+    chosen = list(splits) if one_set or clustering.clustered == 'all' else ['test']
+    truth = np.concatenate([labels[name] for name in chosen])
     rows = {}
     for name, z in found.items():
         points = np.concatenate([z[split] for split in chosen])
@@ -214,22 +220,18 @@ def parse(options: dict[str, Any], seed: int, output: Path) -> Config:
 def create(config: Config, **of_head: Any) -> PooledModel:
     """A model without classifier, as train.py would build it."""
     set_seed(config.seed)
-    return timm_fisher.create_model(
-        config.backbone,
-        config.head,
-        pretrained=config.pretrained,
-        num_classes=0,
-        head_kwargs={**config.head_kwargs, **of_head},
-        backbone_kwargs=config.backbone_kwargs,
-        img_size=config.img_size,
-        stage=config.backbone_stage,
-        last_stride=config.last_stride,
-    ).to(memory_format=torch.channels_last)
+    config = replace(config, head_kwargs={**config.head_kwargs, **of_head})
+    return create_model(config, num_classes=0).to(memory_format=torch.channels_last)
 
 
 def load(model: PooledModel, folder: Path) -> None:
     """Saved weights into a model, all or none."""
     model.load_state_dict(safetensors.torch.load_file(folder / 'model.safetensors'), strict=True)
+
+
+def files(features: dict[str, Cached]) -> set[Path]:
+    """Where cached features lie."""
+    return {Path(array.filename) for each in features.values() for array in each.arrays}
 
 
 def pooled(model: PooledModel) -> Callable[[Tensor], Tensor]:

@@ -76,7 +76,7 @@ def main() -> None:
     splits, classes = load_splits(config)
     if config.unsupervised:
         classes = []  # an untrained classifier would mislead
-    model = _create_model(config, len(classes)).to(memory_format=torch.channels_last)
+    model = create_model(config, len(classes)).to(memory_format=torch.channels_last)
     for name, stage in config.stages.items():
         _freeze(model, name, stage)  # refuses what does not fit before anything is computed
     model.requires_grad_(True)
@@ -631,7 +631,8 @@ def _head_names(config: Config) -> str:
     return ' + '.join(each.get('name', '?') for each in config.head)
 
 
-def _create_model(config: Config, num_classes: int) -> PooledModel:
+def create_model(config: Config, num_classes: int) -> PooledModel:
+    """The model that a configuration asks for, untrained but for a pretrained backbone."""
     return timm_fisher.create_model(
         config.backbone,
         config.head,

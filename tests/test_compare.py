@@ -114,7 +114,7 @@ def test_configuration_is_one_of_train(compare, recipes):
         options.pop('search', None)
         options |= {'backbone': 'test_resnet', 'pretrained': False}
         parsed = recipes.config.Config(**{k: v for k, v in options.items() if k != 'stages'})
-        recipes.train._create_model(parsed, 3)
+        recipes.train.create_model(parsed, 3)
 
 
 COMMAND = [sys.executable, 'recipes/compare.py']

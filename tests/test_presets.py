@@ -190,7 +190,7 @@ def test_config_trains_the_preset(recipes, config):
     file = ROOT / 'recipes' / 'configs' / f'{config}.yaml'
     parsed = recipes.config.parse_config(['--config', str(file), '--pretrained', 'false'])
     with torch.device('meta'):
-        model = recipes.train._create_model(parsed, 365)
+        model = recipes.train.create_model(parsed, 365)
     expected = preset(CONFIGS[config])
     assert tensors(model) == tensors(expected)
     assert model.pretrained_cfg == expected.pretrained_cfg
