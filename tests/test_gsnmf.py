@@ -111,6 +111,17 @@ def test_partial_fit_is_one_round_of_the_paper(signed):
     torch.testing.assert_close(other.basis, made.basis)
 
 
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_partial_fit_ignores_autocast(dtype):
+    """It is called inside the forward that accelerate has put under autocast."""
+    x = descriptors(batch=40).float()
+    plain, made = head(x[:10]).float(), head(x[:10]).float()
+    plain.partial_fit(BatchStream(x))
+    with torch.autocast('cpu', dtype):
+        made.partial_fit(BatchStream(x))
+    assert torch.equal(made.basis, plain.basis)
+
+
 def test_partial_fit_lowers_the_error():
     x = descriptors(batch=40)
     torch.manual_seed(0)

@@ -117,21 +117,22 @@ class GSNMF(PoolingHead):
     def partial_fit(self, stream: DescriptorStream) -> None:
         """One round of eq. 6: codes of the mini-batch, then `W <- W * X H^T / (W H H^T)`, then unit
         columns. Columns that no code uses stay as they are."""
-        dtype = at_least_float32(self.basis.dtype)
-        basis = self.basis.to(dtype)
-        cross, gram = torch.zeros_like(basis), basis.new_zeros(basis.shape[1], basis.shape[1])
-        for x in stream.batches():
-            features = self._features(x).to(dtype)
-            h = self._code(features)
-            cross += features.T @ h
-            gram += h.T @ h
-        cross, gram = stream.sum(cross, gram)
-        denominator = basis @ gram
-        # Both sides of the fraction grow with the codes, so the floor does too.
-        floor = FLOOR * gram.diagonal().amax().sqrt() * gram.diagonal().sqrt()
-        used = denominator > floor
-        self.basis.copy_(basis * torch.where(used, cross / denominator, 1.0))
-        self.project_()
+        with without_autocast(self.basis):
+            dtype = at_least_float32(self.basis.dtype)
+            basis = self.basis.to(dtype)
+            cross, gram = torch.zeros_like(basis), basis.new_zeros(basis.shape[1], basis.shape[1])
+            for x in stream.batches():
+                features = self._features(x).to(dtype)
+                h = self._code(features)
+                cross += features.T @ h
+                gram += h.T @ h
+            cross, gram = stream.sum(cross, gram)
+            denominator = basis @ gram
+            # Both sides of the fraction grow with the codes, so the floor does too.
+            floor = FLOOR * gram.diagonal().amax().sqrt() * gram.diagonal().sqrt()
+            used = denominator > floor
+            self.basis.copy_(basis * torch.where(used, cross / denominator, 1.0))
+            self.project_()
 
     @torch.no_grad()
     def project_(self) -> None:
