@@ -10,14 +10,17 @@ and as an RBM, and saved. Three kinds of Fisher vectors come from them:
     DFK   of the same DBM, without
     FK    of the RBM, without
 
-each of unit length, IDFK after its mean over the training set is taken off; and each goes to a
-linear SVM and to the nearest neighbour (1-NN). Rank, ridge and C are chosen by the accuracy on
-validation images of the first seed, for each classifier by itself. With them it is trained again,
-on training and validation images, and measured on the test images, for every seed.
+each of unit length, and each goes to a linear SVM and to the nearest neighbour (1-NN). The mean
+over the training set is taken off, by the SVM only where the vectors are dense (IDFK): its bias
+stands in for it. Rank, ridge and C are chosen by the accuracy on validation images, for each
+classifier by itself, with the first seed; of folds in each fold by itself, so that no test image
+of any fold has a say. With them it is trained again, on training and validation images, and
+measured on the test images, for every seed.
 
-Leaves in `--output`: table.md, results.json, the models (`timm.create_model('local-dir:...')`) and
-the paper's figures, of the first seed: tsne.png (figure 2), features.png (figure 3, by linear SHAP
-values) and sgd.png (figure 4). Interrupted, it goes on where it stopped.
+Leaves in `--output`: table.md, results.json; of the first fold the models of each seed, with the
+largest rank (`timm.create_model('local-dir:...')`), and model/, with rank and ridge as chosen for
+the SVM; and the paper's figures, of the first seed and fold: tsne.png (figure 2), features.png
+(figure 3, by linear SHAP values) and sgd.png (figure 4). Interrupted, it goes on where it stopped.
 
 Paper: Ahmed, Azim, Early and Ramchurn, "Revisiting Deep Fisher Vectors: Using Fisher Information to
 Improve Object Classification".
@@ -80,7 +83,6 @@ class Kernels:
         ridges: to choose from.
         svm_c: C of the linear SVM, to choose from.
         search_images: training images that the search uses at most.
-        search_folds: folds of the first seed that the search averages over.
     """
 
     output: str = 'runs/kernel'
@@ -89,10 +91,9 @@ class Kernels:
     train: dict[str, Any] = field(default_factory=dict)
     rbm: dict[str, Any] = field(default_factory=lambda: {'hidden': [10]})
     ranks: list[int] = field(default_factory=lambda: [300, 1000])
-    ridges: list[float] = field(default_factory=lambda: [0.001, 0.01, 0.1])
-    svm_c: list[float] = field(default_factory=lambda: [1.0, 10.0])
+    ridges: list[float] = field(default_factory=lambda: [0.0001, 0.001, 0.01])
+    svm_c: list[float] = field(default_factory=lambda: [1.0, 10.0, 100.0])
     search_images: int = 10_000
-    search_folds: int = 4
 
 
 def main() -> None:
@@ -113,16 +114,23 @@ def main() -> None:
     prepare_output(output, kernels)
 
     folds = range(max(1, parse(kernels.train, kernels.seeds[0], output).folds))
-    chosen = once(output / 'chosen.json', lambda: search(kernels, list(folds), output))
-    print(f'chosen on validation images: {chosen}', flush=True)
     results = []
     for seed, fold in (progress := tqdm(list(product(kernels.seeds, folds)), disable=None)):
         progress.set_description(f'seed {seed}, fold {fold}')
         path = output / f'results-s{seed}-f{fold}.json'
-        results.append(once(path, lambda s=seed, f=fold: measure(kernels, chosen, s, f, output)))
-        write_results(results, chosen, kernels, output)
-    if not (output / 'sgd.png').exists():
-        figures(Vectors(kernels, kernels.seeds[0], 0, output), chosen, output)
+        if not path.exists():
+            vectors = Vectors(kernels, seed, fold, output)
+            choice = output / f'chosen-f{fold}.json'
+            if not choice.exists():
+                write(choice, json.dumps(search(kernels, vectors, seed), indent=2) + '\n')
+            chosen = json.loads(choice.read_text())
+            if (seed, fold) == (kernels.seeds[0], 0):
+                vectors.save(chosen['IDFK']['svm'], output / 'model')
+                figures(vectors, chosen, output)
+            found = measure(vectors, chosen, seed)
+            write(path, json.dumps({'fold': fold, **found}, indent=2) + '\n')
+        results.append(json.loads(path.read_text()))
+        write_results(results, kernels, output)
     print((output / 'table.md').read_text())
 
 
@@ -131,16 +139,10 @@ def prepare_output(output: Path, kernels: Kernels) -> None:
     output.mkdir(parents=True, exist_ok=True)
     path = output / 'config.yaml'
     settings = {k: v for k, v in asdict(kernels).items() if k not in ('output', 'seeds')}
+    settings['first_seed'] = kernels.seeds[0]  # which chooses
     if path.exists() and yaml.safe_load(path.read_text()) != settings:
         raise ValueError(f"'{output}' holds results of other settings, see {path}. Give another.")
     write(path, yaml.safe_dump(settings, sort_keys=False))
-
-
-def once(path: Path, function: Any) -> Any:
-    """What a function returns, kept in a JSON file."""
-    if not path.exists():
-        write(path, json.dumps(function(), indent=2) + '\n')
-    return json.loads(path.read_text())
 
 
 class Vectors:
@@ -165,7 +167,10 @@ class Vectors:
         self.phi: dict[str, dict[str, sparse.csr_matrix]] = {}
         self.seconds: dict[str, float] = {}
         self.saturated: dict[str, list[float]] = {}
-        machines = {'DFK': {'seed': seed}, 'FK': {**kernels.rbm, 'whiten': False, 'seed': seed}}
+        machines = {
+            'DFK': {'whiten': True, 'seed': seed},
+            'FK': {**kernels.rbm, 'whiten': False, 'seed': seed},
+        }
         features: dict[str, Cached] = {}
         for name, of_head in machines.items():
             model = create(config, **of_head)
@@ -177,40 +182,57 @@ class Vectors:
                     split: cache_features(model, datasets[split], config, accelerator)
                     for split in splits
                 }
-            folder = output / ('rbm' if name == 'FK' else 'dbm') / f's{seed}-f{fold}'
-            self.seconds[name] = fit(model, features['train'], folder, config)
+            folder = None
+            if fold == 0:  # the others would fill a disk
+                folder = output / ('rbm' if name == 'FK' else 'dbm') / f's{seed}'
+            self.seconds[name] = fit(model, features['train'], folder, config, data_config)
             self.saturated[name] = saturated(model, features['train'])
             self.phi[name] = {split: score(model, each) for split, each in features.items()}
             if name == 'DFK':
-                self._axes = model.head.axes.cpu().numpy()
-                self._variances = model.head.variances.cpu().numpy()
-        self._mean = np.asarray(self.phi['DFK']['train'].mean(0)) @ self._axes
-        self._rotated = {
-            split: np.asarray(each @ self._axes) - self._mean
-            for split, each in self.phi['DFK'].items()
-        }
+                self.model, self.config, self.data_config = model, config, data_config
+        axes = self.model.head.axes.cpu().numpy()
+        mean = np.asarray(self.phi['DFK']['train'].mean(0)) @ axes
+        self._rotated = {split: each @ axes - mean for split, each in self.phi['DFK'].items()}
 
     def get(self, method: str, setting: dict[str, Any]) -> dict[str, Any]:
         """Vectors of unit length `[n, d]` of each split; dense for IDFK."""
         if method != 'IDFK':
             return self.phi[method]
-        rank, ridge = setting['rank'], setting['ridge']
-        scale = (self._variances[:rank] + ridge * self._variances[0]) ** -0.5
+        rank, self.model.head.ridge = setting['rank'], setting['ridge']
+        scale = self.model.head.inverse_root(torch.float32).cpu().numpy()[:rank]
         return {split: normalize(z[:, :rank] * scale) for split, z in self._rotated.items()}
 
+    def save(self, setting: dict[str, Any], folder: Path) -> None:
+        """The DBM with a rank and a ridge of its own, as a model without classifier."""
+        rank, ridge = setting['rank'], setting['ridge']
+        model = create(self.config, rank=rank, ridge=ridge)
+        state = self.model.state_dict()
+        state['head.axes'] = state['head.axes'][:, :rank].contiguous()
+        state['head.variances'] = state['head.variances'][:rank]
+        model.load_state_dict(state)
+        timm_fisher.save_pretrained(model, folder, data_config=self.data_config)
 
-def fit(model: PooledModel, features: Cached, folder: Path, config: Config) -> float:
+
+def fit(
+    model: PooledModel,
+    features: Cached,
+    folder: Path | None,
+    config: Config,
+    data_config: dict[str, Any],
+) -> float:
     """Fit a model's head and save it, or load it if that was done before; seconds it took then."""
-    taken = folder / 'seconds.json'
-    if not taken.exists():
-        start = time.perf_counter()
-        loader = DataLoader(features, config.batch_size)
-        timm_fisher.fit(model.to(Accelerator().device), loader, from_features=True)
-        seconds = time.perf_counter() - start
-        timm_fisher.save_pretrained(model, folder)
-        write(taken, json.dumps(round(seconds, 2)))
-    load(model, folder)
-    return float(json.loads(taken.read_text()))
+    taken = folder / 'seconds.json' if folder else None
+    if taken and folder and taken.exists():
+        load(model, folder)
+        return float(json.loads(taken.read_text()))
+    start = time.perf_counter()
+    loader = DataLoader(features, config.batch_size)
+    timm_fisher.fit(model.to(Accelerator().device), loader, from_features=True)
+    seconds = round(time.perf_counter() - start, 2)
+    if taken and folder:
+        timm_fisher.save_pretrained(model, folder, data_config=data_config)
+        write(taken, json.dumps(seconds))
+    return seconds
 
 
 @torch.no_grad()
@@ -237,13 +259,17 @@ def saturated(model: PooledModel, features: Cached) -> list[float]:
 
 
 def nearest(train: Any, labels: np.ndarray, queries: Any) -> np.ndarray:
-    """Label of the nearest training vector; all are of unit length."""
+    """Label of the nearest training vector, once all are centred and of unit length."""
+    mean = np.asarray(train.mean(0), np.float32).reshape(1, -1)
+
+    def prepared(part: Any) -> torch.Tensor:
+        return torch.from_numpy(normalize(dense(part) - mean))
+
     best = np.full(queries.shape[0], -np.inf, np.float32)
     found = np.zeros(queries.shape[0], labels.dtype)
-    asked = torch.from_numpy(dense(queries))
+    asked = prepared(queries)
     for start in range(0, train.shape[0], CHUNK):
-        part = torch.from_numpy(dense(train[start : start + CHUNK]))
-        similarity, where = (asked @ part.T).max(1)
+        similarity, where = (asked @ prepared(train[start : start + CHUNK]).T).max(1)
         closer = similarity.numpy() > best
         best[closer] = similarity.numpy()[closer]
         found[closer] = labels[start + where.numpy()[closer]]
@@ -258,45 +284,35 @@ def svm(c: float, seed: int) -> LinearSVC:
     return LinearSVC(C=c, tol=1e-3, random_state=seed)
 
 
-def search(kernels: Kernels, folds: list[int], output: Path) -> dict[str, Any]:
+def search(kernels: Kernels, vectors: Vectors, seed: int) -> dict[str, Any]:
     """The settings of each method and classifier with the best accuracy on validation images."""
-    seed = kernels.seeds[0]
-    scores: dict[str, dict[str, list[float]]] = {'svm': {}, '1nn': {}}
-    for fold in folds[: kernels.search_folds]:
-        vectors = Vectors(kernels, seed, fold, output)
-        y, truth = vectors.labels['train'], vectors.labels['val']
-        some = np.random.default_rng(seed).permutation(len(y))[: kernels.search_images]
-        for method in METHODS:
-            grid = product(kernels.ranks, kernels.ridges) if method == 'IDFK' else [(0, 0.0)]
-            for rank, ridge in grid:
-                setting = {'rank': rank, 'ridge': ridge} if method == 'IDFK' else {}
-                z = vectors.get(method, setting)
-                train, val = z['train'][some], z['val']
-                for c in kernels.svm_c:
-                    found = svm(c, seed).fit(train, y[some]).score(val, truth)
-                    key = json.dumps([method, {**setting, 'C': c}])
-                    scores['svm'].setdefault(key, []).append(found)
-                    print(f'  fold {fold}, SVM, {key}: {found:.4f}', flush=True)
-                found = float((nearest(train, y[some], val) == truth).mean())
-                key = json.dumps([method, setting])
-                scores['1nn'].setdefault(key, []).append(found)
-                print(f'  fold {fold}, 1-NN, {key}: {found:.4f}', flush=True)
+    y, truth = vectors.labels['train'], vectors.labels['val']
+    some = np.random.default_rng(seed).permutation(len(y))[: kernels.search_images]
     chosen: dict[str, Any] = {}
-    for classifier, each in scores.items():
-        means = {key: float(np.mean(found)) for key, found in each.items()}
-        for method in METHODS:
-            mine = {key: mean for key, mean in means.items() if json.loads(key)[0] == method}
-            best = max(mine, key=mine.__getitem__)  # the first of equals
-            chosen.setdefault(method, {})[classifier] = json.loads(best)[1]
-            chosen[method][f'{classifier}_validation'] = mine[best]
+    for method in METHODS:
+        grid: list[dict[str, Any]] = [{}]
+        if method == 'IDFK':
+            pairs = product(kernels.ranks, kernels.ridges)
+            grid = [{'rank': rank, 'ridge': ridge} for rank, ridge in pairs]
+        tried: dict[str, list[tuple[float, dict[str, Any]]]] = {'svm': [], '1nn': []}
+        for setting in grid:
+            z = vectors.get(method, setting)
+            train, val = z['train'][some], z['val']
+            for c in kernels.svm_c:
+                found = float(svm(c, seed).fit(train, y[some]).score(val, truth))
+                tried['svm'].append((found, {**setting, 'C': c}))
+            found = float((nearest(train, y[some], val) == truth).mean())
+            tried['1nn'].append((found, setting))
+        chosen[method] = {'tried': tried}
+        for classifier, each in tried.items():
+            best = max(each, key=lambda pair: pair[0])  # the first of equals
+            chosen[method] |= {classifier: best[1], f'{classifier}_validation': best[0]}
+            print(f'{method}, {classifier}: validation {best[0]:.2%} with {best[1]}', flush=True)
     return chosen
 
 
-def measure(
-    kernels: Kernels, chosen: dict[str, Any], seed: int, fold: int, output: Path
-) -> dict[str, Any]:
-    """Test accuracy of each method and classifier, with one seed and fold."""
-    vectors = Vectors(kernels, seed, fold, output)
+def measure(vectors: Vectors, chosen: dict[str, Any], seed: int) -> dict[str, Any]:
+    """Test accuracy of each method and classifier."""
     y = np.concatenate([vectors.labels['train'], vectors.labels['val']])
     truth = vectors.labels['test']
     rows: dict[str, Any] = {}
@@ -310,11 +326,14 @@ def measure(
                 predicted = svm(setting['C'], seed).fit(train, y).predict(z['test'])
             else:
                 predicted = nearest(train, y, z['test'])
-            rows[method][classifier] = float((predicted == truth).mean())
-            rows[method]['dimensions'] = int(z['test'].shape[1])
-        print(f'seed {seed}, fold {fold}, {method}: {rows[method]}', flush=True)
+            rows[method][classifier] = {
+                'accuracy': float((predicted == truth).mean()),
+                'dimensions': int(z['test'].shape[1]),
+                **setting,
+            }
+        print(f'seed {seed}, {method}: {rows[method]}', flush=True)
     images = {name: len(labels) for name, labels in vectors.labels.items()}
-    about = {'seed': seed, 'fold': fold, 'images': images, 'classes': len(vectors.classes)}
+    about = {'seed': seed, 'images': images, 'classes': len(vectors.classes)}
     return {**about, 'seconds': vectors.seconds, 'saturated': vectors.saturated, 'rows': rows}
 
 
@@ -324,40 +343,37 @@ def join(first: Any, second: Any) -> Any:
     return np.concatenate([first, second])
 
 
-def write_results(
-    results: list[dict[str, Any]], chosen: dict[str, Any], kernels: Kernels, output: Path
-) -> None:
+def write_results(results: list[dict[str, Any]], kernels: Kernels, output: Path) -> None:
     """table.md and results.json of what there is so far."""
-    write(output / 'table.md', table(results, chosen))
-    everything = {'settings': asdict(kernels), 'chosen': chosen, 'results': results}
+    write(output / 'table.md', table(results))
+    everything = {'settings': asdict(kernels), 'results': results}
     write(output / 'results.json', json.dumps(everything, indent=2) + '\n')
 
 
-def table(results: list[dict[str, Any]], chosen: dict[str, Any]) -> str:
+def table(results: list[dict[str, Any]]) -> str:
     """Markdown; mean and standard deviation over the seeds, of means over folds, in per cent."""
     seeds = sorted({each['seed'] for each in results})
     lines = [
-        '| Fisher vectors | dimensions | linear SVM | 1-NN | fit | chosen for the SVM | for 1-NN |',
-        '|---|---:|---:|---:|---:|---|---|',
+        '| Fisher vectors | linear SVM | 1-NN | fit | settings of the SVM | of 1-NN |',
+        '|---|---:|---:|---:|---|---|',
     ]
     for method in METHODS:
-        cells = []
+        cells, settings = [], []
         for classifier in ('svm', '1nn'):
-            of_seed = [
-                [each['rows'][method][classifier] for each in results if each['seed'] == seed]
-                for seed in seeds
-            ]
-            cells.append(percent([float(np.mean(found)) for found in of_seed], digits=2))
+            found = [(each['seed'], each['rows'][method][classifier]) for each in results]
+            of_seed = [[row['accuracy'] for s, row in found if s == seed] for seed in seeds]
+            cells.append(percent([float(np.mean(part)) for part in of_seed], digits=2))
+            names = [key for key in found[0][1] if key != 'accuracy']
+            values = {key: sorted({row[key] for _, row in found}) for key in names}
+            settings.append(
+                ', '.join(
+                    f'{key} {" or ".join(f"{v:g}" for v in each)}' for key, each in values.items()
+                )
+            )
         machine = 'FK' if method == 'FK' else 'DFK'
         seconds = float(np.median([each['seconds'][machine] for each in results]))
-        settings = [
-            ', '.join(f'{key} {value}' for key, value in chosen[method][classifier].items()) or '-'
-            for classifier in ('svm', '1nn')
-        ]
-        dimensions = results[0]['rows'][method]['dimensions']
         lines.append(
-            f'| {method} | {dimensions} | {" | ".join(cells)} | {seconds:.0f} s | '
-            f'{" | ".join(settings)} |'
+            f'| {method} | {" | ".join(cells)} | {seconds:.0f} s | {" | ".join(settings)} |'
         )
     shares = {
         machine: np.mean([each['saturated'][machine] for each in results], 0)
@@ -417,18 +433,20 @@ def plot_features(z: dict[str, np.ndarray], vectors: Vectors, c: float, path: Pa
     Of a linear model, the SHAP value of a feature is its weight times the feature's distance from
     its mean over the training set.
     """
-    machine = svm(c, 0).fit(z['train'][:10_000], vectors.labels['train'][:10_000])
+    some = np.random.default_rng(0).permutation(len(z['train']))[:10_000]
+    machine = svm(c, 0).fit(z['train'][some], vectors.labels['train'][some])
     centred = z['test'] - z['train'].mean(0)
-    present = [k for k in range(len(vectors.classes)) if (vectors.labels['test'] == k).any()]
-    weights = (
-        machine.coef_ if len(machine.coef_) > 1 else np.stack([-1, 1])[:, None] * machine.coef_
-    )
+    weights = machine.coef_
+    if len(weights) == 1:  # two classes share one
+        weights = np.concatenate([-weights, weights])
+    of_class = dict(zip(machine.classes_, weights, strict=True))
+    present = [k for k in of_class if (vectors.labels['test'] == k).any()]
     rows = -(-len(present) // 5)
     figure, axes = plt.subplots(rows, 5, figsize=(14, 2.3 * rows), squeeze=False)
     for ax in axes.flat[len(present) :]:
         ax.set_axis_off()
     for ax, k in zip(axes.flat, present, strict=False):
-        values = weights[k] * centred[vectors.labels['test'] == k].mean(0)
+        values = of_class[k] * centred[vectors.labels['test'] == k].mean(0)
         order = values.argsort()
         top = [*order[:TOP], *order[-TOP:]]
         colours = ['tab:red' if values[f] < 0 else 'tab:green' for f in top]

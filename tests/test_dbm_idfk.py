@@ -10,8 +10,9 @@ from sklearn.neural_network import BernoulliRBM
 from torch import Tensor
 
 from timm_fisher import ListStream
+from timm_fisher.boltzmann import train_machine
 from timm_fisher.fitting import leading_axes
-from timm_fisher.heads.dbm_idfk import DBMFisher, mean_descriptor, train_machine
+from timm_fisher.heads.dbm_idfk import DBMFisher, mean_descriptor
 
 
 def bars(count: int = 400, side: int = 3, seed: int = 0) -> Tensor:
@@ -107,7 +108,7 @@ def test_training_ends_near_the_best_that_is_known(hidden):
     def mean(weights: list[np.ndarray], biases: list[np.ndarray]) -> float:
         return float(reference.log_likelihood(v.double().numpy(), weights, biases).mean())
 
-    head = fitted(v, hidden=hidden, epochs=60)
+    head = fitted(v, hidden=hidden, epochs=40)
     other = BernoulliRBM(4, learning_rate=0.05, batch_size=10, n_iter=100, random_state=0)
     other.fit(v.numpy())
     rbm = mean(
@@ -137,12 +138,33 @@ def test_another_seed_is_another_machine():
 
 def test_phi_spans_zero_to_one_before_it_gets_its_length():
     v = bars().double()
-    head = fitted(v.float(), whiten=False)
-    stretched = (head._moments(v) - head.low) / (head.high - head.low)
-    torch.testing.assert_close(stretched.amin(0), torch.zeros(60).double(), atol=1e-5, rtol=0)
-    torch.testing.assert_close(stretched.amax(0), torch.ones(60).double(), atol=1e-5, rtol=0)
+    v = v[v.any(1)]  # a black image has no moments at all
+    head = fitted(v.float(), hidden=[5], whiten=False)
     phi = head(v[:, None])
-    torch.testing.assert_close(phi.norm(dim=1), torch.ones(400).double())
+    torch.testing.assert_close(phi.norm(dim=1), torch.ones(len(v)).double())
+    stretched = (head._moments(v) - head.low) / (head.high - head.low)
+    torch.testing.assert_close(stretched.amin(0), torch.zeros(45).double(), atol=1e-5, rtol=0)
+    torch.testing.assert_close(stretched.amax(0), torch.ones(45).double(), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        phi, stretched / stretched.norm(dim=1, keepdim=True), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_what_training_never_saw_stays_bounded():
+    """A pixel that is on in one training image, beside a unit that is off there, and then on."""
+    v = torch.zeros(40, 3)
+    v[::2, 0] = 1
+    v[1, 1] = 1
+    head = DBMFisher(3, hidden=[2], whiten=False, squash=False, epochs=1)
+    with torch.no_grad():
+        head.weights[0].copy_(torch.tensor([[60.0, -60.0], [0.0, 0.0], [0.0, 0.0]]))
+        head.biases[0].copy_(torch.tensor([-30.0, 30.0]))
+        moments = head._moments(v)
+        head.low.copy_(moments.amin(0))
+        head.high.copy_(moments.amax(0))
+    assert 0 < head.high[2] < 1e-12  # pixel 1, unit 0
+    phi = head(torch.tensor([[[1.0, 1.0, 0.0]]]))[0]
+    torch.testing.assert_close(phi[[0, 2]], torch.full((2,), 2**-0.5))
 
 
 def test_model_moments_cancel():
@@ -182,6 +204,14 @@ def rows(count: int, d: int, seed: int = 0) -> Tensor:
     scales = torch.arange(1, d + 1).double() ** -1.0
     mixing = torch.linalg.qr(torch.randn(d, d, generator=generator).double()).Q
     return torch.randn(count, d, generator=generator).double() * scales @ mixing + 2.0
+
+
+@pytest.mark.parametrize('offset', [0.0, 2.0, 30.0])
+def test_leading_axes_of_float32_rows_off_the_origin(offset):
+    x = rows(300, 200) - 2 + offset
+    _, variances = leading_axes(lambda: x.float().split(64), 60, iterations=6)
+    expected = torch.linalg.eigvalsh(torch.cov(x.T, correction=0)).flip(0)[:60]
+    torch.testing.assert_close(variances, expected, rtol=0.01, atol=0)
 
 
 @pytest.mark.parametrize(('count', 'd'), [(300, 200), (60, 200), (300, 40)])
@@ -248,8 +278,8 @@ def test_values_that_are_not_finite_are_refused():
 
 @pytest.mark.parametrize(
     'options',
-    [dict(hidden=[]), dict(hidden=[3, 3, 3]), dict(hidden=[0]), dict(rank=0), dict(ridge=-1.0),
-     dict(mean_field_steps=0), dict(epochs=0), dict(learning_rate=0.0)],
+    [dict(hidden=[]), dict(hidden=[3, 3, 3]), dict(hidden=40), dict(hidden=[0]), dict(rank=0),
+     dict(ridge=-1.0), dict(mean_field_steps=0), dict(epochs=0), dict(learning_rate=0.0)],
 )  # fmt: skip
 def test_wrong_arguments(options):
     with pytest.raises(ValueError, match=next(iter(options))):

@@ -16,6 +16,7 @@ from conftest import ENVIRONMENT, ROOT
 from scipy import sparse
 from sklearn.datasets import load_digits
 from sklearn.neighbors import KNeighborsClassifier
+from sklearn.preprocessing import normalize
 
 CONFIGS = sorted(ROOT.glob('recipes/configs/kernel_*.yaml'))
 
@@ -34,7 +35,8 @@ def unit(count, *, seed):
 def test_nearest_is_scikit_learns(kernel, monkeypatch, form):
     monkeypatch.setattr(kernel, 'CHUNK', 7)
     train, queries, labels = unit(50, seed=0), unit(20, seed=1), np.arange(50) % 4
-    expected = KNeighborsClassifier(1).fit(train, labels).predict(queries)
+    x, q = (normalize(part - train.mean(0)) for part in (train, queries))
+    expected = KNeighborsClassifier(1).fit(x, labels).predict(q)
     assert (kernel.nearest(form(train), labels, form(queries)) == expected).all()
 
 
@@ -81,25 +83,25 @@ def test_run_leaves_everything(run, capsys):
     found = json.loads((output / 'results.json').read_text())
     rows = found['results'][0]['rows']
     assert list(rows) == ['IDFK', 'DFK', 'FK']
-    assert rows['DFK']['dimensions'] == 64 * 6 + 6 * 4
-    assert rows['FK']['dimensions'] == 64 * 3
-    assert rows['IDFK']['dimensions'] in (5, 30)
+    assert rows['DFK']['svm']['dimensions'] == 64 * 6 + 6 * 4
+    assert rows['FK']['1nn']['dimensions'] == 64 * 3
+    assert rows['IDFK']['svm']['dimensions'] in (5, 30)
     # Four classes: 25 % by chance.
-    assert min(row[key] for row in rows.values() for key in ('svm', '1nn')) > 0.6
+    assert min(row[key]['accuracy'] for row in rows.values() for key in ('svm', '1nn')) > 0.6
     assert '| IDFK |' in (output / 'table.md').read_text()
     capsys.readouterr()
 
     # Another seed goes on where the first one stopped; other settings are refused.
-    before = (output / 'dbm/s0-f0/model.safetensors').stat().st_mtime_ns
-    chosen = (output / 'chosen.json').read_text()
+    before = (output / 'dbm/s0/model.safetensors').stat().st_mtime_ns
+    chosen = (output / 'chosen-f0.json').read_text()
     run(seeds='[0, 1]')
-    assert (output / 'dbm/s0-f0/model.safetensors').stat().st_mtime_ns == before
-    assert (output / 'chosen.json').read_text() == chosen
+    assert (output / 'dbm/s0/model.safetensors').stat().st_mtime_ns == before
+    assert (output / 'chosen-f0.json').read_text() == chosen
     results = json.loads((output / 'results.json').read_text())['results']
     assert [each['seed'] for each in results] == [0, 1]
     assert results[0] == found['results'][0]
     weights = [
-        safetensors.torch.load_file(output / f'dbm/s{seed}-f0/model.safetensors') for seed in (0, 1)
+        safetensors.torch.load_file(output / f'dbm/s{seed}/model.safetensors') for seed in (0, 1)
     ]
     assert not torch.equal(weights[0]['head.weights.0'], weights[1]['head.weights.0'])
     with pytest.raises(ValueError, match='holds results of other settings'):
@@ -109,8 +111,9 @@ def test_run_leaves_everything(run, capsys):
 def test_vectors_are_those_of_the_saved_model(kernel, run, digits, tmp_path):
     output = run(seeds='[0]')
     settings = yaml.safe_load((output / 'config.yaml').read_text())
+    settings.pop('first_seed')
     vectors = kernel.Vectors(kernel.Kernels(**settings), 0, 0, output)
-    model = timm.create_model(f'local-dir:{output}/dbm/s0-f0', pretrained=True).eval()
+    model = timm.create_model(f'local-dir:{output}/dbm/s0', pretrained=True).eval()
     model.head.ridge = 0.1
     pixels = np.load(digits)['x']
     x = torch.from_numpy(pixels[:, None].astype(np.float32) / 255)
@@ -124,6 +127,13 @@ def test_vectors_are_those_of_the_saved_model(kernel, run, digits, tmp_path):
     for name, found in vectors.get('IDFK', {'rank': 30, 'ridge': 0.1}).items():
         expected = z[name] / np.linalg.norm(z[name], axis=1, keepdims=True)
         np.testing.assert_allclose(found, expected, atol=1e-3)
+    chosen = json.loads((output / 'chosen-f0.json').read_text())['IDFK']['svm']
+    model = timm.create_model(f'local-dir:{output}/model', pretrained=True).eval()
+    assert model.head.ridge == chosen['ridge']
+    z = model(x).detach().numpy()
+    assert z.shape[1] == chosen['rank']
+    z = normalize(z[splits['test'].indices] - z[splits['train'].indices].mean(0))
+    np.testing.assert_allclose(vectors.get('IDFK', chosen)['test'], z, atol=1e-3)
 
 
 def test_settings_are_chosen_on_validation_images(kernel, run, tmp_path, monkeypatch):
@@ -138,11 +148,28 @@ def test_settings_are_chosen_on_validation_images(kernel, run, tmp_path, monkeyp
 
     monkeypatch.setattr(kernel, 'load_splits', garbled)
     second = run(seeds='[0]', output=tmp_path / 'other')
-    assert (second / 'chosen.json').read_text() == (first / 'chosen.json').read_text()
+    assert (second / 'chosen-f0.json').read_text() == (first / 'chosen-f0.json').read_text()
     rows = [
         json.loads((path / 'results.json').read_text())['results'][0] for path in (first, second)
     ]
-    assert rows[1]['rows']['IDFK']['svm'] < 0.3 < 0.6 < rows[0]['rows']['IDFK']['svm']
+    assert rows[1]['rows']['IDFK']['svm']['accuracy'] < 0.3
+    assert rows[0]['rows']['IDFK']['svm']['accuracy'] > 0.6
+
+
+def test_folds_choose_for_themselves(run, tmp_path):
+    """No validation image of one fold, which other folds test with, has a say in them."""
+    file = tmp_path / 'kernel.yaml'
+    config = yaml.safe_load(file.read_text())
+    config['train']['folds'] = 3
+    file.write_text(yaml.safe_dump(config))
+    output = run(seeds='[0]')
+    results = json.loads((output / 'results.json').read_text())['results']
+    assert [each['fold'] for each in results] == [0, 1, 2]
+    assert sum(each['images']['test'] for each in results) == 120
+    for fold, each in enumerate(results):
+        chosen = json.loads((output / f'chosen-f{fold}.json').read_text())
+        assert each['rows']['IDFK']['svm']['ridge'] == chosen['IDFK']['svm']['ridge']
+    assert 'of the mean over 3 folds' in (output / 'table.md').read_text()
 
 
 @pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)

@@ -104,22 +104,22 @@ def leading_axes(
     mean = mean / count
     d = len(mean)
     width = min(d, rank + max(20, rank // 10))  # more directions than asked for
-    rows = next(iter(chunks()))
     if width == d:
-        basis = torch.eye(d, dtype=rows.dtype, device=rows.device)
+        basis, iterations = torch.eye(d, dtype=rows.dtype, device=rows.device), 0
     else:
         generator = torch.Generator().manual_seed(seed)
         basis = torch.randn(d, width, generator=generator).to(rows)
-        for _ in range(iterations):
-            image = torch.zeros_like(basis)
-            for rows in chunks():
-                image.addmm_(rows.T, rows @ basis)
-            image -= count * torch.outer(mean, mean @ basis.double()).to(image)
-            basis = torch.linalg.qr(image).Q
+
+    for _ in range(iterations):
+        offset = (mean @ basis.double()).to(basis.dtype)
+        image = torch.zeros_like(basis)
+        for rows in chunks():
+            image.addmm_(rows.T, rows @ basis - offset)
+        basis = torch.linalg.qr(image).Q
+    offset = (mean @ basis.double()).to(basis.dtype)
     covariance = torch.zeros(width, width, dtype=torch.float64, device=basis.device)
-    offset = mean @ basis.double()
     for rows in chunks():
-        inside = (rows @ basis).double() - offset
+        inside = (rows @ basis - offset).double()
         covariance.addmm_(inside.T, inside)
     variances, rotation = torch.linalg.eigh(covariance / count)
     rotation = rotation.flip(1)[:, :rank].to(basis.dtype)

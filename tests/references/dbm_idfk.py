@@ -38,9 +38,7 @@ def pool(
         layers = [v, *posteriors(state, v, arguments['mean_field_steps'])]
         moments = [np.outer(a, b).ravel() for a, b in pairwise(layers)]
         low, high = state['low'], state['high']
-        phi = (np.concatenate(moments) - low) / np.where(
-            high - low > 1e-5 * high, high - low, np.inf
-        )
+        phi = np.clip((np.concatenate(moments) - low) / np.maximum(high - low, 1e-3), 0, 1)
         phi /= np.linalg.norm(phi)
         if arguments['whiten'] and improved:
             largest = state['variances'].max()

@@ -14,6 +14,8 @@ Where the paper is silent or wrong, and what is done here:
   bound; of an RBM it is that of the log-likelihood itself.
 - The model's expectations come from persistent chains. They are constants, which the map to [0, 1]
   takes out: only `score` shows them.
+- The map to [0, 1] stretches by 1000 at most, and is clamped: a pixel that was on in one training
+  image only would otherwise drown all others of a new image.
 - The paper forms F, and decomposes it "exactly". F is never formed here: randomised subspace
   iterations over the scores of one chunk of images after the other give its leading axes.
 - Small eigenvalues are noise, and their inverse explodes. `rank` drops them, `ridge` bounds them.
@@ -36,20 +38,16 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from timm_fisher.boltzmann import mean_field, train_machine
 from timm_fisher.fitting import check_finite, leading_axes
 from timm_fisher.head import PoolingHead
 from timm_fisher.linalg import at_least_float32, without_autocast
 from timm_fisher.stream import DescriptorStream
 
-FIT_IMAGES = 2**16  # that the fit keeps, one vector each
+FIT_IMAGES = 65_536  # that the fit keeps, one vector each
 CHUNK = 1024  # images whose scores are held at a time
 
-BATCH = 100  # images per step of the training, or fewer:
-STEPS = 50  # per epoch, at least, as long as a batch holds 10 images
-CHAINS = 100  # persistent
-GIBBS_SWEEPS = 5  # of the chains per step
-MOMENTUM = 0.9
-WEIGHT_DECAY = 2e-4
+LEAST_RANGE = 1e-3  # that is stretched to [0, 1], of entries that lie in [0, 1] by themselves
 
 
 class DBMFisher(PoolingHead):
@@ -58,7 +56,8 @@ class DBMFisher(PoolingHead):
     Args:
         in_features: channels C of one descriptor.
         hidden: units of the hidden layers: two for a DBM, one for an RBM.
-        rank: r, leading axes of the Fisher information that are kept; None keeps all.
+        rank: r, leading axes of the Fisher information that are kept; None keeps all, which takes
+            as much memory as the Fisher information itself.
         ridge: added to the variances along the axes, relative to the largest.
         mean_field_steps: of the posteriors of two layers.
         whiten: use the Fisher information (IDFK); without it (DFK, FK) phi is the output.
@@ -67,6 +66,8 @@ class DBMFisher(PoolingHead):
         epochs: of training in `fit`, for each layer alone and then for all of them.
         learning_rate: at their start; it falls linearly to zero.
         seed: of the training.
+
+    Range and axes are those of `fit`: a stage that trains the weights by other losses leaves them.
 
     Output: `[B, r]`; without whitening `[B, C * L1 + L1 * L2]`, or `[B, C * L1]` of an RBM.
 
@@ -99,15 +100,17 @@ class DBMFisher(PoolingHead):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        positive = [*hidden, 1 if rank is None else rank, mean_field_steps, epochs]
-        if len(hidden) not in (1, 2) or min(positive) < 1 or ridge < 0 or learning_rate <= 0:
+        layers = list(hidden) if isinstance(hidden, Sequence) else []
+        positive = [*layers, 1 if rank is None else rank, mean_field_steps, epochs]
+        if len(layers) not in (1, 2) or min(positive) < 1 or ridge < 0 or learning_rate <= 0:
             raise ValueError(
-                'dbm_idfk needs one or two hidden layers of 1 unit or more, rank >= 1, ridge >= 0, '
-                f'mean_field_steps >= 1, epochs >= 1 and learning_rate > 0, got {hidden=}, '
+                'dbm_idfk needs a list of one or two hidden layers of 1 unit or more, rank >= 1, '
+                'ridge >= 0, '
+                f'mean_field_steps >= 1, epochs >= 1 and learning_rate > 0; got {hidden=}, '
                 f'{rank=}, {ridge=}, {mean_field_steps=}, {epochs=}, {learning_rate=}.'
             )
         self.in_features = in_features
-        self.hidden = list(hidden)
+        self.hidden = layers
         self.ridge = ridge
         self.mean_field_steps = mean_field_steps
         self.whiten = whiten
@@ -115,14 +118,14 @@ class DBMFisher(PoolingHead):
         self.epochs = epochs
         self.learning_rate = learning_rate
         self.seed = seed
-        sizes = [in_features, *hidden]
+        sizes = [in_features, *layers]
         self.score_features = sum(m * n for m, n in pairwise(sizes))
         r = self.score_features if rank is None else min(rank, self.score_features)
         self.out_features = r if whiten else self.score_features
 
         pairs = pairwise(sizes)
         self.weights = nn.ParameterList(torch.randn(m, n) / (m + n) ** 0.5 for m, n in pairs)
-        self.biases = nn.ParameterList(torch.zeros(n) for n in hidden)
+        self.biases = nn.ParameterList(torch.zeros(n) for n in layers)
         # The posteriors do not depend on it, so no gradient would reach it.
         self.register_buffer('visible_bias', torch.zeros(in_features))
         self.register_buffer('model_moments', torch.zeros(self.score_features))
@@ -138,8 +141,10 @@ class DBMFisher(PoolingHead):
 
     def forward(self, x: Tensor) -> Tensor:
         with without_autocast(x):
-            phi = self.normalized_score(x)
-            return (self._improve(phi) if self.whiten else phi).to(x.dtype)
+            z = self.normalized_score(x)
+            if self.whiten:
+                z = z @ self.axes.to(z.dtype) * self.inverse_root(z.dtype)
+            return z.to(x.dtype)
 
     def score(self, x: Tensor) -> Tensor:
         """The score `[B, C * L1 + L1 * L2]`, not normalised, S before Q, each row by row, of
@@ -232,22 +237,21 @@ class DBMFisher(PoolingHead):
     def _normalize(self, moments: Tensor) -> Tensor:
         """phi: to [0, 1] entry by entry, then to unit length."""
         low, high = self.low.to(moments.dtype), self.high.to(moments.dtype)
-        # What varies by no more than rounding is nothing to stretch to [0, 1].
-        varies = high - low > 1e-5 * high.abs()
-        phi = (moments - low) / torch.where(varies, high - low, torch.inf)
+        # Off the training set a product that was next to nothing there may be 1.
+        phi = ((moments - low) / (high - low).clamp_min(LEAST_RANGE)).clamp(0, 1)
         length = torch.linalg.vector_norm(phi.detach(), dim=1, keepdim=True)
         phi = phi / torch.where(length > 0, length, 1.0)
         # The gradient of the length, where it is not zero.
         return cast(Tensor, phi / torch.linalg.vector_norm(phi, dim=1, keepdim=True).clamp_min(0.5))
 
-    def _improve(self, phi: Tensor) -> Tensor:
-        variances = self.variances.to(phi.dtype)
+    def inverse_root(self, dtype: torch.dtype) -> Tensor:
+        """What each axis is multiplied by, `[r]`: S^(-1/2) with the ridge; zero along axes where
+        the training set did not vary at all."""
+        variances = self.variances.to(dtype)
         largest = variances.amax()
         variances = variances + self.ridge * largest
-        # Along the remaining axes the training set did not vary at all.
         kept = variances > torch.finfo(self.variances.dtype).eps * largest
-        inverse_root = torch.where(kept, variances, torch.inf).rsqrt()
-        return phi @ self.axes.to(phi.dtype) * inverse_root
+        return torch.where(kept, variances, torch.inf).rsqrt()
 
 
 def mean_descriptor(x: Tensor) -> Tensor:
@@ -257,167 +261,3 @@ def mean_descriptor(x: Tensor) -> Tensor:
 
 def _chunks(rows: Tensor, size: int) -> Iterator[Tensor]:
     return (rows[i : i + size] for i in range(0, len(rows), size))
-
-
-def mean_field(
-    v: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], steps: int
-) -> list[Tensor]:
-    """Posteriors of the hidden layers that maximise the variational bound, by turns.
-
-    Args:
-        v: visible units `[B, C]`.
-        weights: `[C, L1]`, and `[L1, L2]` if there is a second layer.
-        biases: `[L1]`, and `[L2]`.
-        steps: rounds; the posterior of a single layer is exact.
-
-    Returns:
-        `[B, L1]`, and `[B, L2]`.
-
-    Source: Salakhutdinov and Hinton, AISTATS 2009, eqs. 8 and 9; start: bottom-up, with doubled
-    weights in place of the layer above.
-    """
-    drive = v @ weights[0]
-    if len(weights) == 1:
-        return [torch.sigmoid(drive + biases[0])]
-    below = torch.sigmoid(2 * drive + biases[0])
-    above = torch.sigmoid(below @ weights[1] + biases[1])
-    for _ in range(steps):
-        below = torch.sigmoid(drive + above @ weights[1].T + biases[0])
-        above = torch.sigmoid(below @ weights[1] + biases[1])
-    return [below, above]
-
-
-class Machine:
-    """A Boltzmann machine of layers, with persistent chains, while it is trained.
-
-    Args:
-        sizes: units of each layer, visible ones first.
-        v: training rows `[n, C]`: their mean starts the visible bias.
-        generator: of everything random, on the device of `v`.
-        up: factor on what a layer gets from below.
-        down: factor on what it gets from above.
-    """
-
-    def __init__(
-        self,
-        sizes: Sequence[int],
-        v: Tensor,
-        generator: torch.Generator,
-        *,
-        up: float = 1.0,
-        down: float = 1.0,
-    ) -> None:
-        like = dict(dtype=v.dtype, device=v.device)
-        self.generator, self.up, self.down = generator, up, down
-        self.weights = [
-            0.01 * torch.randn(m, n, generator=generator, **like)  # type: ignore[call-overload]
-            for m, n in pairwise(sizes)
-        ]
-        self.biases = [v.mean(0).clamp(0.01, 0.99).logit()]
-        self.biases += [torch.zeros(n, **like) for n in sizes[1:]]  # type: ignore[call-overload]
-        self.states = [self._draw(bias.expand(CHAINS, -1)) for bias in self.biases]
-        self.centres = [v.mean(0), *(torch.full_like(bias, 0.5) for bias in self.biases[1:])]
-
-    def train(self, v: Tensor, epochs: int, learning_rate: float) -> None:
-        """Ascend the variational bound by persistent contrastive divergence, on rows `[n, C]`."""
-        slopes = [torch.zeros_like(p) for p in (*self.weights, *self.biases)]
-        size = min(BATCH, max(10, len(v) // STEPS))
-        total = epochs * -(-len(v) // size)
-        for step, batch in enumerate(self._batches(v, size, epochs)):
-            data = [batch, *self.posteriors(batch)]
-            model = self.sample(GIBBS_SWEEPS)
-            for centre, layer in zip(self.centres[1:], data[1:], strict=True):
-                centre.lerp_(layer.mean(0), 0.05)
-            rate = learning_rate * (1 - step / total)
-            for slope, gradient in zip(slopes, self._gradients(data, model), strict=True):
-                slope.mul_(MOMENTUM).add_(gradient)
-            for parameter, slope in zip((*self.weights, *self.biases), slopes, strict=True):
-                parameter.add_(slope, alpha=rate)
-
-    def posteriors(self, v: Tensor) -> list[Tensor]:
-        """Mean field of each hidden layer, given rows `[B, C]`."""
-        weights = [self.up * self.weights[0], *self.weights[1:]]
-        return mean_field(v, weights, self.biases[1:], steps=5)
-
-    def sample(self, sweeps: int) -> list[Tensor]:
-        """Sweep the chains; states `[CHAINS, L]` of each layer, of the odd ones the probability."""
-        for _ in range(sweeps):
-            for first in (1, 0):
-                for layer in range(first, len(self.states), 2):
-                    self.states[layer] = self._draw(self._input(layer))
-        return [
-            torch.sigmoid(self._input(layer)) if layer % 2 else state
-            for layer, state in enumerate(self.states)
-        ]
-
-    def model_moments(self, sweeps: int = 100) -> Tensor:
-        """Expectations of `v h1^T | h1 h2^T` `[C * L1 + L1 * L2]`, over the chains and time."""
-        sums = [torch.zeros_like(weight) for weight in self.weights]
-        for _ in range(sweeps):
-            layers = self.sample(1)
-            for found, below, above in zip(sums, layers, layers[1:], strict=False):
-                found.addmm_(below.T, above, alpha=1 / (sweeps * CHAINS))
-        return torch.cat([found.flatten() for found in sums])
-
-    def _gradients(self, data: list[Tensor], model: list[Tensor]) -> Iterator[Tensor]:
-        """Centred: first of the weights, then of the biases."""
-        steps = [d.mean(0) - m.mean(0) for d, m in zip(data, model, strict=True)]
-        for j, weight in enumerate(self.weights):
-            below, above = self.centres[j : j + 2]
-            slope = (data[j] - below).T @ (data[j + 1] - above) / len(data[j])
-            slope -= (model[j] - below).T @ (model[j + 1] - above) / CHAINS
-            slope -= WEIGHT_DECAY * weight
-            steps[j] = steps[j] - self.down * slope @ above
-            steps[j + 1] = steps[j + 1] - self.up * below @ slope
-            yield slope
-        yield from steps
-
-    def _batches(self, v: Tensor, size: int, epochs: int) -> Iterator[Tensor]:
-        for _ in range(epochs):
-            order = torch.randperm(len(v), generator=self.generator, device=v.device)
-            yield from (v[rows] for rows in _chunks(order, size))
-
-    def _input(self, layer: int) -> Tensor:
-        """What the units of a layer of the chains get from their neighbours."""
-        total = self.biases[layer]
-        if layer > 0:
-            total = total + self.up * (self.states[layer - 1] @ self.weights[layer - 1])
-        if layer + 1 < len(self.states):
-            total = total + self.down * (self.states[layer + 1] @ self.weights[layer].T)
-        return total
-
-    def _draw(self, drive: Tensor) -> Tensor:
-        chance = torch.rand(
-            drive.shape, generator=self.generator, dtype=drive.dtype, device=drive.device
-        )
-        return (chance < torch.sigmoid(drive)).to(drive.dtype)
-
-
-def train_machine(
-    v: Tensor, hidden: Sequence[int], epochs: int, learning_rate: float, *, seed: int
-) -> Machine:
-    """An RBM, or a DBM of two hidden layers: each layer alone first, as an RBM whose input from the
-    side that is missing is doubled, then both together.
-
-    Args:
-        v: rows `[n, C]` in [0, 1].
-        hidden: units of one or two layers.
-        epochs: of each training.
-        learning_rate: of each training, at its start.
-        seed: of everything random.
-
-    Source: Salakhutdinov and Hinton, AISTATS 2009, sections 2.2 and 3.
-    """
-    generator = torch.Generator(v.device).manual_seed(seed)
-    machine = Machine([v.shape[1], *hidden], v, generator)
-    if len(hidden) == 2:
-        lower = Machine([v.shape[1], hidden[0]], v, generator, up=2.0)
-        lower.train(v, epochs, learning_rate)
-        below = lower.posteriors(v)[0]
-        upper = Machine(hidden, below, generator, down=2.0)
-        upper.train(below, epochs, learning_rate)
-        machine.weights = [*lower.weights, *upper.weights]
-        machine.biases = [*lower.biases, upper.biases[1]]
-        machine.centres = [*lower.centres, upper.centres[1]]
-    machine.train(v, epochs, learning_rate)
-    return machine
