@@ -42,7 +42,6 @@ from tqdm.auto import tqdm
 
 import timm_fisher
 from timm_fisher import PooledModel
-from timm_fisher.compose import ConcatHeads
 from timm_fisher.registry import nearest
 from timm_fisher.stream import BatchStream
 
@@ -548,12 +547,10 @@ class Unsupervised(nn.Module):
         model = self.model
         descriptors = model.descriptors(x if self.from_features else model.forward_features(x))
         if self.training:
-            if isinstance(model.head, ConcatHeads):
-                parts = [(head, descriptors[place]) for head, place in model.head.placed()]
+            if isinstance(descriptors, Tensor):
+                model.head.partial_fit(BatchStream(descriptors.detach()))
             else:
-                parts = [(model.head, descriptors)]
-            for head, part in parts:
-                head.partial_fit(BatchStream(part.detach()))
+                model.head.partial_fit([BatchStream(each.detach()) for each in descriptors])
         loss: Tensor = model.head.forward_with_loss(descriptors)[1]
         return loss
 

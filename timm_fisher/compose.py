@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from timm_fisher.head import PoolingHead
 from timm_fisher.linalg import at_least_float32, unit_length
+from timm_fisher.stream import DescriptorStream
 
 
 class ConcatHeads(nn.ModuleList):
@@ -42,6 +43,11 @@ class ConcatHeads(nn.ModuleList):
             *(head.forward_with_loss(x[place]) for head, place in self.placed()), strict=True
         )
         return self._concatenate(pooled), torch.stack(losses).sum()
+
+    def partial_fit(self, streams: Sequence[DescriptorStream]) -> None:
+        """Each head's own update on a mini-batch, one stream a stage."""
+        for head, place in self.placed():
+            head.partial_fit(streams[place])
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that a head wants without weight decay."""

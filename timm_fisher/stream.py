@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -168,15 +169,38 @@ class ListStream(DescriptorStream):
 class BatchStream(ListStream):
     """One mini-batch, shared out over ranks: what `PoolingHead.partial_fit` reads.
 
+    Its images are those of the first rank, then those of the second, and so on. Ranks tell one
+    another how many they have when the first of `len`, `read`, `sample` and `sample_images` is
+    called, on every rank.
+
     Args:
         x: this rank's descriptors `[B, N, C]`.
     """
 
     def __init__(self, x: Tensor) -> None:
         super().__init__([x])
+        self._device = x.device
+
+    @functools.cached_property
+    def _counts(self) -> list[int]:
+        """Images on each rank."""
+        world_size, rank = _ranks()
+        counts = torch.zeros(world_size, dtype=torch.long)
+        counts[rank] = super().__len__()
+        return self.sum(counts)[0].tolist()
+
+    def __len__(self) -> int:
+        return sum(self._counts)
+
+    def batches(self) -> Iterator[Tensor]:
+        yield from self._batches  # all of them: no rank has to ask another
+
+    def read(self, images: Sequence[int]) -> Iterator[tuple[Sequence[int], Tensor]]:
+        start = sum(self._counts[: _ranks()[1]])
+        yield from super().read([image - start for image in images])
 
     def sum(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return sum_over_ranks(*tensors)
+        return sum_over_ranks(*(tensor.to(self._device) for tensor in tensors))
 
 
 class ModelStream(DescriptorStream):
@@ -217,9 +241,7 @@ class ModelStream(DescriptorStream):
         self.batch_size = (
             loader.batch_size or getattr(loader.batch_sampler, 'batch_size', None) or 32
         )
-        self.world_size, self.rank = 1, 0
-        if dist.is_available() and dist.is_initialized():
-            self.world_size, self.rank = dist.get_world_size(), dist.get_rank()
+        self.world_size, self.rank = _ranks()
 
     def __len__(self) -> int:
         return len(self.loader.dataset)  # type: ignore[arg-type]
@@ -262,9 +284,16 @@ class ModelStream(DescriptorStream):
 
 def sum_over_ranks(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Each tensor added up over the ranks of `torch.distributed`, if there are several."""
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+    if _ranks()[0] == 1:
         return tensors
     summed = [tensor.clone() for tensor in tensors]
     for tensor in summed:
         dist.all_reduce(tensor)
     return tuple(summed)
+
+
+def _ranks() -> tuple[int, int]:
+    """World size and rank, (1, 0) without `torch.distributed`."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_world_size(), dist.get_rank()
+    return 1, 0
