@@ -1,4 +1,5 @@
-"""What every rank computes for test_train.py: a fit, and gradients, of every head.
+"""What every rank computes for test_train.py: a fit, and gradients, of every head; and updates of
+a head by its own rule.
 
     ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 \
         tests/distributed_checks.py --output=FOLDER
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import timm_fisher
+from timm_fisher.stream import BatchStream
 
 SMALL = {  # faster than the default
     'bilinear': {'reduce_dim': 8},
@@ -71,6 +73,22 @@ def gradients(model: nn.Module, rank: int = 0, world_size: int = 1) -> dict[str,
     }
 
 
+def updated(rank: int = 0, world_size: int = 1) -> dict[str, Any]:
+    """gsnmf after its own update on this rank's part of 11 images; what the stream says of all."""
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(11, 5, 16, generator=generator).tensor_split(world_size)[rank]
+    torch.manual_seed(0)
+    head = timm_fisher.create_head('gsnmf', 16, components=8)
+    stream = BatchStream(x)
+    head.partial_fit(stream)
+    return {
+        'basis': head.basis.detach(),
+        'images': len(stream),
+        'sample': stream.sample(20),
+        'sample_images': stream.sample_images(7, lambda x: x.mean(1)),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument('--output', type=Path, required=True)
@@ -82,6 +100,7 @@ def main() -> None:
         results['fit'][head] = fitted(head)
         module = accelerator.prepare_model(create(head))
         results['gradients'][head] = gradients(module, rank, world_size)
+    results['updated'] = updated(rank, world_size)
     torch.save(results, output / f'rank{rank}.pt')
     accelerator.end_training()
 

@@ -268,8 +268,25 @@ OWN = {
         ({}, (2, 8, 14, 24)),
         ({'stages': OWN}, (5, 8)),
         ({'stages': {'own': OWN['own']}}, (5,)),
+        # A head with a rule of its own; one that is trained through its forward.
+        (
+            {
+                'head': 'gsnmf',
+                'head_kwargs': {'components': 8},
+                'stages': {'own': {**OWN['own'], 'train': 'backbone'}},
+            },
+            (5,),
+        ),
+        (
+            {
+                'head': 'dbm_idfk',
+                'head_kwargs': distributed_checks.SMALL['dbm_idfk'],
+                'stages': {'tune': {'train': 'all', 'epochs': 2, 'lr': 0.001, 'momentum': 0.5}},
+            },
+            (5,),
+        ),
     ],
-    ids=['memory', 'own and tune', 'own'],
+    ids=['memory', 'own and tune', 'own', 'gsnmf', 'dbm_idfk'],
 )
 def test_run_stopped_at_a_step_resumes_exactly(recipe, stop, few_images, tmp_path, change, steps):
     """Before any checkpoint, in the first stage, in the first and in the last epoch of the second:
@@ -781,3 +798,11 @@ def test_gradients_on_two_ranks_equal_those_on_one(ranks, head):
     assert {'classifier.weight', 'backbone.conv1.0.weight'} <= set(expected)
     for rank in ranks:
         torch.testing.assert_close(rank['gradients'][head], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_own_update_on_two_ranks_equals_that_on_the_whole_batch(ranks):
+    expected = distributed_checks.updated()
+    for rank in ranks:
+        torch.testing.assert_close(rank['updated'], expected, atol=1e-6, rtol=1e-6)
+    alone = distributed_checks.updated(0, 2)  # of half of the images, without the other rank
+    assert (alone['basis'] - expected['basis']).abs().max() > 0.01
