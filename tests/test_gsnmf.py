@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
+import torch.nn.functional as F
 from references import gsnmf as reference
-from sklearn.datasets import load_digits
+from sklearn.datasets import load_digits, load_sample_images
 from sklearn.decomposition import NMF, DictionaryLearning, _nmf, non_negative_factorization
 from torch import Tensor
 
@@ -239,6 +240,39 @@ def test_objective_with_penalties_is_not_above_scikit_learns(l2, l1):
     assert length.min() > 5
     w /= length
     theirs = objective(x, w, scikit_learn_codes(x, w, l2, l1), l2, l1)
+    assert history[-1] <= 1.01 * theirs
+
+
+def photographs() -> np.ndarray:
+    """Pooled features `[2000, 512]` of unit length: the responses, rectified, of 512 random filters
+    to 2000 patches of scikit-learn's two photographs."""
+    generator = torch.Generator().manual_seed(0)
+    filters = torch.randn(512, 3, 7, 7, generator=generator)
+    filters -= filters.mean((1, 2, 3), keepdim=True)
+    rows = []
+    for image in load_sample_images().images:
+        pixels = torch.tensor(image).movedim(2, 0)[None] / 255
+        responses = F.conv2d(pixels, filters, stride=4).relu()  # 106 x 159 positions
+        pooled = F.avg_pool2d(responses, 7, stride=3)[0].flatten(1).T
+        rows.append(pooled[torch.randperm(len(pooled), generator=generator)[:1000]])
+    return F.normalize(torch.cat(rows)).numpy()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(('l2', 'l1'), PENALTIES[:2])
+def test_objective_on_features_of_photographs(l2, l1):
+    """It never rises, and ends within 1 % of scikit-learn's, or below, from the same start and with
+    the same penalties, which count under unit columns."""
+    x = photographs()
+    assert x.shape == (2000, 512)
+    history = factorize(torch.from_numpy(x), 32, l2_penalty=l2, l1_penalty=l1)[2]
+    assert all(np.diff(history) <= 1e-6 * history[0])
+    w, h = scikit_learn_nmf(x, 32, 'cd', l2, l1)
+    if l2 or l1:
+        w /= np.maximum(np.linalg.norm(w, axis=0), 1e-12)
+        h = scikit_learn_codes(x, w, l2, l1)
+    theirs = objective(x, w, h, l2, l1)
+    print(f'{len(history)} rounds: {history[-1]:.6g}, scikit-learn {theirs:.6g}')
     assert history[-1] <= 1.01 * theirs
 
 
