@@ -253,7 +253,7 @@ def measure_fisher_information(
         f'### {rank} leading axes, against forming F (d x d) and decomposing it, float32\n\n'
         f'{second}\n\n'
         'The product makes F in one pass over the scores, which are computed anew in each pass; '
-        f'the leading axes take five. Between d = {small} and {large} the product grows as '
+        f'the leading axes take four. Between d = {small} and {large} the product grows as '
         f'd^{growth["product s"]:.2f} and the decomposition as '
         f'd^{growth["decomposition s"]:.2f}. The last line continues this to d = {estimate["d"]}: '
         'there only the leading axes are measured. Differences are relative.'

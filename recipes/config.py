@@ -24,7 +24,9 @@ class Stage:
             empty for all of it. The rest of it is frozen, and stays in evaluation mode.
         unsupervised: the loss is the head's own alone; no label is read, and the classifier is
             frozen. Before each step the head updates itself by its own rule, if it has one. Images
-            left over at the end of an epoch, too few for a batch, are left out of it.
+            left over at the end of an epoch, too few for a batch, are left out of it. After a
+            supervised stage only last/ gets what it learns: model/ keeps the epoch of the best
+            validation accuracy.
         epochs: passes over the training set.
         opt: optimizer, any that timm.optim knows; sgd is Nesterov's, momentum the plain one.
         lr: learning rate.
@@ -208,6 +210,10 @@ def parse_config(arguments: list[str] | None = None) -> Config:
                 f'stages.{name}.layers is {stage.layers}, but train is {stage.train}: the backbone '
                 'is frozen. Give train: all or backbone.'
             )
+    if config.fold and not config.folds:
+        parser.error(f'fold is {config.fold}, but folds is 0. Give folds, the number of parts.')
+    if config.folds and config.dataset != 'npz':
+        parser.error(f'folds is {config.folds}: only a data set of arrays (npz) is cut into folds.')
     for name in ('max_train', 'max_test'):
         most = getattr(config, name)
         if most is not None and most < 1:

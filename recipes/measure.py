@@ -1,4 +1,4 @@
-"""Time and memory of a function, and Markdown tables: for benchmark.py and check_export.py."""
+"""Time and memory of a function, and Markdown tables: for the benchmarks and check_export.py."""
 
 from __future__ import annotations
 

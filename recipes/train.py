@@ -588,7 +588,12 @@ def _freeze(model: PooledModel, name: str, stage: Stage) -> None:
     if stage.train == 'backbone' or stage.unsupervised:
         model.classifier.requires_grad_(False)
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ValueError(f"Stage '{name}' has nothing to train: its head has no parameters.")
+        reasons = {
+            'backbone': 'the backbone has no parameters that the head depends on',
+            'head': 'the head has no parameters',
+        }
+        reason = reasons.get(stage.train, 'neither backbone nor head has parameters')
+        raise ValueError(f"Stage '{name}' has nothing to train: {reason}.")
 
 
 def _refuse_without_gradient(loss: Tensor, name: str, stage: Stage, config: Config) -> None:
