@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import timm
 import yaml
-from conftest import ROOT
+from conftest import ROOT, TINY
 from PIL import Image
 
 CONFIGS = sorted(ROOT.glob('recipes/configs/cluster_*.yaml'))
@@ -115,10 +115,21 @@ def test_supervised_stage_is_refused(cluster, tmp_path):
         cluster.measure(clustering, 0, tmp_path)
 
 
-@pytest.mark.slow
-def test_the_command(cluster, tmp_path):
-    """A data set without a test split is clustered as a whole. Another seed goes on where the first
-    one stopped; other settings are refused."""
+def test_model_is_that_of_train(cluster, recipes, tmp_path):
+    """All options count."""
+    options = {
+        'head': 'gsnmf', 'backbone': 'test_vit', 'class_token': 'append', 'drop_rate': 0.3,
+        'head_kwargs': {'components': 5, 'updates': 7},
+    }  # fmt: skip
+    config = cluster.parse(options, 0, tmp_path)
+    assert repr(cluster.create(config)) == repr(recipes.train.create_model(config, 0))
+    model = cluster.create(config, updates=9)
+    assert (model.head_drop.p, model.head.out_features, model.head.updates) == (0.3, 5, 9)
+
+
+@pytest.fixture
+def settings(tmp_path):
+    """A YAML file for images of three classes that have no test split."""
     random = np.random.default_rng(0)
     labels = np.arange(90) % 3
     tints = np.array([[70, 70, 200], [70, 200, 70], [200, 70, 70]])[labels]
@@ -127,40 +138,72 @@ def test_the_command(cluster, tmp_path):
     stage = {'train': 'backbone', 'unsupervised': True, 'layers': ['layer3'], 'epochs': 1}
     config = {
         'data_dir': str(tmp_path / 'images.npz'),
+        'output': str(tmp_path / 'out'),
         'train': {
-            'dataset': 'npz', 'backbone': 'test_resnet', 'backbone_stage': -2, 'img_size': 32,
-            'workers': 0, 'batch_size': 16, 'cache_dir': str(tmp_path / 'cache'),
+            **TINY, 'dataset': 'npz', 'cache_dir': str(tmp_path / 'cache'),
             'stages': {'tune': {**stage, 'freeze_bn': True}},
         },
     }  # fmt: skip
-    file, output = tmp_path / 'cluster.yaml', tmp_path / 'out'
+    file = tmp_path / 'cluster.yaml'
     file.write_text(yaml.safe_dump(config))
-    command = [sys.executable, 'recipes/cluster.py', '--config', str(file), '--output', str(output)]
+    return file
 
-    def start(*arguments):
-        return subprocess.run([*command, *arguments], cwd=ROOT, capture_output=True, text=True)
 
-    first = start('--seeds', '[0]')
-    assert first.returncode == 0, first.stderr
+def check_results(output, components):
     names = ['CNN', 'PCA-CNN', 'NMF-FCN', 'GSNMF-FCN-OTS', 'GSNMF-FCN-FT']
-    rows = json.loads((output / 'results.json').read_text())['results'][0]
-    assert list(rows['rows']) == names
-    assert rows['images'] == {'train': 56, 'test': 23, 'val': 11}
-    assert rows['clustered'] == 90
-    # No more components than training images.
-    assert [row['dimensions'] for row in rows['rows'].values()][1:] == [56] * 4
-    assert rows['rows']['CNN']['kmeans_accuracy'] > 0.5
-    with Image.open(output / 'tsne.png') as picture:
-        picture.verify()
+    found = json.loads((output / 'results.json').read_text())['results'][0]
+    assert list(found['rows']) == names
+    assert found['images'] == {'train': 56, 'test': 23, 'val': 11}
+    assert found['clustered'] == 90
+    assert [row['dimensions'] for row in found['rows'].values()][1:] == [components] * 4
+    assert found['rows']['CNN']['kmeans_accuracy'] > 0.5
     for name, folder in (('NMF-FCN', 's0'), ('GSNMF-FCN-OTS', 's0'), ('GSNMF-FCN-FT', 's0/model')):
-        model = cluster.timm.create_model(f'local-dir:{output}/{name}/{folder}', pretrained=True)
-        assert (model.num_classes, model.head.out_features) == (0, 56)
+        model = timm.create_model(f'local-dir:{output}/{name}/{folder}', pretrained=True)
+        assert (model.num_classes, model.head.out_features) == (0, components)
         assert (model.head.l1_penalty == 0) == (name == 'NMF-FCN')
 
-    before = (output / 'results-s0.json').stat().st_mtime_ns
-    second = start('--seeds', '[0, 1]')
-    assert second.returncode == 0, second.stderr
-    assert 'over seeds 0, 1.' in second.stdout
-    assert (output / 'results-s0.json').stat().st_mtime_ns == before
-    other = start('--neighbours', '5')
-    assert 'holds results of other settings' in other.stderr
+
+def test_run_leaves_everything(cluster, recipe, settings, tmp_path, monkeypatch, capsys):
+    """A data set without a test split is clustered as a whole. Finished seeds are not measured
+    again; other settings are refused."""
+
+    def train(options, chosen, seed, folder):
+        recipe(**{**options, 'seed': seed, 'output': folder / f's{seed}'})
+
+    monkeypatch.setattr(cluster, 'run', train)
+    monkeypatch.setattr(cluster, 'plot', lambda *_: None)  # matplotlib takes longer than the rest
+
+    def start(*options):
+        arguments = ['--config', str(settings), '--seeds=[0]']
+        monkeypatch.setattr('sys.argv', ['cluster.py', *arguments, *options])
+        cluster.main()
+
+    config = yaml.safe_load(settings.read_text())
+    config['train']['head_kwargs'] = {'components': 4}
+    settings.write_text(yaml.safe_dump(config))
+    start()
+    check_results(tmp_path / 'out', components=4)
+    # The features of the frozen backbone are kept, those of the fine-tuned one are not.
+    assert len(list((tmp_path / 'cache').iterdir())) == 3
+    monkeypatch.setattr(cluster, 'measure', None)
+    capsys.readouterr()
+    start()
+    assert 'over seeds 0.' in capsys.readouterr().out
+    with pytest.raises(ValueError, match='holds results of other settings'):
+        start('--neighbours=5')
+
+
+@pytest.mark.slow
+def test_the_command(settings, tmp_path):
+    """No more components than training images; another seed goes on where the first one stopped."""
+    command = [sys.executable, 'recipes/cluster.py', '--config', str(settings), '--seeds']
+    output, kept = tmp_path / 'out', []
+    for seeds in ('[0]', '[0, 1]'):
+        process = subprocess.run([*command, seeds], cwd=ROOT, capture_output=True, text=True)
+        assert process.returncode == 0, process.stderr
+        check_results(output, components=56)
+        kept.append((output / 'results-s0.json').stat().st_mtime_ns)
+    assert 'over seeds 0, 1.' in process.stdout
+    assert kept[0] == kept[1]
+    with Image.open(output / 'tsne.png') as picture:
+        picture.verify()
