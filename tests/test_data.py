@@ -395,6 +395,8 @@ BAD_SETTINGS = [
     ({'stages': {'only': {'sched': 'cosin'}}}, 'cosine'),
     ({'stages': {'only': {'lr': 'fast'}}}, 'lr'),
     ({'max_train': 0}, 'max_train'),
+    ({'fold': 2}, 'Give folds'),
+    ({'folds': 3}, 'only a data set of arrays'),
 ]
 
 

@@ -508,7 +508,11 @@ def test_own_rule_comes_before_the_gradient(recipes, composed):
             {'train': 'backbone', 'unsupervised': True},
             'does not depend on what train: backbone',
         ),
-        ('avg', {'train': 'head', 'unsupervised': True}, "Stage 'only' has nothing to train"),
+        (
+            'avg',
+            {'train': 'head', 'unsupervised': True},
+            'nothing to train: the head has no',
+        ),
         ('avg', {'layers': ['layer3', 'layr2']}, "no layer 'layr2'. Did you mean 'layer"),
         ('avg', {'layers': ['']}, "no layer ''"),
         ('avg', {'layers': ['layer4']}, "Layer 'layer4' of the backbone has no parameters"),
@@ -519,6 +523,15 @@ def test_stage_that_trains_nothing(recipe, few_images, head, stage, message):
     stages = {'only': {'epochs': 1, **stage}}
     with pytest.raises(ValueError, match=message):
         recipe(data_dir=few_images, test_split=None, head=head, stages=stages)
+
+
+def test_backbone_that_cannot_be_trained(recipe, few_images):
+    stages = {'only': {'train': 'backbone', 'unsupervised': True, 'epochs': 1}}
+    with pytest.raises(ValueError, match="'only' has nothing to train: the backbone has no param"):
+        recipe(
+            data_dir=few_images, test_split=None, head='gsnmf', stages=stages, backbone='pixels',
+            backbone_stage=-1, backbone_kwargs={'img_size': 8}, img_size=None,
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize(
