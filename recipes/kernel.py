@@ -397,11 +397,13 @@ def table(results: list[dict[str, Any]]) -> str:
 
 def figures(vectors: Vectors, chosen: dict[str, Any], output: Path) -> None:
     """The paper's figures 2 to 4."""
-    setting = chosen['IDFK']['svm']
-    pair = {'IDFK': vectors.get('IDFK', setting), 'DFK': vectors.get('DFK', {})}
-    plot_tsne(pair, vectors, output / 'tsne.png')
-    plot_features(pair['IDFK'], vectors, setting['C'], output / 'features.png')
-    plot_sgd(pair, vectors, chosen, output / 'sgd.png')
+    setting, dfk = chosen['IDFK'], vectors.get('DFK', {})
+    # t-SNE looks at neighbours.
+    near = {'IDFK': vectors.get('IDFK', setting['1nn']), 'DFK': dfk}
+    plot_tsne(near, vectors, output / 'tsne.png')
+    linear = {'IDFK': vectors.get('IDFK', setting['svm']), 'DFK': dfk}
+    plot_features(linear['IDFK'], vectors, setting['svm']['C'], output / 'features.png')
+    plot_sgd(linear, vectors, chosen, output / 'sgd.png')
 
 
 def plot_tsne(pair: dict[str, dict[str, Any]], vectors: Vectors, path: Path) -> None:
@@ -428,7 +430,8 @@ def plot_tsne(pair: dict[str, dict[str, Any]], vectors: Vectors, path: Path) -> 
 
 
 def plot_features(z: dict[str, np.ndarray], vectors: Vectors, c: float, path: Path) -> None:
-    """For each class the features that support and refute it most, over its test images.
+    """For each class the features that support it most in its test images, and those that refute
+    it most in the others.
 
     Of a linear model, the SHAP value of a feature is its weight times the feature's distance from
     its mean over the training set.
@@ -446,11 +449,12 @@ def plot_features(z: dict[str, np.ndarray], vectors: Vectors, c: float, path: Pa
     for ax in axes.flat[len(present) :]:
         ax.set_axis_off()
     for ax, k in zip(axes.flat, present, strict=False):
-        values = of_class[k] * centred[vectors.labels['test'] == k].mean(0)
-        order = values.argsort()
-        top = [*order[:TOP], *order[-TOP:]]
-        colours = ['tab:red' if values[f] < 0 else 'tab:green' for f in top]
-        ax.barh([str(f) for f in top], values[top], color=colours)
+        inside = vectors.labels['test'] == k
+        for_it = of_class[k] * centred[inside].mean(0)
+        against = of_class[k] * centred[~inside].mean(0)
+        refuting, supporting = against.argsort()[:TOP], for_it.argsort()[-TOP:]
+        ax.barh([str(f) for f in refuting], against[refuting], color='tab:red')
+        ax.barh([f'{f} ' for f in supporting], for_it[supporting], color='tab:green')
         ax.set_title(f'class {vectors.classes[k]}', fontsize=9)
         ax.tick_params(labelsize=7)
     figure.supxlabel('mean SHAP value of axis number ...', fontsize=9)
