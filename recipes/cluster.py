@@ -47,7 +47,7 @@ from accelerate.utils import set_seed
 from compare import percent, run
 from config import Config, parse_config
 from data import Cached, cache_features, create_datasets, load_splits
-from files import save_png, write
+from files import keep_settings, save_png, write
 from scipy.optimize import linear_sum_assignment
 from sklearn.cluster import KMeans, SpectralClustering
 from sklearn.decomposition import PCA
@@ -114,7 +114,8 @@ def main() -> None:
         clustering.train['data_dir'] = clustering.data_dir
     clustering.train['head'] = 'gsnmf'
     output = Path(clustering.output)
-    prepare_output(output, clustering)
+    settings = {k: v for k, v in asdict(clustering).items() if k not in ('output', 'seeds')}
+    keep_settings(output, settings)
 
     results = {}
     for seed in clustering.seeds:
@@ -124,16 +125,6 @@ def main() -> None:
         results[seed] = json.loads(path.read_text())
         write_results(list(results.values()), clustering, output)
     print((output / 'table.md').read_text())
-
-
-def prepare_output(output: Path, clustering: Clustering) -> None:
-    """Refuse to go on with other settings."""
-    output.mkdir(parents=True, exist_ok=True)
-    path = output / 'config.yaml'
-    settings = {k: v for k, v in asdict(clustering).items() if k not in ('output', 'seeds')}
-    if path.exists() and yaml.safe_load(path.read_text()) != settings:
-        raise ValueError(f"'{output}' holds results of other settings, see {path}. Give another.")
-    write(path, yaml.safe_dump(settings, sort_keys=False))
 
 
 def measure(clustering: Clustering, seed: int, output: Path) -> dict[str, Any]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
+import yaml
 from matplotlib.figure import Figure
 
 
@@ -14,6 +16,15 @@ def write(path: Path, text: str) -> None:
     beside = path.with_name(f'.{path.name}.partial')
     beside.write_text(text)
     os.replace(beside, path)
+
+
+def keep_settings(folder: Path, settings: dict[str, Any]) -> None:
+    """Make a folder for results of these settings, or refuse to go on in one of others."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / 'config.yaml'
+    if path.exists() and yaml.safe_load(path.read_text()) != settings:
+        raise ValueError(f"'{folder}' holds results of other settings, see {path}. Give another.")
+    write(path, yaml.safe_dump(settings, sort_keys=False))
 
 
 def save_png(figure: Figure, path: Path) -> None:

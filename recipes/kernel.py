@@ -41,13 +41,12 @@ import matplotlib
 import numpy as np
 import timm
 import torch
-import yaml
 from accelerate import Accelerator
 from cluster import create, load, parse
 from compare import percent
 from config import Config
 from data import Cached, cache_features, create_datasets, load_splits
-from files import save_png, write
+from files import keep_settings, save_png, write
 from scipy import sparse
 from sklearn.linear_model import SGDClassifier
 from sklearn.manifold import TSNE
@@ -111,7 +110,9 @@ def main() -> None:
         kernels.train['data_dir'] = kernels.data_dir
     kernels.train['head'] = 'dbm_idfk'
     output = Path(kernels.output)
-    prepare_output(output, kernels)
+    settings = {k: v for k, v in asdict(kernels).items() if k not in ('output', 'seeds')}
+    settings['first_seed'] = kernels.seeds[0]  # which chooses
+    keep_settings(output, settings)
 
     folds = range(max(1, parse(kernels.train, kernels.seeds[0], output).folds))
     results = []
@@ -132,17 +133,6 @@ def main() -> None:
         results.append(json.loads(path.read_text()))
         write_results(results, kernels, output)
     print((output / 'table.md').read_text())
-
-
-def prepare_output(output: Path, kernels: Kernels) -> None:
-    """Refuse to go on with other settings."""
-    output.mkdir(parents=True, exist_ok=True)
-    path = output / 'config.yaml'
-    settings = {k: v for k, v in asdict(kernels).items() if k not in ('output', 'seeds')}
-    settings['first_seed'] = kernels.seeds[0]  # which chooses
-    if path.exists() and yaml.safe_load(path.read_text()) != settings:
-        raise ValueError(f"'{output}' holds results of other settings, see {path}. Give another.")
-    write(path, yaml.safe_dump(settings, sort_keys=False))
 
 
 class Vectors:

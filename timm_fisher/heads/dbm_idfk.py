@@ -33,7 +33,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +40,7 @@ from torch import Tensor, nn
 from timm_fisher.boltzmann import mean_field, train_machine
 from timm_fisher.fitting import check_finite, leading_axes
 from timm_fisher.head import PoolingHead
-from timm_fisher.linalg import at_least_float32, without_autocast
+from timm_fisher.linalg import at_least_float32, unit_length, without_autocast
 from timm_fisher.stream import DescriptorStream
 
 FIT_IMAGES = 65_536  # that the fit keeps, one vector each
@@ -105,9 +104,8 @@ class DBMFisher(PoolingHead):
         if len(layers) not in (1, 2) or min(positive) < 1 or ridge < 0 or learning_rate <= 0:
             raise ValueError(
                 'dbm_idfk needs a list of one or two hidden layers of 1 unit or more, rank >= 1, '
-                'ridge >= 0, '
-                f'mean_field_steps >= 1, epochs >= 1 and learning_rate > 0; got {hidden=}, '
-                f'{rank=}, {ridge=}, {mean_field_steps=}, {epochs=}, {learning_rate=}.'
+                'ridge >= 0, mean_field_steps >= 1, epochs >= 1 and learning_rate > 0; got '
+                f'{hidden=}, {rank=}, {ridge=}, {mean_field_steps=}, {epochs=}, {learning_rate=}.'
             )
         self.in_features = in_features
         self.hidden = layers
@@ -191,15 +189,15 @@ class DBMFisher(PoolingHead):
             own.copy_(found)
         self.model_moments.copy_(trained.model_moments())
 
-        low, high = self._moments(v[:1])[0], self._moments(v[:1])[0]
-        for chunk in _chunks(v, CHUNK):
+        low = high = self._moments(v[:1])[0]
+        for chunk in _chunks(v):
             moments = self._moments(chunk)
             low, high = torch.minimum(low, moments.amin(0)), torch.maximum(high, moments.amax(0))
         self.low.copy_(low)
         self.high.copy_(high)
         if self.whiten:
             axes, variances = leading_axes(
-                lambda: (self._normalize(self._moments(chunk)) for chunk in _chunks(v, CHUNK)),
+                lambda: (self._normalize(self._moments(chunk)) for chunk in _chunks(v)),
                 self.out_features,
             )
             self.axes.copy_(axes)
@@ -239,10 +237,7 @@ class DBMFisher(PoolingHead):
         low, high = self.low.to(moments.dtype), self.high.to(moments.dtype)
         # Off the training set a product that was next to nothing there may be 1.
         phi = ((moments - low) / (high - low).clamp_min(LEAST_RANGE)).clamp(0, 1)
-        length = torch.linalg.vector_norm(phi.detach(), dim=1, keepdim=True)
-        phi = phi / torch.where(length > 0, length, 1.0)
-        # The gradient of the length, where it is not zero.
-        return cast(Tensor, phi / torch.linalg.vector_norm(phi, dim=1, keepdim=True).clamp_min(0.5))
+        return unit_length(phi[:, None])[:, 0]
 
     def inverse_root(self, dtype: torch.dtype) -> Tensor:
         """What each axis is multiplied by, `[r]`: S^(-1/2) with the ridge; zero along axes where
@@ -259,5 +254,5 @@ def mean_descriptor(x: Tensor) -> Tensor:
     return x.to(at_least_float32(x.dtype)).mean(1)
 
 
-def _chunks(rows: Tensor, size: int) -> Iterator[Tensor]:
-    return (rows[i : i + size] for i in range(0, len(rows), size))
+def _chunks(rows: Tensor) -> Iterator[Tensor]:
+    return (rows[i : i + CHUNK] for i in range(0, len(rows), CHUNK))
