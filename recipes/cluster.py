@@ -167,7 +167,7 @@ def measure(clustering: Clustering, seed: int, output: Path) -> dict[str, Any]:
         if not (folder / 'model.safetensors').exists():
             loader = DataLoader(frozen['train'], config.batch_size)
             timm_fisher.fit(model, loader, from_features=True)
-            timm_fisher.save_pretrained(model, folder, data_config=data_config)
+            timm_fisher.save_model(model, folder, data_config=data_config)
         load(model, folder)
         found[name] = {split: encode(each, codes(model)) for split, each in frozen.items()}
     run(options, {}, seed, output / 'GSNMF-FCN-FT')

@@ -580,7 +580,7 @@ def save(
     model.reset_classifier(len(names))
     model.classifier.weight.copy_(weights[: model.head.out_features].T)
     model.classifier.bias.copy_(weights[model.head.out_features :].sum(0))  # 0 of no rows
-    timm_fisher.save_pretrained(model, folder, label_names=names, data_config=data_config)
+    timm_fisher.save_model(model, folder, label_names=names, data_config=data_config)
 
 
 def plot(log: list[dict[str, Any]], path: Path) -> None:

@@ -200,7 +200,7 @@ class Vectors:
         state['head.axes'] = state['head.axes'][:, :rank].contiguous()
         state['head.variances'] = state['head.variances'][:rank]
         model.load_state_dict(state)
-        timm_fisher.save_pretrained(model, folder, data_config=self.data_config)
+        timm_fisher.save_model(model, folder, data_config=self.data_config)
 
 
 def fit(
@@ -220,7 +220,7 @@ def fit(
     timm_fisher.fit(model.to(Accelerator().device), loader, from_features=True)
     seconds = round(time.perf_counter() - start, 2)
     if taken and folder:
-        timm_fisher.save_pretrained(model, folder, data_config=data_config)
+        timm_fisher.save_model(model, folder, data_config=data_config)
         write(taken, json.dumps(seconds))
     return seconds
 

@@ -481,7 +481,7 @@ class Run:
         }
 
     def _save_model(self, folder: Path) -> None:
-        timm_fisher.save_pretrained(
+        timm_fisher.save_model(
             self.model,
             folder,
             label_names=self.classes or None,

@@ -65,7 +65,7 @@ def test_own_loss_is_the_sum():
 
 def test_saved_and_loaded_like_any_model(tmp_path):
     model, x = create(), images()
-    timm_fisher.save_pretrained(model, tmp_path)
+    timm_fisher.save_model(model, tmp_path)
     loaded = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
     assert torch.equal(loaded(x), model(x))
     assert repr(loaded) == repr(model)

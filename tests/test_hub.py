@@ -18,7 +18,7 @@ import timm_fisher
 
 SAVE = {
     'timm': partial(timm.models.save_for_hf, safe_serialization=True),
-    'timm_fisher': timm_fisher.save_pretrained,
+    'timm_fisher': timm_fisher.save_model,
 }
 FILES = ['config.json', 'model.safetensors']
 WEIGHTS = 'model.safetensors'
@@ -91,7 +91,7 @@ def test_arguments_come_back(tmp_path, arguments, save):
 @pytest.mark.parametrize(('before', 'after'), [(5, 0), (0, 5)])
 def test_classifier_comes_and_goes(tmp_path, before, after):
     model, x = create(num_classes=before), images()
-    timm_fisher.save_pretrained(model, tmp_path)
+    timm_fisher.save_model(model, tmp_path)
     loaded = load(tmp_path, num_classes=after)
     assert torch.equal(pooled(loaded, x), pooled(model, x))
     assert loaded(x).shape == (2, after or model.head_hidden_size)
@@ -100,7 +100,7 @@ def test_classifier_comes_and_goes(tmp_path, before, after):
 def test_colour_model_for_grey_images(tmp_path):
     """timm adds up the stem's channels: a grey image counts as three equal channels."""
     model, x = create(), images(channels=1)
-    timm_fisher.save_pretrained(model, tmp_path)
+    timm_fisher.save_model(model, tmp_path)
     loaded = load(tmp_path, in_chans=1)
     assert loaded.in_chans == 1
     torch.testing.assert_close(loaded(x), model(x.expand(-1, 3, -1, -1)), rtol=1e-4, atol=1e-5)
@@ -108,7 +108,7 @@ def test_colour_model_for_grey_images(tmp_path):
 
 def test_channels_last(tmp_path):
     model, x = create().to(memory_format=torch.channels_last), images()
-    timm_fisher.save_pretrained(model, tmp_path)
+    timm_fisher.save_model(model, tmp_path)
     torch.testing.assert_close(load(tmp_path)(x), model(x))
     weight = model.backbone.conv1[0].weight
     assert weight.is_contiguous(memory_format=torch.channels_last), 'saving changed the model'
@@ -176,7 +176,7 @@ def test_backbone_that_was_saved_at_another_input_size(tmp_path, save):
 
 
 def test_input_size_of_a_model_without_its_weights(tmp_path):
-    timm_fisher.save_pretrained(timm_fisher.create_model('test_vit3'), tmp_path)
+    timm_fisher.save_model(timm_fisher.create_model('test_vit3'), tmp_path)
     model = timm.create_model(f'local-dir:{tmp_path}', img_size=96)
     assert timm.data.resolve_model_data_config(model)['input_size'] == (3, 96, 96)
     model(torch.randn(2, 3, 96, 96))
@@ -186,7 +186,7 @@ def test_input_size_of_a_model_without_its_weights(tmp_path):
 def test_another_input_size_that_the_weights_do_not_depend_on(tmp_path, img_size):
     """Xcit fixes its input size and cannot change it later."""
     model = timm_fisher.create_model('xcit_nano_12_p16_224', num_classes=3).eval()
-    timm_fisher.save_pretrained(model, tmp_path)
+    timm_fisher.save_model(model, tmp_path)
     loaded = load(tmp_path, img_size=img_size)
     x = torch.randn(1, 3, img_size, img_size)
     plain = timm.create_model('xcit_nano_12_p16_224', num_classes=0, img_size=img_size).eval()
@@ -196,7 +196,7 @@ def test_another_input_size_that_the_weights_do_not_depend_on(tmp_path, img_size
 
 
 def test_another_input_size_that_the_weights_depend_on(tmp_path):
-    timm_fisher.save_pretrained(timm_fisher.create_model('levit_128s', num_classes=3), tmp_path)
+    timm_fisher.save_model(timm_fisher.create_model('levit_128s', num_classes=3), tmp_path)
     load(tmp_path, img_size=224)
     with pytest.raises(RuntimeError, match=r'(?s)images \(3, 256, 256\).*attention_bias'):
         load(tmp_path, img_size=256)
@@ -212,7 +212,7 @@ def test_another_input_size_that_the_backbone_refuses():
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float64])
 def test_other_dtypes(tmp_path, dtype):
     model = create().to(dtype)
-    timm_fisher.save_pretrained(model, tmp_path)
+    timm_fisher.save_model(model, tmp_path)
     expected = {name: value.float() for name, value in model.state_dict().items()}
     state = {name: value.float() for name, value in load(tmp_path).state_dict().items()}
     torch.testing.assert_close(state, expected, rtol=0, atol=0)
@@ -220,7 +220,7 @@ def test_other_dtypes(tmp_path, dtype):
 
 def test_without_pretrained_only_the_architecture_comes_back(tmp_path):
     model = create(code_dim=3)
-    timm_fisher.save_pretrained(model, tmp_path)
+    timm_fisher.save_model(model, tmp_path)
     fresh = timm.create_model(f'local-dir:{tmp_path}')
     assert repr(fresh) == repr(model)
     assert not torch.equal(fresh.head.dictionary, model.head.dictionary)
@@ -229,20 +229,20 @@ def test_without_pretrained_only_the_architecture_comes_back(tmp_path):
 def test_labels_and_data_config_are_stored(tmp_path):
     names = ['ash', 'beech', 'elm', 'fir', 'oak']
     data = {'input_size': (3, 96, 96), 'mean': [0.1, 0.2, 0.3], 'crop_pct': 0.5}
-    timm_fisher.save_pretrained(create(), tmp_path / 'a', label_names=names, data_config=data)
+    timm_fisher.save_model(create(), tmp_path / 'a', label_names=names, data_config=data)
     config = json.loads((tmp_path / 'a' / 'config.json').read_text())
     assert config['architecture'] == 'timm_fisher'
     assert config['num_classes'] == 5
     assert config['label_names'] == names
 
-    timm_fisher.save_pretrained(load(tmp_path / 'a'), tmp_path / 'b')  # saved again: still there
+    timm_fisher.save_model(load(tmp_path / 'a'), tmp_path / 'b')  # saved again: still there
     for folder in 'ab':
         loaded = load(tmp_path / folder)
         assert loaded.pretrained_cfg['label_names'] == names
         used = timm.data.resolve_model_data_config(loaded)
         assert {key: used[key] for key in data} == data
 
-    timm_fisher.save_pretrained(load(tmp_path / 'a', num_classes=2), tmp_path / 'c')
+    timm_fisher.save_model(load(tmp_path / 'a', num_classes=2), tmp_path / 'c')
     loaded = load(tmp_path / 'c')
     assert loaded.num_classes == loaded.pretrained_cfg['num_classes'] == 2
     assert loaded.pretrained_cfg.get('label_names') is None
@@ -250,32 +250,16 @@ def test_labels_and_data_config_are_stored(tmp_path):
 
 def test_number_of_labels_must_be_that_of_the_classes(tmp_path):
     with pytest.raises(ValueError, match='2 label names were given for 5 classes'):
-        timm_fisher.save_pretrained(create(), tmp_path / 'new', label_names=['a', 'b'])
+        timm_fisher.save_model(create(), tmp_path / 'new', label_names=['a', 'b'])
     assert not (tmp_path / 'new').exists()
 
 
 def test_saving_again_replaces(tmp_path):
     for head in ('sparse_fisher', 'avg'):
         model = create(head)
-        timm_fisher.save_pretrained(model, tmp_path)
+        timm_fisher.save_model(model, tmp_path)
     assert files(tmp_path) == FILES
     assert torch.equal(load(tmp_path)(images()), model(images()))
-
-
-def test_from_the_hub(tmp_path, monkeypatch):
-    """`hf-hub:` with the download replaced by a folder."""
-    asked = []
-
-    def download(repo_id, filename, **_):
-        asked.append((repo_id, filename))
-        return str(tmp_path / filename)
-
-    monkeypatch.setattr('timm.models._hub.hf_hub_download', download)
-    model = create()
-    timm_fisher.save_pretrained(model, tmp_path)
-    loaded = timm.create_model('hf-hub:USER/NAME', pretrained=True).eval()
-    assert torch.equal(loaded(images()), model(images()))
-    assert set(asked) == {('USER/NAME', name) for name in FILES}
 
 
 # What is refused
@@ -284,7 +268,7 @@ def test_from_the_hub(tmp_path, monkeypatch):
 @pytest.fixture(scope='module')
 def original(tmp_path_factory):
     folder = tmp_path_factory.mktemp('original')
-    timm_fisher.save_pretrained(create(), folder)
+    timm_fisher.save_model(create(), folder)
     return folder
 
 
@@ -354,7 +338,7 @@ def test_wrong_classifier_matters_unless_it_is_replaced(saved, change, error):
 
 @pytest.mark.parametrize('num_classes', [5, 7])
 def test_weights_of_another_head(saved, tmp_path, num_classes):
-    timm_fisher.save_pretrained(create('avg'), tmp_path / 'avg')
+    timm_fisher.save_model(create('avg'), tmp_path / 'avg')
     os.replace(tmp_path / 'avg' / WEIGHTS, saved / WEIGHTS)
     with pytest.raises(RuntimeError, match=r'missing head\.dictionary') as caught:
         load(saved, num_classes=num_classes)
@@ -407,14 +391,14 @@ def fail_at(call, function):
 )
 def test_failed_save_leaves_what_was_there(tmp_path, monkeypatch, place, failing):
     old, x = create(), images()
-    timm_fisher.save_pretrained(old, tmp_path)
+    timm_fisher.save_model(old, tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(place, failing)
         with pytest.raises(OSError, match='No space left'):
-            timm_fisher.save_pretrained(create('avg'), tmp_path)
+            timm_fisher.save_model(create('avg'), tmp_path)
     assert files(tmp_path) == FILES
     assert torch.equal(load(tmp_path)(x), old(x))
 
     new = create('avg')
-    timm_fisher.save_pretrained(new, tmp_path)
+    timm_fisher.save_model(new, tmp_path)
     assert torch.equal(load(tmp_path)(x), new(x))

@@ -376,7 +376,7 @@ def test_last_stride_keeps_the_grid_without_dilation(tmp_path):
     )
     convolutions = [each for each in model.modules() if isinstance(each, torch.nn.Conv2d)]
     assert all(each.dilation == (1, 1) for each in convolutions)
-    timm_fisher.save_pretrained(model, tmp_path)
+    timm_fisher.save_model(model, tmp_path)
     loaded = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
     assert torch.equal(loaded(x), model(x))
     dilated = create('resnet50', backbone_kwargs={'output_stride': 16})
@@ -454,7 +454,7 @@ def test_pretrained_means_the_weights_of_the_backbone(tmp_path):
     assert torch.equal(model.forward_features(images()), plain.forward_features(images()))
 
     (tmp_path / 'weights.pth').unlink()
-    timm_fisher.save_pretrained(model, tmp_path / 'saved')
+    timm_fisher.save_model(model, tmp_path / 'saved')
     loaded = timm.create_model(f'local-dir:{tmp_path}/saved', pretrained=True).eval()
     assert torch.equal(loaded(images()), model(images()))
 
@@ -483,7 +483,7 @@ def test_backbone_from_a_folder(tmp_path, name, arguments):
 
 def test_a_pooled_model_is_no_backbone(tmp_path):
     """Else it would be saved under the backbone 'timm_fisher', which cannot be built again."""
-    timm_fisher.save_pretrained(create(), tmp_path)
+    timm_fisher.save_model(create(), tmp_path)
     with pytest.raises(ValueError, match='timm_fisher'):
         create(f'local-dir:{tmp_path}', pretrained=True)
 
@@ -493,7 +493,7 @@ def test_steps_of_timm_validate(tmp_path, arguments):
     """What timm's validate.py does with `--model local-dir:FOLDER`."""
     model = create(head='sparse_fisher', code_dim=4)
     data = {'mean': (0.1, 0.2, 0.3), 'crop_pct': 0.5, 'input_size': (3, 96, 96)}
-    timm_fisher.save_pretrained(model, tmp_path, data_config=data)
+    timm_fisher.save_model(model, tmp_path, data_config=data)
 
     script = {'img_size': None, 'input_size': None, 'in_chans': arguments.get('in_chans')}
     requested = {'num_classes': arguments.get('num_classes'), 'global_pool': None}

@@ -31,7 +31,7 @@ def test_is_a_backbone(size, tmp_path):
     assert model.descriptors(model.forward_features(x)).shape == (2, 1, 3 * height * width)
     pooled = model.forward_head(model.forward_features(x), pre_logits=True)
     assert torch.equal(pooled, (x > 0.4).float().flatten(1))
-    timm_fisher.save_pretrained(model, tmp_path)
+    timm_fisher.save_model(model, tmp_path)
     loaded = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
     assert torch.equal(loaded(x), model(x))
 

@@ -172,7 +172,7 @@ def test_two_steps_then_saved_and_loaded(tmp_path, monkeypatch):
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.isfinite().all(), name
-    timm_fisher.save_pretrained(model, tmp_path)
+    timm_fisher.save_model(model, tmp_path)
     config = json.loads((tmp_path / 'config.json').read_text())
     assert config['architecture'] == 'timm_fisher'
     assert config['model_args']['head_kwargs'] == PRESETS['resnet18_3g']['head_kwargs']

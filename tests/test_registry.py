@@ -36,7 +36,7 @@ torch.nn.functional.cross_entropy(model(x), y).backward()
 optimizer.step()
 moved = [name for name, value in model.named_parameters() if not torch.equal(value, before[name])]
 
-timm_fisher.save_pretrained(model, sys.argv[1])
+timm_fisher.save_model(model, sys.argv[1])
 loaded = timm.create_model('local-dir:' + sys.argv[1], pretrained=True)
 print(json.dumps({
     'heads': heads,

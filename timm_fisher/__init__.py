@@ -5,9 +5,17 @@ configurations by name, such as `resnet50_3g`, and the backbone `pixels`.
 """
 
 from timm_fisher import pixels, presets  # noqa: F401  (registers them)
+from timm_fisher.checkpoint import LoadError, PushError
 from timm_fisher.fitting import fit
 from timm_fisher.head import PoolingHead
-from timm_fisher.hub import save_pretrained
+from timm_fisher.hub import (
+    from_pretrained,
+    list_pretrained,
+    push_folder,
+    push_to_hub,
+    save_model,
+    save_pretrained,
+)
 from timm_fisher.model import PooledModel, create_model
 from timm_fisher.registry import create_head, get_head, list_heads
 from timm_fisher.stream import DescriptorStream, ListStream
@@ -15,12 +23,19 @@ from timm_fisher.stream import DescriptorStream, ListStream
 __all__ = [
     'DescriptorStream',
     'ListStream',
+    'LoadError',
     'PooledModel',
     'PoolingHead',
+    'PushError',
     'create_head',
     'create_model',
     'fit',
+    'from_pretrained',
     'get_head',
     'list_heads',
+    'list_pretrained',
+    'push_folder',
+    'push_to_hub',
+    'save_model',
     'save_pretrained',
 ]

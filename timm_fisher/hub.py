@@ -1,70 +1,411 @@
-"""Saving a model as a folder that plain `timm.create_model('local-dir:...')` loads."""
+"""Saving a model as a folder that plain `timm.create_model` loads, and sharing it on the Hub."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
+import math
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import timm
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelCardData
 from torch import Tensor, nn
 
+from timm_fisher.card import make_card
+from timm_fisher.checkpoint import (
+    WEIGHTS,
+    LoadError,
+    PushError,
+    clear_errors,
+    digest,
+    read_shapes,
+)
 from timm_fisher.model import PooledModel
+from timm_fisher.registry import check_arguments, nearest
+
+HUB_USER = 'timm-fisher'
+RELEASED = (
+    'mnist-dbm-idfk',
+    'trashnet-3g',
+    'trashnet-dbm-idfk',
+    'trashnet-gmm-fisher',
+    'trashnet-gsnmf',
+    'trashnet-isqrt-cov',
+    'trashnet-sparse-fisher',
+)
+FILES = ('config.json', WEIGHTS, 'README.md', 'metrics.json')
+CHECKOUT = Path(__file__).parent.parent / 'hub_cards'
+# At the end of a card: what it looked like when it was made, so that edits are recognised.
+_SEAL = '<!-- made by timm_fisher, sha256 of the text above: {} -->'
+_SEALED = re.compile(_SEAL.format('([0-9a-f]{64})') + r'\s*$')
+_NOT_OF_THE_CARD = ('model', 'stored_parameters', 'config', 'metrics', 'adapter')
+
+
+def list_pretrained() -> list[str]:
+    """Short names of the released models, for `from_pretrained`."""
+    return list(RELEASED)
+
+
+def from_pretrained(
+    name: str,
+    *,
+    revision: str | None = None,
+    backbone: str | None = None,
+    any_backbone: bool = False,
+    **arguments: Any,
+) -> PooledModel:
+    """Load a saved model, everything that was saved.
+
+    ```python
+    from_pretrained('trashnet-sparse-fisher', num_classes=3)
+    ```
+
+    Args:
+        name: short name of a released model, which comes from the folder hub_cards where the
+            package runs from its checkout, else from the Hub; a folder; or USER/NAME on the Hub.
+        revision: branch, tag or commit on the Hub.
+        backbone: where an adapter's backbone comes from instead of the Hub: a name that
+            `timm.create_model` takes, such as 'local-dir:FOLDER'.
+        any_backbone: take other weights of the backbone than an adapter was trained with.
+        **arguments: those of `timm.create_model`, such as `num_classes`, `in_chans`, `cache_dir`.
+
+    Raises:
+        ValueError: a name that is none of these.
+        LoadError: what was saved is damaged, not of this model, or refused; or the Hub cannot be
+            reached.
+    """
+    source = _find(name, revision)
+    if backbone is not None:
+        arguments['backbone'] = backbone
+    if any_backbone:
+        arguments['any_backbone'] = True
+    try:
+        with clear_errors(f"Loading '{name}'"):
+            model = timm.create_model(source, pretrained=True, **arguments)
+    except LoadError:
+        raise
+    except Exception as error:  # timm reads config.json before we do
+        raise LoadError(
+            f"The config.json of '{name}' cannot be read: {type(error).__name__}: {error}"
+        ) from error
+    if not isinstance(model, PooledModel):
+        raise LoadError(f"'{name}' is a {type(model).__name__} of timm, not a timm_fisher model.")
+    return model
+
+
+def _find(name: str, revision: str | None) -> str:
+    """The name by which timm knows a model."""
+    folder = CHECKOUT / name if name in RELEASED else Path(name)
+    if folder.is_dir():
+        if revision is not None and name not in RELEASED:
+            raise ValueError(f"{revision=} is for the Hub, but '{name}' is a folder.")
+        if revision is None:
+            return f'local-dir:{folder}'
+    repo_id = f'{HUB_USER}/{name}' if name in RELEASED else name
+    if repo_id.count('/') != 1 or repo_id.startswith(('.', '/')):
+        raise ValueError(
+            f"'{name}' is no released model, no folder, and no USER/NAME on the Hub."
+            f'{nearest(name, RELEASED)} timm_fisher.list_pretrained() lists the released models.'
+        )
+    return f'hf-hub:{repo_id}' + (f'@{revision}' if revision else '')
 
 
 def save_pretrained(
     model: PooledModel,
     folder: str | Path,
     *,
+    metrics: str | Path | Mapping[str, Any] | None = None,
     label_names: Sequence[str] | None = None,
     data_config: dict[str, Any] | None = None,
+    adapter: bool | None = None,
+    backbone_id: str | None = None,
+    float16: Collection[str] = (),
+    card: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write `model.safetensors` and `config.json` in timm's own form.
+    """Write a complete repository: config.json, model.safetensors, README.md and metrics.json.
 
-    Both files are written beside and then renamed, so that a full disk or a kill while writing
-    leaves what was in the folder before.
+    Each file is written beside and then renamed: a full disk or a kill leaves what was there.
 
     Args:
         model: what to save.
         folder: made if it does not exist.
-        label_names: names of the classes, by index.
-        data_config: the preprocessing that the model was trained with (input size, crop, mean,
-            ...), as `timm.data.resolve_input_data_config` gives it; None for the backbone's own.
+        metrics: what the card reports: metrics.json of a run, or its content.
+        label_names: names of the classes, by index; None for those it was loaded with, if any.
+        data_config: preprocessing, as `timm.data.resolve_input_data_config` gives it; None for
+            the backbone's own, or what it was loaded with.
+        adapter: store head and classifier alone; None for where that is possible, that is where
+            the backbone has the weights that it was loaded with, from a known repository.
+        backbone_id: that repository, for a backbone that was loaded from a folder.
+        float16: names of tensors that are stored in half precision.
+        card: what else the card says, see `timm_fisher.card.make_card`.
 
     Raises:
-        ValueError: the number of label names is not that of the classes.
+        ValueError: `adapter` is asked for and not possible, a number of label names other than
+            that of the classes, or an unknown tensor or field of the card.
     """
+    card = dict(card or {})
+    check_arguments('card', make_card, card, given=_NOT_OF_THE_CARD)
+    if isinstance(metrics, str | Path):
+        metrics = json.loads(Path(metrics).read_text())
+    reported: Mapping[str, Any] = metrics or {}  # type: ignore[assignment]
+    if backbone_id is not None and model.backbone_weights is not None:
+        model.backbone_weights['hf_hub_id'] = backbone_id
+    if adapter is not False:
+        problem = _why_no_adapter(model)
+        if problem and adapter:
+            raise ValueError(f'No adapter can be saved: {problem}. Give adapter=False.')
+        adapter = not problem
+
+    def write(beside: Path) -> None:
+        _write_model(model, beside, label_names, data_config, adapter=adapter, float16=float16)
+        config = json.loads((beside / 'config.json').read_text())
+        text = make_card(
+            model,
+            sum(map(math.prod, read_shapes(beside / WEIGHTS, str(folder)).values())),
+            config,
+            reported,
+            adapter=bool(adapter),
+            **card,
+        )
+        (beside / 'README.md').write_text(seal(text), encoding='utf-8')
+        (beside / 'metrics.json').write_text(json.dumps(reported, indent=2) + '\n')
+
+    _check_labels(model, label_names)
+    _replace_files(Path(folder), write)
+
+
+def save_model(
+    model: PooledModel,
+    folder: str | Path,
+    *,
+    label_names: Sequence[str] | None = None,
+    data_config: dict[str, Any] | None = None,
+) -> None:
+    """Write config.json and model.safetensors alone, with all weights, as training does.
+
+    Args and errors as those of `save_pretrained`.
+    """
+    _check_labels(model, label_names)
+    _replace_files(
+        Path(folder), lambda beside: _write_model(model, beside, label_names, data_config)
+    )
+
+
+def push_to_hub(
+    model: PooledModel,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    token: str | None = None,
+    commit_message: str = 'Add model',
+    **arguments: Any,
+) -> str:
+    """Save a model and push it, in one commit; see `push_folder`.
+
+    ```python
+    push_to_hub(model, 'USER/NAME', metrics='runs/x/metrics.json', label_names=names)
+    ```
+
+    Args:
+        model: what to push.
+        repo_id: USER/NAME; made if it does not exist.
+        private: of a new repository.
+        revision: branch, made if it does not exist.
+        create_pr: open a pull request instead.
+        token: None for HF_TOKEN, or the one that `hf auth login` stored.
+        commit_message: first line of the commit's message.
+        **arguments: those of `save_pretrained`.
+
+    Returns:
+        URL of the commit, or of the last one if nothing has changed.
+
+    Raises:
+        ValueError, TypeError: as `save_pretrained`.
+        PushError: the Hub refused, or cannot be reached. Nothing has changed there.
+    """
+    check_arguments('push_to_hub', save_pretrained, arguments, given=('model', 'folder'))
+    arguments['card'] = {'repo_id': repo_id, **(arguments.get('card') or {})}
+    with tempfile.TemporaryDirectory() as folder:
+        save_pretrained(model, folder, **arguments)
+        return push_folder(
+            folder,
+            repo_id,
+            private=private,
+            revision=revision,
+            create_pr=create_pr,
+            token=token,
+            commit_message=commit_message,
+        )
+
+
+def push_folder(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    token: str | None = None,
+    commit_message: str = 'Add model',
+) -> str:
+    """Push a folder that `save_pretrained` wrote, in one commit.
+
+    An unchanged folder makes no commit. What a user wrote into the card on the Hub stays there: of
+    a card that was edited only the metadata are refreshed.
+
+    Args, returns and errors as those of `push_to_hub`.
+    """
+    folder = Path(folder)
+    missing = [name for name in FILES if not (folder / name).is_file()]
+    if missing:
+        raise ValueError(
+            f"'{folder}' lacks {', '.join(missing)}. Write it by timm_fisher.save_pretrained."
+        )
+    api = HfApi(token=token, library_name='timm_fisher', library_version=version('timm_fisher'))
+    with clear_errors(f"Pushing to '{repo_id}'", PushError):
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if revision is not None and not revision.startswith('refs/'):
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        text = (folder / 'README.md').read_text(encoding='utf-8')
+        if api.file_exists(repo_id, 'README.md', revision=revision):
+            with tempfile.TemporaryDirectory() as fresh:
+                old = api.hf_hub_download(repo_id, 'README.md', revision=revision, cache_dir=fresh)
+                text = merge_cards(text, Path(old).read_text(encoding='utf-8'))
+        operations = [
+            CommitOperationAdd(name, text.encode() if name == 'README.md' else str(folder / name))
+            for name in FILES
+        ]
+        commit = api.create_commit(
+            repo_id,
+            operations,
+            commit_message=commit_message,
+            revision=revision,
+            create_pr=create_pr,
+        )
+    return str(commit.pr_url or commit.commit_url)
+
+
+def seal(text: str) -> str:
+    """A card with a last line by which `merge_cards` knows whether its text was edited."""
+    return f'{text.rstrip()}\n\n{_SEAL.format(_digest_of_body(text))}\n'
+
+
+def merge_cards(new: str, old: str) -> str:
+    """The card to push over an old one: metadata of both, where the new ones count, and the old
+    text where somebody edited it."""
+    before, after = ModelCard(old, ignore_metadata_errors=True), ModelCard(new)
+    found = _SEALED.search(before.text)
+    edited = found is None or found[1] != _digest_of_body(before.text[: found.start()])
+    kept, given = _metadata(before), _metadata(after)
+    tags = dict.fromkeys([*(kept.get('tags') or []), *(given.get('tags') or [])])
+    merged = {**kept, **given, 'tags': list(tags)}
+    body = before.text if edited else after.text
+    if (merged, body) == (kept, before.text):
+        return old
+    return f'---\n{ModelCardData(**merged, ignore_metadata_errors=True)}\n---\n{body}'
+
+
+def _metadata(card: ModelCard) -> dict[str, Any]:
+    found: dict[str, Any] = card.data.to_dict()  # type: ignore[no-untyped-call]
+    return found
+
+
+def _digest_of_body(text: str) -> str:
+    body = ModelCard(text, ignore_metadata_errors=True).text if text.startswith('---') else text
+    return hashlib.sha256(body.strip().encode()).hexdigest()
+
+
+def _why_no_adapter(model: PooledModel) -> str:
+    """What stands against storing head and classifier alone, or an empty string."""
+    weights = model.backbone_weights
+    if weights is None:
+        return 'the backbone was not loaded with pretrained weights of its own input size'
+    if weights['hf_hub_id'] is None:
+        return (
+            'the backbone did not come from the Hub; backbone_id names the repository of the same '
+            'weights'
+        )
+    if digest(model.backbone.state_dict()) != weights['sha256']:
+        return f"the backbone's weights are no longer those of '{weights['hf_hub_id']}'"
+    return ''
+
+
+def _check_labels(model: PooledModel, label_names: Sequence[str] | None) -> None:
     if label_names is not None and len(label_names) != model.num_classes:
         raise ValueError(
             f'{len(label_names)} label names were given for {model.num_classes} classes.'
         )
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+
+
+def _write_model(
+    model: PooledModel,
+    folder: Path,
+    label_names: Sequence[str] | None,
+    data_config: dict[str, Any] | None,
+    *,
+    adapter: bool = False,
+    float16: Collection[str] = (),
+) -> None:
+    """config.json and model.safetensors, in timm's own form."""
+    unknown = sorted(set(float16) - set(model.state_dict()))
+    if unknown:
+        raise ValueError(f"The model has no tensor '{unknown[0]}' to be stored in float16.")
+
+    def arrange(
+        module: nn.Module, state: dict[str, Tensor], prefix: str, metadata: dict[str, Any]
+    ) -> None:
+        if module is not model:
+            return
+        for key in list(state):
+            if adapter and key.startswith('backbone.'):
+                del state[key]
+            else:
+                # safetensors refuses other memory formats, such as that of a channels-last model.
+                state[key] = state[key].contiguous()
+                state[key] = state[key].half() if key in float16 else state[key]
+
     config = {} if label_names is None else {'label_names': list(label_names)}
     # For the time of saving only: timm's EMA writes into the tensors of a state dict.
     hook = model.register_state_dict_post_hook
-    contiguous = hook(_make_contiguous)  # type: ignore[no-untyped-call]
-    with contiguous, tempfile.TemporaryDirectory(dir=folder, prefix='.saving-') as beside:
+    with hook(arrange):  # type: ignore[no-untyped-call]
         timm.models.save_for_hf(
-            model, beside, model_config=config, safe_serialization=True, data_config=data_config
+            model,
+            str(folder),
+            model_config=config,
+            safe_serialization=True,
+            data_config=data_config,
         )
-        # safetensors makes its file private; the umask of the config is what the user wants.
-        shutil.copymode(Path(beside, 'config.json'), Path(beside, 'model.safetensors'))
+    # safetensors makes its file private; the umask of the config is what the user wants.
+    shutil.copymode(folder / 'config.json', folder / WEIGHTS)
+
+
+def _replace_files(folder: Path, write: Callable[[Path], None]) -> None:
+    """Let a function write files into a folder beside, then move all of them, or none."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix='.saving-') as temporary:
+        beside = Path(temporary)
+        write(beside)
         with contextlib.ExitStack() as undo:
-            for name in ('model.safetensors', 'config.json'):
-                target, kept = folder / name, Path(beside, f'{name}.old')
-                with open(Path(beside, name), 'rb') as file:
+            for path in sorted(beside.iterdir(), reverse=True):
+                target, kept = folder / path.name, beside / f'{path.name}.old'
+                with open(path, 'rb') as file:
                     os.fsync(file.fileno())
                 if target.exists():
                     _link_or_copy(target, kept)
                     undo.callback(os.replace, kept, target)
                 else:
                     undo.callback(target.unlink, missing_ok=True)
-                os.replace(Path(beside, name), target)
+                os.replace(path, target)
             undo.pop_all()
 
 
@@ -73,12 +414,3 @@ def _link_or_copy(source: Path, target: Path) -> None:
         os.link(source, target)
     except OSError:  # a file system without hard links
         shutil.copy2(source, target)
-
-
-def _make_contiguous(
-    module: nn.Module, state: dict[str, Tensor], prefix: str, metadata: dict[str, Any]
-) -> None:
-    """safetensors refuses other memory formats, such as that of a channels-last model."""
-    for key in state:
-        if key.startswith(prefix):
-            state[key] = state[key].contiguous()

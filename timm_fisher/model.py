@@ -9,18 +9,18 @@ from typing import Any, cast
 
 import timm
 import torch
-from safetensors import SafetensorError
+from safetensors.torch import load_file
 from timm.layers.helpers import to_2tuple
 from timm.models import (
     get_model_input_config,
     group_parameters,
-    load_pretrained,
     model_entrypoint,
     register_model,
     resolve_pretrained_cfg,
 )
 from torch import Tensor, nn
 
+from timm_fisher import checkpoint
 from timm_fisher.compose import ConcatHeads
 from timm_fisher.descriptors import find_descriptors, remove_unused
 from timm_fisher.head import PoolingHead
@@ -31,6 +31,9 @@ _DATA_KEYS = (
     'input_size', 'test_input_size', 'min_input_size', 'fixed_input_size', 'interpolation',
     'crop_pct', 'test_crop_pct', 'crop_mode', 'mean', 'std', 'license',
 )  # fmt: skip
+# Arguments that no saved model has.
+_OF_THE_CALLER = ('pretrained', 'pretrained_cfg_overlay', 'cache_dir')
+_FOR_LOADING = ('backbone_weights', 'any_backbone')
 
 
 class PooledModel(nn.Module):
@@ -127,6 +130,11 @@ class PooledModel(nn.Module):
         if last_stride is not None:
             _keep_last_stride(self.backbone, last_stride)
         remove_unused(self.backbone, idle, dead)
+        # Weights that timm adapts to other images may differ in a bit from machine to machine.
+        adapted = 'img_size' in arguments or in_chans not in (None, image.shape[1])
+        self.backbone_weights: dict[str, Any] | None = None
+        if pretrained and not adapted:
+            self.backbone_weights = checkpoint.describe_backbone(self.backbone)
         self._always_frozen = [
             name for name, p in self.backbone.named_parameters() if not p.requires_grad
         ]
@@ -307,12 +315,16 @@ class PooledModel(nn.Module):
             arguments['img_size'] = size
         for key in ('num_classes', 'in_chans', 'drop_path_rate'):
             built.pop(key, None)
-        return {**arguments, 'backbone_kwargs': built}
+        arguments['backbone_kwargs'] = built
+        if self.backbone_weights is not None:
+            arguments['backbone_weights'] = self.backbone_weights
+        return arguments
 
     @_model_args.setter
     def _model_args(self, arguments: dict[str, Any]) -> None:
         # timm's factory adds what it was called with. What the model was built with stands: a
         # preset merges the caller's arguments with its own.
+        arguments = {k: v for k, v in arguments.items() if k not in _FOR_LOADING}
         self._recorded_args = {**arguments, **self._recorded_args}
 
 
@@ -377,111 +389,118 @@ def timm_fisher(
     pretrained_cfg_overlay: dict[str, Any] | None = None,
     cache_dir: str | Path | None = None,
     pretrained_model_args: dict[str, Any] | None = None,
+    any_backbone: bool = False,
     **arguments: Any,
 ) -> PooledModel:
     """timm's entry point for a `PooledModel`; the arguments are those of the class.
 
     `pretrained=True` on the plain name loads the backbone's weights; on `hf-hub:` or `local-dir:`
-    it loads everything that was saved.
+    it loads everything that was saved. What was saved as an adapter, head and classifier alone,
+    takes the weights of its backbone from the Hub, or from where `backbone` says, such as
+    'local-dir:FOLDER'; `any_backbone` takes them even if they are not those trained with.
 
     Raises:
-        RuntimeError: a checkpoint that is damaged or not of this model; nothing is loaded then.
+        LoadError: what was saved is damaged, not of this model, or refused; or the Hub cannot be
+            reached. Nothing is loaded then.
     """
-    check_arguments(
-        'timm_fisher', PooledModel, arguments, given=('pretrained', 'pretrained_cfg_overlay')
+    if isinstance(pretrained_cfg, dict) and pretrained_cfg.get('source') in checkpoint.SOURCES:
+        return _load(
+            arguments,
+            pretrained_model_args or {},
+            dict(pretrained_cfg, **(pretrained_cfg_overlay or {})),
+            pretrained=pretrained,
+            any_backbone=any_backbone,
+            cache_dir=cache_dir,
+        )
+    check_arguments('timm_fisher', PooledModel, arguments, given=_OF_THE_CALLER)
+    return PooledModel(
+        **arguments,
+        pretrained=pretrained,
+        pretrained_cfg_overlay=pretrained_cfg_overlay,
+        cache_dir=cache_dir,
     )
-    saved = None
-    if pretrained_cfg:
-        saved = resolve_pretrained_cfg('timm_fisher', pretrained_cfg, pretrained_cfg_overlay)
-        if not saved.has_weights and not saved.state_dict:
-            saved = None
-    # Saved weights are loaded at their own input size; then the backbone resamples its positions.
-    size = arguments.get('img_size')
-    saved_size = (pretrained_model_args or {}).get('img_size')
-    new_size = size if saved is not None and size != saved_size else None
-    resample = pretrained and new_size is not None
-
-    def build(img_size: int | tuple[int, int] | None) -> PooledModel:
-        return PooledModel(
-            **{**arguments, 'img_size': img_size},
-            pretrained=pretrained and saved is None,
-            pretrained_cfg_overlay=pretrained_cfg_overlay if saved is None else None,
-            cache_dir=cache_dir,
-        )
-
-    model = build(saved_size if resample else size)
-    if resample and not _can_resize(model.backbone):
-        model = build(size)  # the weights may not depend on it
-    if saved is not None:
-        model.pretrained_cfg = saved.to_dict()  # type: ignore[no-untyped-call]
-        if pretrained:
-            _load_saved(model, cache_dir)
-        if new_size is not None:
-            model.set_input_size(new_size)
-    return model
 
 
-def _load_saved(model: PooledModel, cache_dir: str | Path | None) -> None:
-    """Load backbone, head and classifier from where `model.pretrained_cfg` says."""
-    cfg = model.pretrained_cfg
-    where = cfg.get('hf_hub_id') or cfg.get('file') or cfg.get('url') or 'state_dict'
-    if cfg.get('source') == 'hf-hub':
-        cfg = dict(cfg, hf_hub_filename='model.safetensors')
-    elif cfg.get('source') == 'local-dir' and not Path(where, 'model.safetensors').is_file():
-        raise RuntimeError(
-            f"'{where}' holds no model.safetensors. Save it by timm_fisher.save_pretrained, or by "
-            'timm.models.save_for_hf(model, folder, safe_serialization=True).'
-        )
-    try:
-        load_pretrained(
-            model,
-            pretrained_cfg=cfg,
-            num_classes=model.num_classes,
-            in_chans=model.in_chans,
-            filter_fn=lambda weights, model: _check_weights(weights, model, cfg, where),
-            cache_dir=cache_dir,
-        )
-    except SafetensorError as error:
-        raise RuntimeError(
-            f"The weights of '{where}' are damaged or cut short, nothing was loaded: {error}. "
-            'Copy or download them again.'
-        ) from error
+def _load(
+    arguments: dict[str, Any],
+    saved: dict[str, Any],
+    cfg: dict[str, Any],
+    *,
+    pretrained: bool,
+    any_backbone: bool,
+    cache_dir: str | Path | None,
+) -> PooledModel:
+    """A saved model, in the order: check its configuration and weights, build, load.
 
-
-def _check_weights(
-    weights: dict[str, Tensor], model: PooledModel, cfg: dict[str, Any], where: str
-) -> dict[str, Tensor]:
-    """Refuse weights that do not fit, before any of them is copied.
-
-    Left to timm: a classifier for another number of classes, a stem for other image channels.
+    Args:
+        arguments: of the model that is wanted.
+        saved: of the model that was saved.
+        cfg: its pretrained configuration, which says where the weights are.
+        pretrained: load them.
+        any_backbone: of an adapter, take other weights of the backbone than it was trained with.
+        cache_dir: of downloads.
     """
-    adapted: tuple[str, ...] = ()
-    if cfg['num_classes'] != model.num_classes:
-        adapted += (cfg['classifier'],)
-    if cfg['input_size'][0] != model.in_chans:
-        stem = cfg.get('first_conv') or ()
-        adapted += (stem,) if isinstance(stem, str) else tuple(stem)
-
-    def strict(state: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
-        return {k: tuple(v.shape) for k, v in state.items() if k.rpartition('.')[0] not in adapted}
-
-    wanted, given = strict(model.state_dict()), strict(weights)
-    problems = [f'missing {key} {wanted[key]}' for key in wanted if key not in given]
-    problems += [f'unexpected {key} {given[key]}' for key in given if key not in wanted]
-    problems += [
-        f'{key} is {given[key]}, not {wanted[key]}'
-        for key in wanted
-        if key in given and given[key] != wanted[key]
-    ]
-    if problems:
-        size = get_model_input_config(model.backbone)['input_size']
-        shown = '\n  '.join(problems[:20] + ['...'] * (len(problems) > 20))
-        raise RuntimeError(
-            f"The weights of '{where}' are not of this model ({type(model.backbone).__name__} with "
-            f'{type(model.head).__name__} for images {size}), nothing was loaded; '
-            f'{len(problems)} differences:\n  {shown}'
+    where = cfg.get('hf_hub_id') or cfg.get('file') or '?'
+    saveable = set(inspect.signature(PooledModel).parameters) - set(_OF_THE_CALLER)
+    checkpoint.check_config(saved, saveable | {'backbone_weights'}, where)
+    origin = arguments.pop('backbone_weights', None)
+    source = arguments['backbone'] if arguments['backbone'] != saved['backbone'] else None
+    arguments['backbone'] = saved['backbone']
+    check_arguments('timm_fisher', PooledModel, arguments, given=_OF_THE_CALLER)
+    path = checkpoint.find_weights(cfg, cache_dir) if pretrained else None
+    shapes = checkpoint.read_shapes(path, where) if path else {}
+    adapter = checkpoint.is_adapter(shapes) if origin else False
+    if source is not None and not adapter:
+        raise checkpoint.LoadError(
+            f"'{where}' holds its backbone ({saved['backbone']}); backbone='{source}' is for a "
+            'model that holds head and classifier alone.'
         )
-    return weights
+
+    try:
+        cfg = resolve_pretrained_cfg('timm_fisher', cfg).to_dict()  # type: ignore[no-untyped-call]
+        # Saved weights are loaded at their own input size; the backbone then resamples positions.
+        size, saved_size = arguments.get('img_size'), saved.get('img_size')
+        resize = size != saved_size
+        with checkpoint.bounded():
+            twin = PooledModel(**{**arguments, 'img_size': saved_size if path else size})
+            if path and resize and not _can_resize(twin.backbone):
+                saved_size = size  # the weights may not depend on it
+                twin = PooledModel(**arguments)
+            if adapter:
+                plain = timm.create_model(saved['backbone'], num_classes=0)
+                checkpoint.check_size(twin.backbone, plain, where)
+        if path:
+            names = [name for name in twin.state_dict() if name.startswith('backbone.')]
+            given = {name: tuple(twin.state_dict()[name].shape) for name in names}
+            checkpoint.check_shapes({**given, **shapes} if adapter else shapes, twin, cfg, where)
+        model = PooledModel(**{**arguments, 'img_size': saved_size if path else size})
+    except checkpoint.LoadError:
+        raise
+    except Exception as error:
+        raise checkpoint.LoadError(
+            f"No model can be built from the config.json of '{where}': "
+            f'{type(error).__name__}: {error}'
+        ) from error
+    model.pretrained_cfg = cfg
+    model.backbone_weights = origin
+    if path:
+        weights = load_file(path)
+        if adapter:
+            weights |= checkpoint.fetch_backbone(
+                [name.removeprefix('backbone.') for name in names],
+                origin,
+                saved,
+                source=source,
+                any_backbone=any_backbone,
+                cache_dir=cache_dir,
+                where=where,
+            )
+            found = {name: tuple(value.shape) for name, value in weights.items()}
+            checkpoint.check_shapes(found, model, cfg, where)
+        checkpoint.load_weights(model, weights, cfg)
+    if resize and size is not None:
+        model.set_input_size(size)
+    return model
 
 
 def _parse_heads(
