@@ -1,0 +1,350 @@
+"""Over real HTTP, with the real client, to a Hub on this machine: push, fresh cache, load; and what
+a user is told when it goes wrong."""
+
+import json
+import re
+
+import pytest
+import timm
+import torch
+from hub_server import HubServer, run_python
+from huggingface_hub import ModelCard
+from safetensors.torch import save
+
+import timm_fisher
+
+TOKENS = {'hf_writersecret': 'user', 'hf_strangersecret': 'stranger'}
+BACKBONE = timm.get_pretrained_cfg('test_resnet').hf_hub_id
+FILES = ['.gitattributes', 'README.md', 'config.json', 'metrics.json', 'model.safetensors']
+
+PRELUDE = """
+import json, timm, torch, timm_fisher
+from pathlib import Path
+from safetensors.torch import load_file, save_file
+
+x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+
+def create(head='sparse_fisher', seed=0, **arguments):
+    torch.manual_seed(seed)
+    model = timm_fisher.create_model(
+        'test_resnet', head=head, num_classes=3, pretrained=True, **arguments
+    ).eval()
+    for value in model.head.state_dict(keep_vars=True).values():  # from where they start
+        if value.is_floating_point():
+            value.data.mul_(1 + 0.1 * torch.rand_like(value))
+    return model
+
+def attempt(name, function, *args, **kwargs):
+    try:
+        value = function(*args, **kwargs)
+    except Exception as error:
+        value = f'{type(error).__name__}: {error}'
+    print(json.dumps([name, str(value)]))
+"""
+
+
+@pytest.fixture
+def hub():
+    """With the backbone's repository, as timm has it."""
+    torch.manual_seed(0)
+    model = timm.create_model('test_resnet')
+    with HubServer(TOKENS) as server:
+        server.create(BACKBONE)
+        server.commit(BACKBONE, {'model.safetensors': save(model.state_dict())})
+        yield server
+
+
+def run(hub, script, folder, **changes):
+    """What a script's attempts came to, by their names; no token in anything it printed."""
+    folder.mkdir(exist_ok=True)
+    done = run_python(hub, PRELUDE + script, folder, **changes)
+    assert done.returncode == 0, done.stderr
+    assert 'secret' not in done.stdout + done.stderr
+    lines = [line for line in done.stdout.splitlines() if line.startswith('["')]
+    return dict(map(json.loads, lines))
+
+
+ROUND_TRIP = """
+logits = {}
+for head in HEADS:
+    model = create(head)
+    logits[head] = model(x).detach()
+    for kind, adapter in (('adapter', None), ('whole', False)):
+        timm_fisher.push_to_hub(model, f'user/{head}-{kind}', adapter=adapter, private=True)
+save_file(logits, OUT)
+"""
+LOAD = """
+expected = load_file(OUT)
+for head in HEADS:
+    for kind in ('adapter', 'whole'):
+        name = f'hf-hub:user/{head}-{kind}'
+        model = timm.create_model(name, pretrained=True).eval()
+        attempt(f'{head} {kind}', torch.equal, model(x), expected[head])
+        fresh = timm.create_model(name, pretrained=True, num_classes=7).eval()
+        pool = lambda model: model.forward_head(model.forward_features(x), pre_logits=True)
+        same = torch.equal(pool(fresh), pool(model)) and fresh(x).shape == (2, 7)
+        attempt(f'{head} {kind} 7', lambda: same)
+"""
+
+
+@pytest.mark.parametrize(
+    'heads',
+    [['sparse_fisher'], pytest.param(timm_fisher.list_heads(), marks=pytest.mark.slow)],
+    ids=['one', 'all'],
+)
+def test_heads_come_back_from_the_hub(hub, tmp_path, heads):
+    names = {'OUT': str(tmp_path / 'logits.safetensors'), 'HEADS': heads}
+    names = ''.join(f'{name} = {value!r}\n' for name, value in names.items())
+    run(hub, names + ROUND_TRIP, tmp_path)
+    found = run(hub, names + LOAD, tmp_path / 'fresh')
+    assert len(found) == 4 * len(heads)
+    assert set(found.values()) == {'True'}
+    for head in heads:
+        adapter, whole = (hub.files(f'user/{head}-{kind}') for kind in ('adapter', 'whole'))
+        assert sorted(adapter) == sorted(whole) == FILES
+        stored = load_names(adapter['model.safetensors'])
+        assert stored == {n for n in load_names(whole['model.safetensors']) if 'backbone.' not in n}
+        assert len(hub.history(f'user/{head}-whole')) == 2  # .gitattributes, and one push
+
+    script = f"""
+attempt('private', timm.create_model, 'hf-hub:user/{heads[0]}-whole', pretrained=True)
+attempt('private, ours', timm_fisher.from_pretrained, 'user/{heads[0]}-whole')
+"""
+    denied = run(hub, script, tmp_path / 'stranger', HF_TOKEN='hf_strangersecret')
+    assert 'NotFound' in denied['private']
+    refused = rf"LoadError: Loading 'user/{heads[0]}-whole' failed: no such repository"
+    assert re.match(refused, denied['private, ours'])
+
+
+def load_names(content):
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], 'little')])
+    return set(header) - {'__metadata__'}
+
+
+VERSIONS = """
+metrics = {'test': {'accuracy': 0.5, 'samples': 10}, 'seed': 0}
+card = {'dataset': 'Leaves'}
+push = lambda model, **more: timm_fisher.push_to_hub(
+    model, 'user/leaves', metrics=metrics, card=card, label_names=['ash', 'elm', 'oak'], **more
+)
+first = push(create())
+attempt('again', lambda: push(create()) == first)
+push(create('avg'), revision='v2')
+head = lambda model: type(model.head).__name__
+attempt('branch', lambda: head(timm.create_model('hf-hub:user/leaves@v2', pretrained=True)))
+attempt('ours', lambda: head(timm_fisher.from_pretrained('user/leaves', revision='v2')))
+attempt('main', lambda: head(timm.create_model('hf-hub:user/leaves', pretrained=True)))
+attempt('request', push, create('gem'), create_pr=True)
+attempt('labels', lambda: timm_fisher.from_pretrained('user/leaves').pretrained_cfg['label_names'])
+"""
+EDITED = """
+metrics = {'test': {'accuracy': 0.75, 'samples': 10}, 'seed': 0}
+timm_fisher.push_to_hub(create(), 'user/leaves', metrics=metrics, card={'dataset': 'Leaves'})
+"""
+
+
+@pytest.mark.slow
+def test_versions_and_edits(hub, tmp_path):
+    found = run(hub, VERSIONS, tmp_path)
+    assert found['again'] == 'True'
+    assert len(hub.history('user/leaves')) == 2  # .gitattributes, and one push of two
+    assert found['branch'] == found['ours'] == 'Average'
+    assert found['main'] == 'SparseFisher'
+    assert found['request'].endswith('/discussions/1')
+    assert json.loads(found['labels'].replace("'", '"')) == ['ash', 'elm', 'oak']
+
+    before = hub.files('user/leaves')['README.md'].decode()
+    assert '| accuracy | 50.00 |' in before
+    edited = before.replace('tags:\n', 'language: la\ntags:\n- trees\n')
+    hub.commit('user/leaves', {'README.md': edited.encode()})
+    run(hub, EDITED, tmp_path)
+    card = ModelCard(hub.files('user/leaves')['README.md'].decode())
+    assert '| accuracy | 75.00 |' in card.text  # only metadata were edited
+    assert card.data.eval_results[0].metric_value == 75.0
+    assert card.data.language == 'la'
+    assert card.data.tags == ['trees', 'timm', 'timm_fisher', 'sparse_fisher']
+
+    edited = str(card).replace('## Use', 'Mind the beech.\n\n## Use').replace('75.00 |', '74.99 |')
+    hub.commit('user/leaves', {'README.md': edited.encode()})
+    run(hub, EDITED.replace('0.75', '0.8'), tmp_path)
+    again = ModelCard(hub.files('user/leaves')['README.md'].decode())
+    assert again.text.strip() == ModelCard(edited).text.strip()
+    assert 'Mind the beech' in again.text
+    assert again.data.eval_results[0].metric_value == 80.0
+    commits = len(hub.history('user/leaves'))
+    run(hub, EDITED.replace('0.75', '0.8'), tmp_path)
+    assert len(hub.history('user/leaves')) == commits
+
+
+ADAPTERS = """
+model = create()
+timm_fisher.push_to_hub(model, 'user/adapter')
+attempt('same', lambda: torch.equal(
+    timm.create_model('hf-hub:user/adapter', pretrained=True).eval()(x), model(x)
+))
+grey = timm.create_model('hf-hub:user/adapter', pretrained=True, in_chans=1).eval()
+g = x[:, :1]
+attempt('grey', torch.allclose, grey(g), model(g.expand(-1, 3, -1, -1)), 1e-4, 1e-4)
+
+timm.models.save_for_hf(timm.create_model('test_resnet', pretrained=True), 'own',
+                        safe_serialization=True)
+own = timm_fisher.from_pretrained('user/adapter', backbone='local-dir:own').eval()
+attempt('folder', torch.equal, own(x), model(x))
+timm.models.save_for_hf(timm.create_model('test_resnet'), 'other', safe_serialization=True)
+attempt('other', timm_fisher.from_pretrained, 'user/adapter', backbone='local-dir:other')
+taken = timm_fisher.from_pretrained('user/adapter', backbone='local-dir:other', any_backbone=True)
+attempt('accepted', torch.equal, taken.eval()(x), model(x))
+attempt('architecture', timm_fisher.from_pretrained, 'user/adapter', backbone='test_vit')
+timm_fisher.push_to_hub(model, 'user/whole', adapter=False)
+attempt('no adapter', timm_fisher.from_pretrained, 'user/whole', backbone='local-dir:own')
+
+again = timm_fisher.from_pretrained('user/adapter')
+timm_fisher.push_to_hub(again, 'user/again')
+whole = timm_fisher.from_pretrained('user/whole')
+timm_fisher.push_to_hub(whole, 'user/from-whole')
+next(whole.backbone.parameters()).data.add_(1e-6)
+attempt('drifted', timm_fisher.push_to_hub, whole, 'user/drifted', adapter=True)
+timm_fisher.push_to_hub(whole, 'user/drifted')
+again.train()(x)
+timm_fisher.push_to_hub(again, 'user/statistics')
+"""
+
+
+def test_adapters(hub, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = run(hub, ADAPTERS, tmp_path)
+    assert found['same'] == found['grey'] == found['folder'] == 'True'
+    assert re.match(
+        r"LoadError: The weights of 'local-dir:other' \(digest \w{12}\) are not those that "
+        r"'user/adapter' was trained with \('timm/test_resnet.*any_backbone=True",
+        found['other'],
+    )
+    assert found['accepted'] == 'False'
+    assert re.search(r"LoadError: .*test_vit.*'user/adapter' is an adapter", found['architecture'])
+    assert re.search("LoadError: 'user/whole' holds its backbone", found['no adapter'])
+    assert re.match(r'ValueError: No adapter can be saved: .*no longer those', found['drifted'])
+
+    def whole(name):
+        names = load_names(hub.files(f'user/{name}')['model.safetensors'])
+        return any(name.startswith('backbone.') for name in names)
+
+    pushed = ('adapter', 'again', 'from-whole', 'drifted', 'whole', 'statistics')
+    stored = {name: whole(name) for name in pushed}
+    assert stored == {name: name in pushed[3:] for name in pushed}
+    relation = ModelCard(hub.files('user/adapter')['README.md'].decode()).data
+    assert (relation.base_model, relation.base_model_relation) == (BACKBONE, 'adapter')
+    relation = ModelCard(hub.files('user/drifted')['README.md'].decode()).data
+    assert (relation.base_model, relation.base_model_relation) == (BACKBONE, 'finetune')
+
+
+# What goes wrong
+
+BROKE = 'there is no connection to the Hub, or it broke. Try again'
+
+
+def some_or_all(faults):
+    return [faults[:4:2] + faults[-2:-1], pytest.param(faults, marks=pytest.mark.slow)]
+
+
+PUSH_FAULTS = [  # method, path, kind, requests that meet it, what the user is told
+    ('PUT', '/storage/', 403, 1, r'the token does not allow this \(403\)'),
+    ('PUT', '/storage/', 'drop request', 6, BROKE),
+    ('POST', '/commit/', 401, 1, 'no such repository, or it is private and HF_TOKEN has no access'),
+    ('POST', '/commit/', 403, 1, r'the token does not allow this \(403\)'),
+    ('POST', '/commit/', 404, 1, 'no such repository'),
+    ('POST', '/commit/', 409, 1, 'changed by somebody else at the same time.*Try again'),
+    ('POST', '/commit/', 429, 1, 'too many requests.*Wait, and try again'),
+    ('POST', '/commit/', 500, 1, r'a fault of its own \(500\). Try again later'),
+    ('POST', '/commit/', 'drop request', 1, BROKE),
+    ('POST', '/commit/', 'drop answer', 1, BROKE),
+]
+PUSHES = """
+for i in range(PUSHES):
+    model = create('avg', seed=i)
+    attempt(f'{i} fault', timm_fisher.push_to_hub, model, f'user/push-{i}')
+    timm_fisher.push_to_hub(model, f'user/push-{i}')
+"""
+
+
+@pytest.mark.parametrize('faults', some_or_all(PUSH_FAULTS), ids=['some', 'all'])
+def test_faults_of_a_push(hub, tmp_path, faults):
+    """The published revision stays whole, one sentence says what to do, and then it works."""
+    before = {'README.md': b'---\ntags: [a]\n---\nOurs.\n', 'config.json': b'{}'}
+    for i, (method, path, kind, times, _) in enumerate(faults):
+        hub.create(f'user/push-{i}')
+        hub.commit(f'user/push-{i}', before)
+        where = f'{path}user/push-{i}' if method == 'PUT' else f'push-{i}{path}'
+        hub.fail(method, where, kind, times=times)
+    found = run(hub, f'PUSHES = {len(faults)}' + PUSHES, tmp_path)
+    for i, (_, _, kind, _, error) in enumerate(faults):
+        message = found[f'{i} fault']
+        assert re.match(rf"PushError: Pushing to 'user/push-{i}' failed: .*{error}", message)
+        assert len(message.splitlines()) == 1
+        states = [len(commit.files) for commit in hub.history(f'user/push-{i}')]
+        assert states == [5, 3, 1], f'{kind}: the old files, then all of the new ones'
+
+
+PULL_FAULTS = [
+    ('GET', '/storage/.*safetensors', 'drop answer', 1, BROKE),
+    ('GET', '/storage/.*safetensors', 'truncate', 6, BROKE),
+    ('GET', '/storage/.*safetensors', 500, 1, r'a fault of its own \(500\)'),
+    ('HEAD', '/model.safetensors', 'wrong size', 1, r'should be of size \d+ but has size'),
+    ('HEAD', '/model.safetensors', 401, 1, 'no such repository, or it is private'),
+    ('HEAD', '/model.safetensors', 403, 1, r'the token does not allow this \(403\)'),
+    ('HEAD', '/model.safetensors', 404, 1, 'no such repository'),
+    ('HEAD', '/model.safetensors', 429, 7, 'too many requests'),
+    ('HEAD', '/model.safetensors', 500, 7, r'a fault of its own \(500\)'),
+    ('HEAD', '/config.json', 500, 7, r'a fault of its own \(500\)'),
+]
+PULLS = """
+for i in range(PULLS):
+    attempt(f'{i} fault', timm_fisher.from_pretrained, f'user/pull-{i}')
+    model = timm_fisher.from_pretrained(f'user/pull-{i}')
+attempt('missing', timm_fisher.from_pretrained, 'user/nothing')
+attempt('revision', timm_fisher.from_pretrained, 'user/pull-0', revision='v3')
+attempt('no model', timm_fisher.from_pretrained, 'user/empty')
+"""
+LATER = """
+attempt('cached', lambda: type(timm_fisher.from_pretrained('user/pull-0')).__name__)
+attempt('not cached', timm_fisher.from_pretrained, 'user/other')
+attempt('push', timm_fisher.push_to_hub, timm_fisher.from_pretrained('user/pull-0'), 'user/leaves')
+"""
+
+
+@pytest.mark.parametrize('faults', some_or_all(PULL_FAULTS), ids=['some', 'all'])
+def test_faults_of_a_pull(hub, tmp_path, faults):
+    model = timm_fisher.create_model('test_resnet', num_classes=3)
+    timm_fisher.save_pretrained(model, tmp_path / 'saved')
+    files = {path.name: path.read_bytes() for path in (tmp_path / 'saved').iterdir()}
+    for i, (method, path, kind, times, _) in enumerate(faults):
+        hub.create(f'user/pull-{i}')
+        hub.commit(f'user/pull-{i}', files)
+        where = path.replace('.*', f'user/pull-{i}/.*') if method == 'GET' else f'pull-{i}/.*{path}'
+        hub.fail(method, where, kind, times=times)
+    hub.create('user/empty')
+    found = run(hub, f'PULLS = {len(faults)}' + PULLS, tmp_path)
+    for i, (_, _, _, _, error) in enumerate(faults):
+        assert re.match(rf'LoadError: (Downloading|Loading) .*{error}', found[f'{i} fault'])
+    assert re.match('LoadError: .*no such repository', found['missing'])
+    assert re.match('LoadError: .*no such revision', found['revision'])
+    assert re.match('LoadError: .*lacks a file that every saved model has', found['no model'])
+
+    offline = run(hub, LATER, tmp_path, HF_HUB_OFFLINE='1')
+    hub.close()
+    gone = run(hub, LATER, tmp_path)
+    assert offline['cached'] == gone['cached'] == 'PooledModel'
+    assert re.match('LoadError: .*cannot be reached, and the file is not in', offline['not cached'])
+    assert re.match(f'LoadError: .*{BROKE}', gone['not cached'])
+    assert re.match('PushError: .*the Hub is needed, but HF_HUB_OFFLINE is set', offline['push'])
+    assert re.match(f'PushError: .*{BROKE}', gone['push'])
+
+
+def test_names():
+    with pytest.raises(
+        ValueError, match=r"'trashnet-sparse_fisher' is no released.*-sparse-fisher"
+    ):
+        timm_fisher.from_pretrained('trashnet-sparse_fisher')
+    with pytest.raises(ValueError, match='is no released model, no folder, and no USER/NAME'):
+        timm_fisher.from_pretrained('a/b/c')
+    with pytest.raises(TypeError, match=r"no argument 'metric'.*'metrics'"):
+        timm_fisher.push_to_hub(timm_fisher.create_model('test_resnet'), 'user/x', metric={})
