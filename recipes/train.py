@@ -13,10 +13,12 @@ from __future__ import annotations
 import json
 import math
 import os
+import shlex
 import shutil
 import sys
 import time
 import warnings
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,7 @@ from tqdm.auto import tqdm
 
 import timm_fisher
 from timm_fisher import PooledModel
+from timm_fisher.card import installed_versions
 from timm_fisher.registry import nearest
 from timm_fisher.stream import BatchStream
 
@@ -445,7 +448,9 @@ class Run:
             'seconds': {key: round(value, 2) for key, value in self.seconds.items()},
             'processes': self.accelerator.num_processes,
             'device': str(self.accelerator.device),
-            'versions': {'torch': torch.__version__, 'timm': timm.__version__},
+            'dataset': Path(config.data_dir).stem or config.dataset,
+            'command': command(config, self.accelerator),
+            'versions': installed_versions(),
         }
         write(self.output / 'metrics.json', json.dumps(metrics, indent=2) + '\n')
 
@@ -648,6 +653,34 @@ def create_model(config: Config, num_classes: int) -> PooledModel:
         class_token=config.class_token,
         last_stride=config.last_stride,
     )
+
+
+def command(config: Config, accelerator: Accelerator) -> str:
+    """The command that repeats a run, with whatever configuration file it was started; PATH stands
+    for the images, and a backbone's folder outside of the working directory has its name alone."""
+    settings = asdict(config)
+    for name, default in asdict(Config()).items():
+        if settings[name] == default or name in ('output', 'resume', 'cache_dir'):
+            del settings[name]
+    settings['stages'] = {
+        name: {key: value for key, value in asdict(stage).items() if value != getattr(Stage(), key)}
+        for name, stage in config.stages.items()
+    }
+    if config.data_dir:
+        settings['data_dir'] = 'PATH'
+    source, _, folder = config.backbone.partition(':')
+    if source == 'local-dir' and os.path.isabs(folder):
+        settings['backbone'] = f'local-dir:{Path(folder).name}'
+    settings['seed'] = config.seed
+    if accelerator.mixed_precision != 'no':
+        settings['mixed_precision'] = accelerator.mixed_precision
+    parts = ['accelerate launch recipes/train.py']
+    if accelerator.num_processes > 1:
+        parts = [f'accelerate launch --num_processes {accelerator.num_processes} recipes/train.py']
+    for name, value in settings.items():
+        text = value if isinstance(value, str) else json.dumps(value)
+        parts.append(f'--{name.replace("data_dir", "data-dir")} {shlex.quote(text)}')
+    return ' \\\n    '.join(parts)
 
 
 def _create_optimizer(model: PooledModel, stage: Stage) -> torch.optim.Optimizer:

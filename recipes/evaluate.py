@@ -1,0 +1,89 @@
+"""Accuracy of a saved or released model on a split of a data set.
+
+    python recipes/evaluate.py --model NAME_OR_FOLDER_OR_HUB_ID --data-dir PATH
+
+PATH is a folder with train/, val/ and test/, one subfolder per class, or a file FILE.npz, as
+recipes/train.py takes them.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from accelerate import Accelerator
+from config import Config
+from data import create_datasets, load_splits
+from predict import lite0_backbone
+from sklearn.metrics import accuracy_score, balanced_accuracy_score
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+import timm_fisher
+from timm_fisher import PooledModel
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description='Measure a model on a split of a data set.')
+    parser.add_argument('--model', required=True, help='released name, folder or Hub id USER/NAME')
+    parser.add_argument('--data-dir', required=True, help='folder of images, or FILE.npz')
+    parser.add_argument('--split', default='test', choices=('train', 'val', 'test'))
+    parser.add_argument('--backbone', help="local-dir:FOLDER of an adapter's backbone")
+    parser.add_argument('--batch-size', type=int, default=32)
+    parser.add_argument('--workers', type=int, default=2, help='processes that load images')
+    args = parser.parse_args()
+    try:
+        backbone = args.backbone or lite0_backbone(args.model)
+        model = timm_fisher.from_pretrained(args.model, backbone=backbone)
+        result = evaluate(
+            model, args.data_dir, args.split, batch_size=args.batch_size, workers=args.workers
+        )
+    except (OSError, RuntimeError, ValueError) as error:
+        parser.error(str(error))
+    print(
+        f'{args.model}, {args.split}: accuracy {result["accuracy"]:.2%}, balanced accuracy '
+        f'{result["balanced_accuracy"]:.2%} of {result["samples"]} images'
+    )
+
+
+@torch.no_grad()
+def evaluate(
+    model: PooledModel, data_dir: str, split: str, *, batch_size: int = 32, workers: int = 2
+) -> dict[str, Any]:
+    """`accuracy`, `balanced_accuracy` and `samples` of a split, by the model's own preprocessing.
+
+    Raises:
+        ValueError: there is no such split, or its classes are not those of the model.
+    """
+    arrays = data_dir.endswith('.npz')
+    # A folder without val/ has nothing to be carved off: that is for training.
+    own_val = not arrays and Path(data_dir, 'val').is_dir()
+    config = Config(
+        data_dir=data_dir, dataset='npz' if arrays else '', val_split='val' if own_val else None
+    )
+    splits, classes = load_splits(config)
+    names = model.pretrained_cfg.get('label_names')
+    if names is not None and list(names) != classes:
+        raise ValueError(
+            f"The classes of '{data_dir}' are {classes}, those of the model {list(names)}."
+        )
+    data_config = timm.data.resolve_model_data_config(model)
+    dataset = create_datasets(config, splits, data_config)[split]
+    device = Accelerator().device
+    model.to(device).eval()
+    predicted, labels = [], []
+    for x, y in tqdm(DataLoader(dataset, batch_size, num_workers=workers), split, disable=None):
+        predicted += model(x.to(device)).argmax(1).tolist()
+        labels += y.tolist()
+    return {
+        'accuracy': float(accuracy_score(labels, predicted)),
+        'balanced_accuracy': float(balanced_accuracy_score(labels, predicted)),
+        'samples': len(labels),
+    }
+
+
+if __name__ == '__main__':
+    main()
