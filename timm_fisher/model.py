@@ -440,9 +440,10 @@ def _load(
         any_backbone: of an adapter, take other weights of the backbone than it was trained with.
         cache_dir: of downloads.
     """
-    where = cfg.get('hf_hub_id') or cfg.get('file') or '?'
+    where = cfg['hf_hub_id'] if cfg['source'] == 'hf-hub' else cfg['file']
     saveable = set(inspect.signature(PooledModel).parameters) - set(_OF_THE_CALLER)
     checkpoint.check_config(saved, saveable | {'backbone_weights'}, where)
+    cfg = checkpoint.check_images(cfg, saved, where)
     origin = arguments.pop('backbone_weights', None)
     source = arguments['backbone'] if arguments['backbone'] != saved['backbone'] else None
     arguments['backbone'] = saved['backbone']
@@ -455,25 +456,53 @@ def _load(
             f"'{where}' holds its backbone ({saved['backbone']}); backbone='{source}' is for a "
             'model that holds head and classifier alone.'
         )
+    # Saved weights are loaded at their own input size; the backbone then resamples positions.
+    size, saved_size = arguments.get('img_size'), saved.get('img_size')
+    resize = size != saved_size
+    # The saved number of classes is bounded, the caller's is his own.
+    num_classes, saved_classes = arguments.get('num_classes', 1000), saved.get('num_classes', 1000)
 
     try:
         cfg = resolve_pretrained_cfg('timm_fisher', cfg).to_dict()  # type: ignore[no-untyped-call]
-        # Saved weights are loaded at their own input size; the backbone then resamples positions.
-        size, saved_size = arguments.get('img_size'), saved.get('img_size')
-        resize = size != saved_size
-        with checkpoint.bounded():
-            twin = PooledModel(**{**arguments, 'img_size': saved_size if path else size})
-            if path and resize and not _can_resize(twin.backbone):
-                saved_size = size  # the weights may not depend on it
-                twin = PooledModel(**arguments)
-            if adapter:
-                plain = timm.create_model(saved['backbone'], num_classes=0)
-                checkpoint.check_size(twin.backbone, plain, where)
+        check_backbone(saved['backbone'])
+        with checkpoint.bounded() as plain_size:
+            plain = timm.create_model(saved['backbone'], num_classes=0)
+        allowed = checkpoint.allowed_size(plain_size, shapes)
+        # Some backbones loop over positions, as many as their arguments say.
+        timed = bool(saved.get('backbone_kwargs') or saved.get('img_size'))
+        bounded_arguments = {**arguments, 'num_classes': saved_classes}
+        with checkpoint.bounded(allowed, timed=timed):
+            twin = PooledModel(**{**bounded_arguments, 'img_size': saved_size if path else size})
+        if path and resize and not _can_resize(twin.backbone):
+            saved_size = size  # the weights may not depend on it
+            with checkpoint.bounded(allowed, timed=timed):
+                twin = PooledModel(**bounded_arguments)
+        if adapter:
+            checkpoint.check_size(twin.backbone, plain, where)
+        if num_classes != saved_classes:
+            with torch.device('meta'):
+                twin.reset_classifier(num_classes)
         if path:
             names = [name for name in twin.state_dict() if name.startswith('backbone.')]
             given = {name: tuple(twin.state_dict()[name].shape) for name in names}
             checkpoint.check_shapes({**given, **shapes} if adapter else shapes, twin, cfg, where)
         model = PooledModel(**{**arguments, 'img_size': saved_size if path else size})
+        cfg |= {key: model.pretrained_cfg[key] for key in ('classifier', 'first_conv')}
+        if path:
+            weights = load_file(path)
+            if adapter:
+                weights |= checkpoint.fetch_backbone(
+                    [name.removeprefix('backbone.') for name in names],
+                    origin,
+                    saved,
+                    source=source,
+                    any_backbone=any_backbone,
+                    cache_dir=cache_dir,
+                    where=where,
+                )
+                found = {name: tuple(value.shape) for name, value in weights.items()}
+                checkpoint.check_shapes(found, model, cfg, where)
+            checkpoint.load_weights(model, weights, cfg)
     except checkpoint.LoadError:
         raise
     except Exception as error:
@@ -483,21 +512,6 @@ def _load(
         ) from error
     model.pretrained_cfg = cfg
     model.backbone_weights = origin
-    if path:
-        weights = load_file(path)
-        if adapter:
-            weights |= checkpoint.fetch_backbone(
-                [name.removeprefix('backbone.') for name in names],
-                origin,
-                saved,
-                source=source,
-                any_backbone=any_backbone,
-                cache_dir=cache_dir,
-                where=where,
-            )
-            found = {name: tuple(value.shape) for name, value in weights.items()}
-            checkpoint.check_shapes(found, model, cfg, where)
-        checkpoint.load_weights(model, weights, cfg)
     if resize and size is not None:
         model.set_input_size(size)
     return model
