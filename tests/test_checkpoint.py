@@ -245,6 +245,14 @@ def test_file_that_timm_should_not_read(saved, content, error):
         checkpoint.check_file(f'local-dir:{saved}', None)
 
 
+@pytest.mark.xfail(strict=True, reason='from_pretrained does not call check_file yet')
+def test_other_architectures_are_not_built(saved):
+    """timm would build any of its models, and load it from a pickle."""
+    edit(saved, set_at('architecture', 'test_vit'))
+    with pytest.raises(LoadError, match=r"architecture in its config.* is 'test_vit'"):
+        timm_fisher.from_pretrained(saved)
+
+
 def test_no_config(tmp_path):
     with pytest.raises(LoadError, match=r'Reading the config.json of .* failed: .*No such file'):
         checkpoint.check_file(f'local-dir:{tmp_path}', None)
