@@ -26,7 +26,6 @@ import torch
 import torch.nn.functional as F
 from files import save_png, write
 from PIL import Image, ImageOps
-from timm.data.loader import adapt_to_chs
 from timm.layers import to_2tuple
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -68,8 +67,6 @@ def main() -> None:
     model.to(device).eval().requires_grad_(False)
     data = timm.data.resolve_model_data_config(model)
     channels, *size = data['input_size']
-    # A grey model on a colour backbone: timm's loader takes the average, its transform refuses.
-    data |= {key: adapt_to_chs(data[key], channels) for key in ('mean', 'std')}
     transform = timm.data.create_transform(**data)
     grids = None
     if not args.no_overlay:

@@ -21,7 +21,7 @@ import torch
 from predict import lite0_backbone
 
 import timm_fisher
-from timm_fisher.checkpoint import LoadError, PushError, clear_errors
+from timm_fisher.errors import LoadError, PushError, clear_errors
 from timm_fisher.hub import CHECKOUT, HUB_USER, push_folder, seal
 
 MARK = '<!-- made by timm_fisher'  # the seal at the end of a card

@@ -5,7 +5,7 @@ configurations by name, such as `resnet50_3g`, and the backbone `pixels`.
 """
 
 from timm_fisher import pixels, presets  # noqa: F401  (registers them)
-from timm_fisher.checkpoint import LoadError, PushError
+from timm_fisher.errors import LoadError, PushError
 from timm_fisher.fitting import fit
 from timm_fisher.head import PoolingHead
 from timm_fisher.hub import (

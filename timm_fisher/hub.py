@@ -20,16 +20,11 @@ from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelCardData
 from torch import Tensor, nn
 
 from timm_fisher.card import make_card
-from timm_fisher.checkpoint import (
-    WEIGHTS,
-    LoadError,
-    PushError,
-    clear_errors,
-    digest,
-    read_shapes,
-)
+from timm_fisher.checkpoint import WEIGHTS, digest, read_shapes
+from timm_fisher.errors import LoadError, PushError, clear_errors
 from timm_fisher.model import PooledModel
 from timm_fisher.registry import check_arguments, nearest
+from timm_fisher.saved_config import check_file
 
 HUB_USER = 'timm-fisher'
 RELEASED = (
@@ -55,7 +50,7 @@ def list_pretrained() -> list[str]:
 
 
 def from_pretrained(
-    name: str,
+    name: str | Path,
     *,
     revision: str | None = None,
     backbone: str | None = None,
@@ -82,7 +77,9 @@ def from_pretrained(
         LoadError: what was saved is damaged, not of this model, or refused; or the Hub cannot be
             reached.
     """
+    name = str(name)
     source = _find(name, revision)
+    check_file(source, arguments.get('cache_dir'))
     if backbone is not None:
         arguments['backbone'] = backbone
     if any_backbone:

@@ -10,6 +10,7 @@ from typing import Any, cast
 import timm
 import torch
 from safetensors.torch import load_file
+from timm.data.loader import adapt_to_chs
 from timm.layers.helpers import to_2tuple
 from timm.models import (
     get_model_input_config,
@@ -20,9 +21,10 @@ from timm.models import (
 )
 from torch import Tensor, nn
 
-from timm_fisher import checkpoint
+from timm_fisher import checkpoint, saved_config
 from timm_fisher.compose import ConcatHeads
 from timm_fisher.descriptors import find_descriptors, remove_unused
+from timm_fisher.errors import LoadError
 from timm_fisher.head import PoolingHead
 from timm_fisher.registry import check_arguments, create_head, get_head, nearest
 
@@ -403,7 +405,7 @@ def timm_fisher(
         LoadError: what was saved is damaged, not of this model, or refused; or the Hub cannot be
             reached. Nothing is loaded then.
     """
-    if isinstance(pretrained_cfg, dict) and pretrained_cfg.get('source') in checkpoint.SOURCES:
+    if isinstance(pretrained_cfg, dict) and pretrained_cfg.get('source') in saved_config.SOURCES:
         return _load(
             arguments,
             pretrained_model_args or {},
@@ -442,8 +444,8 @@ def _load(
     """
     where = cfg['hf_hub_id'] if cfg['source'] == 'hf-hub' else cfg['file']
     saveable = set(inspect.signature(PooledModel).parameters) - set(_OF_THE_CALLER)
-    checkpoint.check_config(saved, saveable | {'backbone_weights'}, where)
-    cfg = checkpoint.check_images(cfg, saved, where)
+    saved_config.check_config(saved, saveable | {'backbone_weights'}, where)
+    cfg = saved_config.check_images(cfg, saved, where)
     origin = arguments.pop('backbone_weights', None)
     source = arguments['backbone'] if arguments['backbone'] != saved['backbone'] else None
     arguments['backbone'] = saved['backbone']
@@ -452,7 +454,7 @@ def _load(
     shapes = checkpoint.read_shapes(path, where) if path else {}
     adapter = checkpoint.is_adapter(shapes) if origin else False
     if source is not None and not adapter:
-        raise checkpoint.LoadError(
+        raise LoadError(
             f"'{where}' holds its backbone ({saved['backbone']}); backbone='{source}' is for a "
             'model that holds head and classifier alone.'
         )
@@ -465,17 +467,16 @@ def _load(
     try:
         cfg = resolve_pretrained_cfg('timm_fisher', cfg).to_dict()  # type: ignore[no-untyped-call]
         check_backbone(saved['backbone'])
-        with checkpoint.bounded() as plain_size:
+        with saved_config.bounded() as plain_size:
             plain = timm.create_model(saved['backbone'], num_classes=0)
-        allowed = checkpoint.allowed_size(plain_size, shapes)
-        # Some backbones loop over positions, as many as their arguments say.
-        timed = bool(saved.get('backbone_kwargs') or saved.get('img_size'))
+        allowed = saved_config.allowed_size(plain_size, shapes)
+        timed = saved_config.may_take_long(saved)
         bounded_arguments = {**arguments, 'num_classes': saved_classes}
-        with checkpoint.bounded(allowed, timed=timed):
+        with saved_config.bounded(allowed, timed=timed):
             twin = PooledModel(**{**bounded_arguments, 'img_size': saved_size if path else size})
         if path and resize and not _can_resize(twin.backbone):
             saved_size = size  # the weights may not depend on it
-            with checkpoint.bounded(allowed, timed=timed):
+            with saved_config.bounded(allowed, timed=timed):
                 twin = PooledModel(**bounded_arguments)
         if adapter:
             checkpoint.check_size(twin.backbone, plain, where)
@@ -503,10 +504,10 @@ def _load(
                 found = {name: tuple(value.shape) for name, value in weights.items()}
                 checkpoint.check_shapes(found, model, cfg, where)
             checkpoint.load_weights(model, weights, cfg)
-    except checkpoint.LoadError:
+    except LoadError:
         raise
     except Exception as error:
-        raise checkpoint.LoadError(
+        raise LoadError(
             f"No model can be built from the config.json of '{where}': "
             f'{type(error).__name__}: {error}'
         ) from error
@@ -603,6 +604,12 @@ def _wrap_cfg(backbone: Any, input_size: tuple[int, ...], num_classes: int) -> d
     source = backbone.pretrained_cfg
     cfg = {key: source[key] for key in _DATA_KEYS if key in source}
     _set_input_size(cfg, input_size)
+    # Of grey images timm's loader takes the average, its transform refuses three values.
+    cfg |= {
+        key: adapt_to_chs(cfg[key], input_size[0])  # type: ignore[no-untyped-call]
+        for key in ('mean', 'std')
+        if key in cfg
+    }
     stem = source.get('first_conv')
     if stem is not None:
         names = [f'backbone.{name}' for name in ([stem] if isinstance(stem, str) else stem)]

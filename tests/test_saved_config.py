@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import timm_fisher
-from timm_fisher import LoadError, checkpoint
+from timm_fisher import LoadError, saved_config
 
 HEADS = {
     'sparse_fisher': {'code_dim': 3},
@@ -41,8 +41,8 @@ def no_network(*_, **__):
 
 @pytest.fixture(autouse=True)
 def offline(monkeypatch):
-    for place in ('timm_fisher.checkpoint.hf_hub_download', 'timm.models._hub.hf_hub_download'):
-        monkeypatch.setattr(place, no_network)
+    for place in ('timm_fisher.checkpoint', 'timm_fisher.saved_config', 'timm.models._hub'):
+        monkeypatch.setattr(f'{place}.hf_hub_download', no_network)
     monkeypatch.setattr('timm.models._builder.load_state_dict_from_url', no_network)
     monkeypatch.setattr('timm.models._builder.download_cached_file', no_network)
 
@@ -234,18 +234,17 @@ def test_arguments_of_the_factory(saved, name):
         ('{"architecture": "vit_giant_patch14_224"}', "is 'vit_giant_patch14_224'"),
         ('{"architecture": "resnet50_3g"}', "is 'resnet50_3g'"),
         ('[' * 100_000, 'is not readable JSON'),
-        (' ' * checkpoint.MOST_BYTES + '{}', r'8388610 bytes; at most 8388608'),
+        (' ' * saved_config.MOST_BYTES + '{}', r'8388610 bytes; at most 8388608'),
     ],
     ids=['list', 'timm', 'preset', 'nested', 'large'],
 )
 def test_file_that_timm_should_not_read(saved, content, error):
-    checkpoint.check_file(f'local-dir:{saved}', None)
+    saved_config.check_file(f'local-dir:{saved}', None)
     (saved / 'config.json').write_text(content)
     with pytest.raises(LoadError, match=error):
-        checkpoint.check_file(f'local-dir:{saved}', None)
+        saved_config.check_file(f'local-dir:{saved}', None)
 
 
-@pytest.mark.xfail(strict=True, reason='from_pretrained does not call check_file yet')
 def test_other_architectures_are_not_built(saved):
     """timm would build any of its models, and load it from a pickle."""
     edit(saved, set_at('architecture', 'test_vit'))
@@ -255,7 +254,7 @@ def test_other_architectures_are_not_built(saved):
 
 def test_no_config(tmp_path):
     with pytest.raises(LoadError, match=r'Reading the config.json of .* failed: .*No such file'):
-        checkpoint.check_file(f'local-dir:{tmp_path}', None)
+        saved_config.check_file(f'local-dir:{tmp_path}', None)
 
 
 def test_absent_fields(saved):
@@ -458,7 +457,7 @@ def test_huge_models_without_weights(saved, attack):
 
 def test_endless_building_is_stopped(saved, monkeypatch):
     """This backbone loops over all pairs of positions in a window, 1.3e7 of them."""
-    monkeypatch.setattr(checkpoint, 'MOST_SECONDS', 0.5)
+    monkeypatch.setattr(saved_config, 'MOST_SECONDS', 0.5)
     arguments = {'backbone': 'tiny_vit_5m_224', 'backbone_kwargs': {'window_sizes': [60] * 4}}
     edit(saved, lambda config: config['model_args'].update(arguments))
     start, profile = time.thread_time(), sys.getprofile()
@@ -470,7 +469,7 @@ def test_endless_building_is_stopped(saved, monkeypatch):
 
 def test_large_classifier_of_the_caller(saved):
     """The bounds are for what a configuration asks for."""
-    classes = checkpoint.UNPROVEN.bytes // (4 * 96 * 3)  # and as many biases: it is beyond
+    classes = saved_config.UNPROVEN.bytes // (4 * 96 * 3)  # and as many biases: it is beyond
     with torch.device('meta'):
         model = timm.create_model(f'local-dir:{saved}', num_classes=classes)
     assert model.num_classes == classes

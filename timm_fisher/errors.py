@@ -1,0 +1,69 @@
+"""Errors of saving, loading and sharing, and what huggingface_hub raises in one sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from huggingface_hub import errors as hub_errors
+from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
+
+
+class LoadError(RuntimeError):
+    """A saved model cannot be loaded: what is wrong with it, or with the way to it."""
+
+
+class PushError(RuntimeError):
+    """A model cannot be pushed to the Hub. What was there before is still there."""
+
+
+@contextmanager
+def clear_errors(doing: str, kind: type[LoadError] | type[PushError] = LoadError) -> Iterator[None]:
+    """Turn what huggingface_hub raises into one sentence that says what to do."""
+    expected: tuple[type[Exception], ...] = (HTTPError, hub_errors.HFValidationError, OSError)
+    if kind is PushError:
+        expected += (RuntimeError, ValueError)  # around an error of the upload; invalid metadata
+    try:
+        yield
+    except expected as error:
+        raise kind(f'{doing} failed: {_explain(error)}') from None
+
+
+def _explain(error: Exception) -> str:
+    # The reason may be wrapped: "an error happened", because of a 403.
+    if isinstance(error.__cause__, HTTPError) and not isinstance(error, HTTPError):
+        error = error.__cause__
+    response = getattr(error, 'response', None)
+    status = response.status_code if response is not None else None
+    if isinstance(error, hub_errors.HFValidationError):
+        return str(error)
+    if isinstance(error, hub_errors.OfflineModeIsEnabled):
+        return 'the Hub is needed, but HF_HUB_OFFLINE is set. Unset it, or give a folder.'
+    if isinstance(error, hub_errors.GatedRepoError):
+        return 'access to the repository must be asked for, on its page.'
+    if isinstance(error, hub_errors.RevisionNotFoundError):
+        return 'the repository has no such revision.'
+    if isinstance(error, hub_errors.RemoteEntryNotFoundError):
+        return 'the repository lacks a file that every saved model has.'
+    if isinstance(error, hub_errors.LocalEntryNotFoundError):
+        return (
+            'the Hub cannot be reached, and the file is not in the cache. Check the connection, or '
+            'HF_HUB_OFFLINE, and try again.'
+        )
+    if status == 401:
+        return 'no such repository, or it is private and HF_TOKEN has no access to it (401).'
+    if status == 403:
+        return 'the token does not allow this (403). Give one that may write to the repository.'
+    if status == 404:
+        return 'no such repository (404). Check its name, and the token if it is private.'
+    if status == 409:
+        return 'the repository was changed by somebody else at the same time (409). Try again.'
+    if status == 429:
+        return 'the Hub says that there were too many requests (429). Wait, and try again.'
+    if status is not None and status >= 500:
+        return f'the Hub has a fault of its own ({status}). Try again later.'
+    if status is not None:
+        return f'the Hub answered {status}.'
+    if isinstance(error, HTTPError | ConnectionError):
+        return 'there is no connection to the Hub, or it broke. Try again.'
+    return str(error).partition('\n')[0] or type(error).__name__
