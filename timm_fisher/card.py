@@ -105,7 +105,7 @@ def make_card(
             for each, head in zip(asked, heads, strict=True)
         ],
         stage=arguments.get('stage', -1),
-        classes=config.get('label_names') or [],
+        classes=config.get('label_names') or config['pretrained_cfg'].get('label_names') or [],
         num_classes=model.num_classes,
         input_size=' x '.join(map(str, size)),
         out_features=model.head_hidden_size,
