@@ -11,6 +11,7 @@ not what the run had measured, the folder is removed.
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import os
 import shutil
@@ -61,15 +62,17 @@ def main() -> None:
     release = read_release(args.config, args.name)
     runs, folder = args.runs / args.name, args.output / args.name
     keep_settings(runs, {**release.train, 'data_dir': args.data_dir})
-    metrics = [train(runs, seed) for seed in SEEDS]
+    metrics = [train(runs, release.train['head'], seed) for seed in SEEDS]
     seeds = {str(seed): each['test']['accuracy'] for seed, each in zip(SEEDS, metrics, strict=True)}
     print(f'test accuracy of seeds {seeds}')
 
     backbone = release.train['backbone'] if release.backbone_id else None
+    model = timm_fisher.from_pretrained(str(runs / f's{SEEDS[0]}/model'))
     timm_fisher.save_pretrained(
-        timm_fisher.from_pretrained(str(runs / f's{SEEDS[0]}/model')),
+        model,
         folder,
         metrics={**metrics[0], 'seeds': seeds},
+        label_names=model.pretrained_cfg['label_names'],
         adapter=release.backbone_id is not None,
         backbone_id=release.backbone_id,
         float16=release.float16,
@@ -93,7 +96,9 @@ def read_release(path: Path, name: str) -> Release:
         'description': own['description'],
         'limits': [*own.get('limits', []), *shared['limits']],
         'commands': [
-            f'# All seeds, and this folder:\npython recipes/release.py {name} --data-dir PATH',
+            f'# PATH: {shared["path"]}.\n'
+            '# All seeds, and the folder of this model:\n'
+            f'python recipes/release.py {name} --data-dir PATH',
             f'# The figures above, by the weights here:\n'
             f'python recipes/evaluate.py --model {name} --data-dir PATH',
         ],
@@ -106,13 +111,15 @@ def read_release(path: Path, name: str) -> Release:
     )
 
 
-def train(runs: Path, seed: int) -> dict[str, Any]:
+def train(runs: Path, head: str, seed: int) -> dict[str, Any]:
     """Metrics of the run of one seed, from before if it has been run."""
     output = runs / f's{seed}'
     metrics = output / 'metrics.json'
     if not metrics.exists():
         print(f'\n== {output}', flush=True)
         resume = str((output / 'config.yaml').exists()).lower()
+        # A head may have a seed of its own.
+        seeded = 'seed' in inspect.signature(timm_fisher.get_head(head)).parameters
         subprocess.run(
             [
                 *(sys.executable, '-m', 'accelerate.commands.launch'),
@@ -122,6 +129,7 @@ def train(runs: Path, seed: int) -> dict[str, Any]:
                 *('--num_cpu_threads_per_process', str(os.cpu_count())),
                 *(str(RECIPES / 'train.py'), '--config', str(runs / 'config.yaml')),
                 *('--seed', str(seed), '--output', str(output), '--resume', resume),
+                *(('--head_kwargs.seed', str(seed)) if seeded else ()),
             ],
             check=True,
         )
