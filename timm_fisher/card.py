@@ -47,7 +47,7 @@ def make_card(
         repo_id: the Hub's repository.
         adapter: head and classifier alone are stored.
         description: what the model is, in a sentence or two.
-        dataset: name of the data set that it was trained on.
+        dataset: name of the data set that it was trained on; empty for that of the metrics.
         dataset_id: the Hub's repository of the data set.
         license: identifier, such as 'apache-2.0'; empty for that of the backbone's weights.
         commands: shell commands that repeat training or the figures, in order.
@@ -63,6 +63,7 @@ def make_card(
     else:
         asked, heads = arguments['head'], list(model.head)
     names = [each['name'] for each in asked]
+    dataset = dataset or metrics.get('dataset', '')
     license = license or model.backbone.pretrained_cfg.get('license') or ''
     results = []
     if split and dataset:
@@ -74,7 +75,7 @@ def make_card(
                 dataset_split=split,
                 metric_type='accuracy' if key == 'accuracy' else key,
                 metric_name=METRICS[key],
-                metric_value=round(100 * metrics[split][key], 2),
+                metric_value=round(100 * float(metrics[split][key]), 2),
             )
             for key in METRICS
             if key in metrics[split]
@@ -91,6 +92,7 @@ def make_card(
         eval_results=results or None,
     )
     size = config['pretrained_cfg']['input_size']
+    classes = config.get('label_names') or config['pretrained_cfg'].get('label_names') or []
     text: str = ModelCard.from_template(
         data,
         template_path=str(TEMPLATE),
@@ -105,7 +107,9 @@ def make_card(
             for each, head in zip(asked, heads, strict=True)
         ],
         stage=arguments.get('stage', -1),
-        classes=config.get('label_names') or config['pretrained_cfg'].get('label_names') or [],
+        class_token=arguments.get('class_token', 'drop'),
+        last_stride=arguments.get('last_stride'),
+        classes=[' '.join(name.replace('|', '/').split()) for name in classes],
         num_classes=model.num_classes,
         input_size=' x '.join(map(str, size)),
         out_features=model.head_hidden_size,
@@ -135,12 +139,13 @@ def count_macs(model: Any, input_size: Sequence[int]) -> int:
     """Multiplications and additions, in pairs, of the matrix products and convolutions of a forward
     pass of one image."""
     like = next(model.parameters())
-    training = model.training
+    modes = {module: module.training for module in model.modules()}
     try:
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             model.eval()(torch.zeros(1, *input_size, device=like.device, dtype=like.dtype))
     finally:
-        model.train(training)
+        for module, training in modes.items():
+            module.training = training
     return int(counter.get_total_flops()) // 2
 
 

@@ -14,7 +14,7 @@ class LoadError(RuntimeError):
 
 
 class PushError(RuntimeError):
-    """A model cannot be pushed to the Hub. What was there before is still there."""
+    """A model cannot be pushed to the Hub. The files that were there are still there."""
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import timm
+import yaml
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelCardData
 from torch import Tensor, nn
 
@@ -23,7 +24,7 @@ from timm_fisher.card import make_card
 from timm_fisher.checkpoint import WEIGHTS, digest, read_shapes
 from timm_fisher.errors import LoadError, PushError, clear_errors
 from timm_fisher.model import PooledModel
-from timm_fisher.registry import check_arguments, nearest
+from timm_fisher.registry import check_arguments, list_heads, nearest
 from timm_fisher.saved_config import check_file
 
 HUB_USER = 'timm-fisher'
@@ -41,6 +42,8 @@ CHECKOUT = Path(__file__).parent.parent / 'hub_cards'
 # At the end of a card: what it looked like when it was made, so that edits are recognised.
 _SEAL = '<!-- made by timm_fisher, sha256 of the text above: {} -->'
 _SEALED = re.compile(_SEAL.format('([0-9a-f]{64})') + r'\s*$')
+# Metadata that describe the model, and go when another one comes.
+_OF_THE_MODEL = ('base_model', 'base_model_relation', 'datasets', 'model-index', 'pipeline_tag')
 _NOT_OF_THE_CARD = ('model', 'stored_parameters', 'config', 'metrics', 'adapter')
 
 
@@ -74,10 +77,13 @@ def from_pretrained(
 
     Raises:
         ValueError: a name that is none of these.
+        TypeError: an unknown argument.
         LoadError: what was saved is damaged, not of this model, or refused; or the Hub cannot be
             reached.
     """
     name = str(name)
+    reserved = ('backbone', 'pretrained', 'pretrained_cfg_overlay')
+    check_arguments('from_pretrained', PooledModel, arguments, given=reserved)
     source = _find(name, revision)
     check_file(source, arguments.get('cache_dir'))
     if backbone is not None:
@@ -90,9 +96,7 @@ def from_pretrained(
     except LoadError:
         raise
     except Exception as error:  # timm reads config.json before we do
-        raise LoadError(
-            f"The config.json of '{name}' cannot be read: {type(error).__name__}: {error}"
-        ) from error
+        raise LoadError(f"'{name}' cannot be loaded: {type(error).__name__}: {error}") from error
     if not isinstance(model, PooledModel):
         raise LoadError(f"'{name}' is a {type(model).__name__} of timm, not a timm_fisher model.")
     return model
@@ -129,7 +133,8 @@ def save_pretrained(
 ) -> None:
     """Write a complete repository: config.json, model.safetensors, README.md and metrics.json.
 
-    Each file is written beside and then renamed: a full disk or a kill leaves what was there.
+    All files are written beside and then renamed: an error, such as a full disk, leaves what was
+    there before.
 
     Args:
         model: what to save.
@@ -145,9 +150,11 @@ def save_pretrained(
         card: what else the card says, see `timm_fisher.card.make_card`.
 
     Raises:
-        ValueError: `adapter` is asked for and not possible, a number of label names other than
-            that of the classes, or an unknown tensor or field of the card.
+        ValueError: `adapter` is asked for and not possible, label names that are not one text for
+            each class, or an unknown tensor.
+        TypeError: not a `PooledModel`, or an unknown field of the card.
     """
+    _check(model, label_names)
     card = dict(card or {})
     check_arguments('card', make_card, card, given=_NOT_OF_THE_CARD)
     if isinstance(metrics, str | Path):
@@ -175,7 +182,6 @@ def save_pretrained(
         (beside / 'README.md').write_text(seal(text), encoding='utf-8')
         (beside / 'metrics.json').write_text(json.dumps(reported, indent=2) + '\n')
 
-    _check_labels(model, label_names)
     _replace_files(Path(folder), write)
 
 
@@ -190,7 +196,7 @@ def save_model(
 
     Args and errors as those of `save_pretrained`.
     """
-    _check_labels(model, label_names)
+    _check(model, label_names)
     _replace_files(
         Path(folder), lambda beside: _write_model(model, beside, label_names, data_config)
     )
@@ -228,7 +234,7 @@ def push_to_hub(
 
     Raises:
         ValueError, TypeError: as `save_pretrained`.
-        PushError: the Hub refused, or cannot be reached. Nothing has changed there.
+        PushError: the Hub refused, or cannot be reached. No file has changed there.
     """
     check_arguments('push_to_hub', save_pretrained, arguments, given=('model', 'folder'))
     arguments['card'] = {'repo_id': repo_id, **(arguments.get('card') or {})}
@@ -300,14 +306,23 @@ def seal(text: str) -> str:
 def merge_cards(new: str, old: str) -> str:
     """The card to push over an old one: metadata of both, where the new ones count, and the old
     text where somebody edited it."""
-    before, after = ModelCard(old, ignore_metadata_errors=True), ModelCard(new)
+    try:
+        before, after = ModelCard(old, ignore_metadata_errors=True), ModelCard(new)
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(
+            'the README.md on the Hub has metadata that cannot be read; mend or delete it there '
+            f'({str(error).splitlines()[0]})'
+        ) from error
     found = _SEALED.search(before.text)
-    edited = found is None or found[1] != _digest_of_body(before.text[: found.start()])
-    kept, given = _metadata(before), _metadata(after)
-    tags = dict.fromkeys([*(kept.get('tags') or []), *(given.get('tags') or [])])
+    sealed = found is not None and found[1] == _digest_of_body(before.text[: found.start()])
+    edited = bool(before.text.strip()) and not sealed
+    known, given = _metadata(before), _metadata(after)
+    kept = {key: value for key, value in known.items() if key not in _OF_THE_MODEL}
+    others = [tag for tag in kept.get('tags') or [] if tag not in list_heads()]
+    tags = dict.fromkeys([*others, *(given.get('tags') or [])])
     merged = {**kept, **given, 'tags': list(tags)}
     body = before.text if edited else after.text
-    if (merged, body) == (kept, before.text):
+    if (merged, body) == (known, before.text):
         return old
     return f'---\n{ModelCardData(**merged, ignore_metadata_errors=True)}\n---\n{body}'
 
@@ -337,8 +352,17 @@ def _why_no_adapter(model: PooledModel) -> str:
     return ''
 
 
-def _check_labels(model: PooledModel, label_names: Sequence[str] | None) -> None:
-    if label_names is not None and len(label_names) != model.num_classes:
+def _check(model: PooledModel, label_names: Sequence[str] | None) -> None:
+    if not isinstance(model, PooledModel):
+        raise TypeError(
+            f'{type(model).__name__} is not a PooledModel. Of a wrapped model give the inner one, '
+            'such as accelerator.unwrap_model(model).'
+        )
+    if label_names is None:
+        return
+    if isinstance(label_names, str) or not all(isinstance(name, str) for name in label_names):
+        raise ValueError(f'label_names must be a list of texts, not {label_names!r:.200}.')
+    if len(label_names) != model.num_classes:
         raise ValueError(
             f'{len(label_names)} label names were given for {model.num_classes} classes.'
         )
@@ -393,10 +417,12 @@ def _replace_files(folder: Path, write: Callable[[Path], None]) -> None:
         beside = Path(temporary)
         write(beside)
         with contextlib.ExitStack() as undo:
-            for path in sorted(beside.iterdir(), reverse=True):
-                target, kept = folder / path.name, beside / f'{path.name}.old'
+            paths = sorted(beside.iterdir(), reverse=True)
+            for path in paths:
                 with open(path, 'rb') as file:
                     os.fsync(file.fileno())
+            for path in paths:
+                target, kept = folder / path.name, beside / f'{path.name}.old'
                 if target.exists():
                     _link_or_copy(target, kept)
                     undo.callback(os.replace, kept, target)

@@ -133,7 +133,8 @@ class PooledModel(nn.Module):
             _keep_last_stride(self.backbone, last_stride)
         remove_unused(self.backbone, idle, dead)
         # Weights that timm adapts to other images may differ in a bit from machine to machine.
-        adapted = 'img_size' in arguments or in_chans not in (None, image.shape[1])
+        own = self.backbone.pretrained_cfg
+        adapted = 'img_size' in self.backbone._model_args or input_size[0] != own['input_size'][0]
         self.backbone_weights: dict[str, Any] | None = None
         if pretrained and not adapted:
             self.backbone_weights = checkpoint.describe_backbone(self.backbone)
@@ -512,7 +513,7 @@ def _load(
             f'{type(error).__name__}: {error}'
         ) from error
     model.pretrained_cfg = cfg
-    model.backbone_weights = origin
+    model.backbone_weights = None if any_backbone or not path else origin
     if resize and size is not None:
         model.set_input_size(size)
     return model

@@ -290,7 +290,7 @@ def bounded(most: Size = LARGEST, *, timed: bool = False) -> Iterator[Size]:
         if built.bytes > most.bytes:
             raise ValueError(
                 f'more than {most.bytes} bytes would be filled, against {UNPROVEN.bytes} beside '
-                'what the backbone has by itself and what the weights fill'
+                'what the backbone has by itself and, with pretrained=True, the weights fill'
             )
 
     # Python calls this at each call of a function: it also stops a loop that registers nothing.
@@ -305,13 +305,14 @@ def bounded(most: Size = LARGEST, *, timed: bool = False) -> Iterator[Size]:
         nn_module.register_module_parameter_registration_hook(count_tensor),
         nn_module.register_module_buffer_registration_hook(count_tensor),
     ]
-    before = sys.getprofile()
+    armed = timed and sys.getprofile() is None  # a profiler goes on
     try:
         with torch.device('meta'):
-            if timed and before is None:  # a profiler goes on
+            if armed:
                 sys.setprofile(watch)
             yield built
     finally:
-        sys.setprofile(before)
+        if armed:
+            sys.setprofile(None)
         for handle in handles:
             handle.remove()
