@@ -4,8 +4,9 @@
     python recipes/publish.py --user USER                          # all of them
     python recipes/publish.py trashnet-3g mnist-dbm-idfk --user USER
 
-Each is downloaded into an empty cache by plain `timm.create_model`, and its logits compared with
-those of the local folder. The exit status is 1 if one differs, or could not be pushed or loaded.
+Each is downloaded into an empty cache by plain `timm.create_model`, and compared with the local
+folder: its tensors, and its logits of an input. The exit status is 1 if one differs, or could not
+be pushed or loaded.
 """
 
 from __future__ import annotations
@@ -45,14 +46,14 @@ def main() -> None:
         folder, repo_id = args.cards / name, f'{args.user}/{name}'
         try:
             url = push(folder, repo_id, private=args.private or None)
-            difference = compare(folder, repo_id, args.backbone or lite0_backbone(str(folder)))
-            rows.append((name, 'same' if difference == 0 else f'differs by {difference:.2g}', url))
+            verdict = compare(folder, repo_id, args.backbone or lite0_backbone(str(folder)))
+            rows.append((name, verdict, url))
         except (LoadError, PushError, ValueError) as error:
             rows.append((name, 'failed', str(error)))
     width = max(len(name) for name, *_ in rows)
-    print(f'\n{"model":<{width}}  {"logits":<18}  commit')
+    print(f'\n{"model":<{width}}  {"on the Hub":<24}  commit')
     for name, verdict, text in rows:
-        print(f'{name:<{width}}  {verdict:<18}  {text}')
+        print(f'{name:<{width}}  {verdict:<24}  {text}')
     sys.exit(any(verdict != 'same' for _, verdict, _ in rows))
 
 
@@ -73,18 +74,23 @@ def push(folder: Path, repo_id: str, *, private: bool | None) -> str:
 
 
 @torch.no_grad()
-def compare(folder: Path, repo_id: str, backbone: str | None) -> float:
-    """Largest difference between the logits of a folder and those of the Hub's repository, for two
-    images of noise, always the same."""
+def compare(folder: Path, repo_id: str, backbone: str | None) -> str:
+    """'same', or what differs between a folder and the Hub's repository: tensors, or the logits of
+    two images of noise, always the same."""
     other = {'backbone': backbone} if backbone else {}
     local = timm_fisher.from_pretrained(str(folder), backbone=backbone).eval()
     with tempfile.TemporaryDirectory() as cache, clear_errors(f"Loading '{repo_id}'"):
         remote = timm.create_model(
             f'hf-hub:{repo_id}', pretrained=True, cache_dir=cache, **other
         ).eval()
+    found = remote.state_dict()
+    changed = [key for key, value in local.state_dict().items() if not value.equal(found[key])]
+    if changed:
+        return f'{len(changed)} tensors differ'
     size = timm.data.resolve_model_data_config(local)['input_size']
     x = torch.rand(2, *size, generator=torch.Generator().manual_seed(0))
-    return (local(x) - remote(x)).abs().max().item()
+    difference = (local(x) - remote(x)).abs().max().item()
+    return 'same' if difference == 0 else f'logits differ by {difference:.2g}'
 
 
 if __name__ == '__main__':
