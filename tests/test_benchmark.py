@@ -176,6 +176,7 @@ def test_export(script, capsys):
     assert normalized.startswith('| `avg`, `normalize=True` | ok, ')
 
 
+@pytest.mark.slow
 def test_root_on_the_smaller_side_exports(recipes):
     """torch.onnx does not take every way of adding to a diagonal."""
 

@@ -288,7 +288,7 @@ def check_tables(folder, metrics):
             assert cells[3 * i : 3 * i + 3] == expected
 
 
-@pytest.mark.parametrize('mode', ['single', 'multi'])
+@pytest.mark.parametrize('mode', [pytest.param('single', marks=pytest.mark.slow), 'multi'])
 def test_run_leaves_everything(script, run, images, mode, monkeypatch):
     if mode == 'single':  # Matplotlib takes long; once is enough.
         monkeypatch.setattr(script, 'plot', lambda log, path: path.write_bytes(b''))

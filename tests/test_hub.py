@@ -147,7 +147,7 @@ def test_another_input_size(tmp_path, save, backbone):
 
 
 @pytest.mark.parametrize('save', SAVE)
-@pytest.mark.parametrize('stage', [-1, -2])
+@pytest.mark.parametrize('stage', [-1, pytest.param(-2, marks=pytest.mark.slow)])
 def test_another_input_size_of_windows(tmp_path, save, stage):
     """A resize changes more than the size here; the stage that was taken out has none."""
     small = {'embed_dim': 16, 'depths': (1, 2, 1), 'num_heads': (1, 2, 4)}
@@ -182,7 +182,7 @@ def test_input_size_of_a_model_without_its_weights(tmp_path):
     model(torch.randn(2, 3, 96, 96))
 
 
-@pytest.mark.parametrize('img_size', [224, 256])
+@pytest.mark.parametrize('img_size', [pytest.param(224, marks=pytest.mark.slow), 256])
 def test_another_input_size_that_the_weights_do_not_depend_on(tmp_path, img_size):
     """Xcit fixes its input size and cannot change it later."""
     model = timm_fisher.create_model('xcit_nano_12_p16_224', num_classes=3).eval()

@@ -423,7 +423,8 @@ print(json.dumps(found))
 """
 
 
-@pytest.mark.parametrize('pretrained', [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize('pretrained', [True, False])
 def test_huge_models_are_not_attempted(originals, tmp_path, pretrained):
     """In a process of its own: the peak of memory of this one is others' work."""
     cases = {name: HUGE[name] for name in HUGE if pretrained or name != 'head of another shape'}

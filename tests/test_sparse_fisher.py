@@ -111,6 +111,7 @@ def test_ista_step():
     torch.testing.assert_close(threshold, 0.3 * step)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings('ignore::sklearn.exceptions.ConvergenceWarning')
 def test_dictionary_is_as_good_as_scikit_learns():
     x = data()

@@ -25,6 +25,12 @@ from torch.utils.data import DataLoader
 import timm_fisher
 from timm_fisher.compose import ConcatHeads
 
+
+def slow(*values):
+    """A parameter that is left out by default."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 HEADS = timm_fisher.list_heads()
 COMPOSED = [{'name': 'avg', 'stage': -4}, {'name': 'sparse_fisher', 'code_dim': 4}]
 ONE_STEP = {'train': 'all', 'epochs': 1, 'opt': 'momentum', 'momentum': 0.0, 'sched': 'constant'}
@@ -126,7 +132,16 @@ def check_run(run, images, recipes, *, head, stages=TWO_STAGES, processes=1):
     assert model.head_hidden_size == metrics['out_features']
 
 
-@pytest.mark.parametrize('head', [*HEADS, COMPOSED], ids=str)
+@pytest.mark.parametrize(
+    'head',
+    [
+        'sparse_fisher',
+        'gsnmf',
+        COMPOSED,
+        *(slow(h) for h in HEADS if h not in ('sparse_fisher', 'gsnmf')),
+    ],
+    ids=str,
+)
 def test_run_leaves_everything(recipe, recipes, images, head):
     run = recipe(data_dir=images, head=head, head_kwargs=small(head), stages=TWO_STAGES)
     check_run(run, images, recipes, head=head)
@@ -265,7 +280,7 @@ OWN = {
 @pytest.mark.parametrize(
     ('change', 'steps'),
     [
-        ({}, (2, 8, 14, 24)),
+        slow({}, (2, 8, 14, 24)),
         ({'stages': OWN}, (5, 8)),
         ({'stages': {'own': OWN['own']}}, (5,)),
         # A head with a rule of its own; one that is trained through its forward.
@@ -307,7 +322,7 @@ def test_run_stopped_at_a_step_resumes_exactly(recipe, stop, few_images, tmp_pat
         check_same_runs(run, expected)
 
 
-@pytest.mark.parametrize('epoch', [1, 3])
+@pytest.mark.parametrize('epoch', [1, slow(3)])
 def test_run_stopped_while_it_saves(recipe, recipes, stop, few_images, tmp_path, epoch):
     """In the checkpoint, before the log, before the rename; epoch 3 ends a stage, with a curve."""
     options = {'data_dir': few_images, 'stages': TWO_STAGES, 'test_split': None}
@@ -557,13 +572,13 @@ HEAD_ONLY = {'warm': {'train': 'head', 'epochs': 2, 'opt': 'momentum', 'lr': 0.0
 @pytest.mark.parametrize(
     ('head', 'train'),
     [
-        ('avg', 'head'),
-        ('sparse_fisher', 'head'),
+        slow('avg', 'head'),
+        slow('sparse_fisher', 'head'),
         ('3g', 'head'),
-        ('3g', 'classifier'),
-        (COMPOSED, 'head'),
+        slow('3g', 'classifier'),
+        slow(COMPOSED, 'head'),
         (COMPOSED, 'classifier'),
-        ([{'name': 'avg'}, {'name': 'gem'}], 'classifier'),  # both on one stage
+        slow([{'name': 'avg'}, {'name': 'gem'}], 'classifier'),  # both on one stage
     ],
     ids=str,
 )
@@ -689,6 +704,7 @@ def test_gradient_accumulation(step):
         assert (half[part] - at_once[part]).norm() > 0.1 * at_once[part].norm()
 
 
+@pytest.mark.slow
 def test_head_lr_scale(step):
     options = {'head': 'sparse_fisher', 'head_kwargs': {'code_dim': 4}}
     start = step(options, lr=0.0)
