@@ -15,7 +15,8 @@ class PoolingHead(nn.Module):
 
     A subclass sets `in_features` and `out_features` in `__init__` and writes `forward`; the rest
     is optional. Its constructor takes `in_features` first, then keyword-only hyper-parameters
-    with JSON values: the signature is the configuration that is saved and checked.
+    with JSON values: the signature is the configuration that is saved and checked. It also runs on
+    the meta device, where a saved model is built first to be held against its weights.
 
     Whatever is fitted is a parameter or a persistent buffer, so that `state_dict()` is the head.
     A head sees tensors and a `DescriptorStream`; it never imports timm, accelerate or
