@@ -96,6 +96,7 @@ def read_release(path: Path, name: str) -> Release:
         'description': own['description'],
         'limits': [*own.get('limits', []), *shared['limits']],
         'commands': [
+            '\n'.join(shared['prepare']),
             f'# PATH: {shared["path"]}.\n'
             '# All seeds, and the folder of this model:\n'
             f'python recipes/release.py {name} --data-dir PATH',
