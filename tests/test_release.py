@@ -237,6 +237,7 @@ def make(release, evaluate, recipe, images, tmp_path, backbone, monkeypatch, cap
     return make
 
 
+@pytest.mark.slow
 def test_release(make, evaluate, images, backbone, tmp_path, monkeypatch, capsys):
     runs, out = make()
     assert runs == ['s0', 's1']
@@ -389,7 +390,7 @@ def test_publish_unknown_name(publish, monkeypatch, capsys):
 @pytest.mark.slow
 @released
 def test_released_figures(evaluate, name):
-    """The accuracy of the card, from the images, to 0.05 points; `test_release` does so too."""
+    """The accuracy of the card, from the images, to 0.05 points. Small images always do, above."""
     config, metrics, _ = read(name)
     adapter = config['model_args']['backbone'] != 'pixels'
     data = DATA / ('trashnet' if adapter else 'mnist.npz')
