@@ -100,7 +100,7 @@ def test_score_of_a_dbm_nears_the_log_likelihoods_as_layers_decouple():
     assert q2 < 0.6 * q1
 
 
-@pytest.mark.parametrize('hidden', [[4], [4, 3]])
+@pytest.mark.parametrize('hidden', [[4], pytest.param([4, 3], marks=pytest.mark.slow)])
 def test_training_ends_near_the_best_that_is_known(hidden):
     """Exact log-likelihood: above scikit-learn's RBM, and far above independent pixels."""
     v = bars(200)
