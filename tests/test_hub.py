@@ -146,7 +146,7 @@ def test_another_input_size(tmp_path, save, backbone):
     assert torch.equal(load(tmp_path / 'second', img_size=224)(x), larger(x))
 
 
-@pytest.mark.parametrize('save', SAVE)
+@pytest.mark.parametrize('save', [pytest.param('timm', marks=pytest.mark.slow), 'timm_fisher'])
 @pytest.mark.parametrize('stage', [-1, pytest.param(-2, marks=pytest.mark.slow)])
 def test_another_input_size_of_windows(tmp_path, save, stage):
     """A resize changes more than the size here; the stage that was taken out has none."""
@@ -195,6 +195,7 @@ def test_another_input_size_that_the_weights_do_not_depend_on(tmp_path, img_size
     assert timm.data.resolve_model_data_config(loaded)['input_size'] == x.shape[1:]
 
 
+@pytest.mark.slow
 def test_another_input_size_that_the_weights_depend_on(tmp_path):
     timm_fisher.save_model(timm_fisher.create_model('levit_128s', num_classes=3), tmp_path)
     load(tmp_path, img_size=224)

@@ -136,6 +136,7 @@ def test_vectors_are_those_of_the_saved_model(kernel, run, digits, tmp_path):
     np.testing.assert_allclose(vectors.get('IDFK', chosen)['test'], z, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_settings_are_chosen_on_validation_images(kernel, run, tmp_path, monkeypatch):
     """Other labels of the test images do not change them."""
     first = run(seeds='[0]')
@@ -156,6 +157,7 @@ def test_settings_are_chosen_on_validation_images(kernel, run, tmp_path, monkeyp
     assert rows[0]['rows']['IDFK']['svm']['accuracy'] > 0.6
 
 
+@pytest.mark.slow
 def test_folds_choose_for_themselves(run, tmp_path):
     """No validation image of one fold, which other folds test with, has a say in them."""
     file = tmp_path / 'kernel.yaml'

@@ -96,7 +96,9 @@ def from_pretrained(
     except LoadError:
         raise
     except Exception as error:  # timm reads config.json before we do
-        raise LoadError(f"'{name}' cannot be loaded: {type(error).__name__}: {error}") from error
+        raise LoadError(
+            f"'{name}' cannot be loaded by its config.json: {type(error).__name__}: {error}"
+        ) from error
     if not isinstance(model, PooledModel):
         raise LoadError(f"'{name}' is a {type(model).__name__} of timm, not a timm_fisher model.")
     return model
