@@ -25,8 +25,6 @@ import timm_fisher
 from timm_fisher.errors import LoadError, PushError, clear_errors
 from timm_fisher.hub import CHECKOUT, HUB_USER, push_folder, seal
 
-MARK = '<!-- made by timm_fisher'  # the seal at the end of a card
-
 
 def main() -> None:
     released = timm_fisher.list_pretrained()
@@ -68,8 +66,7 @@ def push(folder: Path, repo_id: str, *, private: bool | None) -> str:
         text = card.read_text(encoding='utf-8')
         own = f'{HUB_USER}/{folder.name}'
         if repo_id != own:
-            body = text.replace(own, repo_id).partition(MARK)[0]
-            card.write_text(seal(body), encoding='utf-8')
+            card.write_text(seal(text.replace(own, repo_id)), encoding='utf-8')
         return push_folder(renamed, repo_id, private=private)
 
 

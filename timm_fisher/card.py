@@ -73,7 +73,7 @@ def make_card(
                 dataset_type=dataset_id or dataset.lower().replace(' ', '-'),
                 dataset_name=dataset,
                 dataset_split=split,
-                metric_type='accuracy' if key == 'accuracy' else key,
+                metric_type=key,
                 metric_name=METRICS[key],
                 metric_value=round(100 * float(metrics[split][key]), 2),
             )

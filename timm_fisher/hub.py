@@ -301,7 +301,9 @@ def push_folder(
 
 
 def seal(text: str) -> str:
-    """A card with a last line by which `merge_cards` knows whether its text was edited."""
+    """A card with a last line by which `merge_cards` knows whether its text was edited; one that it
+    has already is replaced."""
+    text = _SEALED.sub('', text)
     return f'{text.rstrip()}\n\n{_SEAL.format(_digest_of_body(text))}\n'
 
 

@@ -485,8 +485,8 @@ def _load(
             with torch.device('meta'):
                 twin.reset_classifier(num_classes)
         if path:
-            names = [name for name in twin.state_dict() if name.startswith('backbone.')]
-            given = {name: tuple(twin.state_dict()[name].shape) for name in names}
+            of_backbone = twin.backbone.state_dict()
+            given = {f'backbone.{key}': tuple(value.shape) for key, value in of_backbone.items()}
             checkpoint.check_shapes({**given, **shapes} if adapter else shapes, twin, cfg, where)
         model = PooledModel(**{**arguments, 'img_size': saved_size if path else size})
         cfg |= {key: model.pretrained_cfg[key] for key in ('classifier', 'first_conv')}
@@ -494,7 +494,7 @@ def _load(
             weights = load_file(path)
             if adapter:
                 weights |= checkpoint.fetch_backbone(
-                    [name.removeprefix('backbone.') for name in names],
+                    list(of_backbone),
                     origin,
                     saved,
                     source=source,
