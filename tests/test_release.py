@@ -238,7 +238,7 @@ def make(release, evaluate, recipe, images, tmp_path, backbone, monkeypatch, cap
 
 
 @pytest.mark.slow
-def test_release(make, evaluate, images, backbone, tmp_path, monkeypatch, capsys):
+def test_release(make, release, evaluate, images, backbone, tmp_path, monkeypatch, capsys):
     runs, out = make()
     assert runs == ['s0', 's1']
     folder = tmp_path / 'cards' / 'trashnet-3g'
@@ -276,6 +276,14 @@ def test_release(make, evaluate, images, backbone, tmp_path, monkeypatch, capsys
     assert runs == ['s1']
     after = (folder / 'metrics.json').read_text()
     assert after == before
+
+    # A folder that does not measure up does not replace the one that did.
+    (folder / 'README.md').write_text('earlier')
+    monkeypatch.setattr(release, 'LARGEST', 0.001)
+    with pytest.raises(ValueError, match=r'takes .* MB, more than'):
+        make()
+    assert (folder / 'README.md').read_text() == 'earlier'
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
 
 
 def test_release_that_does_not_measure_up(release, evaluate, images, tmp_path, monkeypatch):

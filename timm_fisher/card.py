@@ -130,6 +130,33 @@ def make_card(
     return text
 
 
+def check_metrics(metrics: Any) -> None:
+    """Refuse metrics that a card cannot report.
+
+    Raises:
+        ValueError: a part is not of the form that recipes/train.py writes.
+    """
+    if not isinstance(metrics, Mapping):
+        raise ValueError(f'metrics are {str(metrics)[:200]}, not a table of results.')
+    tables = dict.fromkeys(('test', 'val'), METRICS) | {'seeds': metrics.get('seeds') or ()}
+    for key, numbers in tables.items():
+        table = metrics.get(key)
+        if table is None:
+            continue
+        if not isinstance(table, Mapping):
+            raise ValueError(f"metrics['{key}'] is {str(table)[:200]}, not a table of numbers.")
+        for name in numbers:
+            value = table.get(name, 0.0)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+                raise ValueError(
+                    f"metrics['{key}']['{name}'] is {str(value)[:200]}, not a number from 0 to 1."
+                )
+    if not isinstance(metrics.get('versions') or {}, Mapping):
+        raise ValueError(
+            f"metrics['versions'] is {str(metrics['versions'])[:200]}, not a table of packages."
+        )
+
+
 def method(head: PoolingHead) -> str:
     """What the file of a head says of it: formulas, source, and where the paper is silent."""
     return inspect.getdoc(sys.modules[type(head).__module__]) or ''

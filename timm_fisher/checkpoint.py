@@ -18,31 +18,55 @@ from torch import Tensor, nn
 from timm_fisher.errors import LoadError, clear_errors
 
 WEIGHTS = 'model.safetensors'
+SAVING = '.saving-'  # start of the name of a folder of files that are not in place yet
 
 
-def find_weights(cfg: Mapping[str, Any], cache_dir: str | Path | None) -> Path:
-    """The file of weights of a saved model, downloaded if it is on the Hub.
+def find_file(name: str, source: str, place: str, cache_dir: str | Path | None) -> Path:
+    """A file of a saved model, downloaded if it is on the Hub.
 
     Args:
-        cfg: timm's pretrained configuration, with `source` 'hf-hub' or 'local-dir'.
+        name: of the file.
+        source: 'hf-hub' or 'local-dir'.
+        place: repository, with its revision after '@' if there is one; or folder.
         cache_dir: of downloads.
 
     Raises:
-        LoadError: there is none, or the Hub cannot be reached.
+        LoadError: there is none, saving it was cut off, or the Hub cannot be reached.
     """
-    if cfg['source'] == 'hf-hub':
-        repo_id, _, revision = cfg['hf_hub_id'].partition('@')
-        with clear_errors(f"Downloading the weights of '{cfg['hf_hub_id']}'"):
+    if source == 'hf-hub':
+        repo_id, _, revision = place.partition('@')
+        with clear_errors(f"Downloading {name} of '{place}'"):
             return Path(
-                hf_hub_download(repo_id, WEIGHTS, revision=revision or None, cache_dir=cache_dir)
+                hf_hub_download(repo_id, name, revision=revision or None, cache_dir=cache_dir)
             )
-    path = Path(cfg['file'], WEIGHTS)
+    check_whole(Path(place))
+    path = Path(place, name)
     if not path.is_file():
         raise LoadError(
-            f"'{cfg['file']}' holds no {WEIGHTS}. Save it by timm_fisher.save_pretrained, or by "
+            f"'{place}' holds no {name}. Save it by timm_fisher.save_pretrained, or by "
             'timm.models.save_for_hf(model, folder, safe_serialization=True).'
         )
     return path
+
+
+def check_whole(folder: Path) -> None:
+    """Refuse a folder whose files may be of two models.
+
+    Raises:
+        LoadError: while the files of one model were replaced by those of another, the process was
+            killed, or is still at it.
+    """
+    for beside in half_replaced(folder):
+        raise LoadError(
+            f"'{folder}' may hold files of two models: saving was cut off, or goes on. Save the "
+            f"model again; or move the files '{beside}/NAME.old' to '{folder}/NAME', and delete "
+            f"'{beside}'."
+        )
+
+
+def half_replaced(folder: Path) -> list[Path]:
+    """Folders of earlier files, which `save_pretrained` deletes when all new ones are in place."""
+    return sorted({path.parent for path in folder.glob(f'{SAVING}*/*.old')})
 
 
 def read_shapes(path: Path, where: str) -> dict[str, tuple[int, ...]]:

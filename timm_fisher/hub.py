@@ -13,15 +13,23 @@ import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import timm
 import yaml
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelCardData
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from torch import Tensor, nn
 
-from timm_fisher.card import make_card
-from timm_fisher.checkpoint import WEIGHTS, digest, read_shapes
+from timm_fisher.card import check_metrics, make_card
+from timm_fisher.checkpoint import (
+    SAVING,
+    WEIGHTS,
+    check_whole,
+    digest,
+    half_replaced,
+    read_shapes,
+)
 from timm_fisher.errors import LoadError, PushError, clear_errors
 from timm_fisher.model import PooledModel
 from timm_fisher.registry import check_arguments, list_heads, nearest
@@ -99,9 +107,7 @@ def from_pretrained(
         raise LoadError(
             f"'{name}' cannot be loaded by its config.json: {type(error).__name__}: {error}"
         ) from error
-    if not isinstance(model, PooledModel):
-        raise LoadError(f"'{name}' is a {type(model).__name__} of timm, not a timm_fisher model.")
-    return model
+    return cast(PooledModel, model)
 
 
 def _find(name: str, revision: str | None) -> str:
@@ -136,7 +142,7 @@ def save_pretrained(
     """Write a complete repository: config.json, model.safetensors, README.md and metrics.json.
 
     All files are written beside and then renamed: an error, such as a full disk, leaves what was
-    there before.
+    there before. A process that is killed between two renames leaves a folder that is not loaded.
 
     Args:
         model: what to save.
@@ -153,17 +159,19 @@ def save_pretrained(
 
     Raises:
         ValueError: `adapter` is asked for and not possible, label names that are not one text for
-            each class, or an unknown tensor.
+            each class, an unknown tensor, a `backbone_id` that is not USER/NAME, or metrics that
+            are not as recipes/train.py leaves them.
         TypeError: not a `PooledModel`, or an unknown field of the card.
     """
     _check(model, label_names)
     card = dict(card or {})
     check_arguments('card', make_card, card, given=_NOT_OF_THE_CARD)
-    if isinstance(metrics, str | Path):
-        metrics = json.loads(Path(metrics).read_text())
-    reported: Mapping[str, Any] = metrics or {}  # type: ignore[assignment]
-    if backbone_id is not None and model.backbone_weights is not None:
-        model.backbone_weights['hf_hub_id'] = backbone_id
+    reported = _read_metrics(metrics) if isinstance(metrics, str | Path) else metrics or {}
+    check_metrics(reported)
+    if backbone_id is not None:
+        validate_repo_id(backbone_id.partition('@')[0])
+        if model.backbone_weights is not None:
+            model.backbone_weights['hf_hub_id'] = backbone_id
     if adapter is not False:
         problem = _why_no_adapter(model)
         if problem and adapter:
@@ -196,12 +204,15 @@ def save_model(
 ) -> None:
     """Write config.json and model.safetensors alone, with all weights, as training does.
 
+    metrics.json of an earlier model in the folder is deleted: it is not of these weights.
+
     Args and errors as those of `save_pretrained`.
     """
     _check(model, label_names)
     _replace_files(
         Path(folder), lambda beside: _write_model(model, beside, label_names, data_config)
     )
+    Path(folder, 'metrics.json').unlink(missing_ok=True)
 
 
 def push_to_hub(
@@ -268,7 +279,8 @@ def push_folder(
     An unchanged folder makes no commit. What a user wrote into the card on the Hub stays there: of
     a card that was edited only the metadata are refreshed.
 
-    Args, returns and errors as those of `push_to_hub`.
+    Args, returns and errors as those of `push_to_hub`; and LoadError, where saving into the folder
+    was cut off.
     """
     folder = Path(folder)
     missing = [name for name in FILES if not (folder / name).is_file()]
@@ -276,6 +288,7 @@ def push_folder(
         raise ValueError(
             f"'{folder}' lacks {', '.join(missing)}. Write it by timm_fisher.save_pretrained."
         )
+    check_whole(folder)
     api = HfApi(token=token, library_name='timm_fisher', library_version=version('timm_fisher'))
     with clear_errors(f"Pushing to '{repo_id}'", PushError):
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
@@ -329,6 +342,13 @@ def merge_cards(new: str, old: str) -> str:
     if (merged, body) == (known, before.text):
         return old
     return f'---\n{ModelCardData(**merged, ignore_metadata_errors=True)}\n---\n{body}'
+
+
+def _read_metrics(path: str | Path) -> Any:
+    try:
+        return json.loads(Path(path).read_bytes())
+    except ValueError as error:
+        raise ValueError(f"'{path}' is not readable JSON: {error}.") from error
 
 
 def _metadata(card: ModelCard) -> dict[str, Any]:
@@ -415,9 +435,13 @@ def _write_model(
 
 
 def _replace_files(folder: Path, write: Callable[[Path], None]) -> None:
-    """Let a function write files into a folder beside, then move all of them, or none."""
+    """Let a function write files into a folder beside, then move all of them, or none.
+
+    Killed in between, it leaves what `check_whole` finds, and the next call deletes.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix='.saving-') as temporary:
+    cut_off = half_replaced(folder)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=SAVING) as temporary:
         beside = Path(temporary)
         write(beside)
         with contextlib.ExitStack() as undo:
@@ -434,6 +458,8 @@ def _replace_files(folder: Path, write: Callable[[Path], None]) -> None:
                     undo.callback(target.unlink, missing_ok=True)
                 os.replace(path, target)
             undo.pop_all()
+    for path in cut_off:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _link_or_copy(source: Path, target: Path) -> None:

@@ -451,7 +451,9 @@ def _load(
     source = arguments['backbone'] if arguments['backbone'] != saved['backbone'] else None
     arguments['backbone'] = saved['backbone']
     check_arguments('timm_fisher', PooledModel, arguments, given=_OF_THE_CALLER)
-    path = checkpoint.find_weights(cfg, cache_dir) if pretrained else None
+    path = None
+    if pretrained:
+        path = checkpoint.find_file(checkpoint.WEIGHTS, cfg['source'], where, cache_dir)
     shapes = checkpoint.read_shapes(path, where) if path else {}
     adapter = checkpoint.is_adapter(shapes) if origin else False
     if source is not None and not adapter:

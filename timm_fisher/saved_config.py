@@ -22,10 +22,10 @@ from typing import Any
 
 import timm
 import torch
-from huggingface_hub import hf_hub_download
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
+from timm_fisher.checkpoint import find_file
 from timm_fisher.errors import LoadError, clear_errors
 
 SOURCES = ('hf-hub', 'local-dir')  # where timm finds a saved model by its name
@@ -60,16 +60,8 @@ def check_file(name: str, cache_dir: str | Path | None) -> None:
         LoadError: no such file, too large, not JSON, or not of a timm_fisher model.
     """
     source, place = timm.models.parse_model_name(name)
+    path = find_file('config.json', str(source), place, cache_dir)
     with clear_errors(f"Reading the config.json of '{place}'"):
-        if source == 'hf-hub':
-            repo_id, _, revision = place.partition('@')
-            path = Path(
-                hf_hub_download(
-                    repo_id, 'config.json', revision=revision or None, cache_dir=cache_dir
-                )
-            )
-        else:
-            path = Path(place, 'config.json')
         size = path.stat().st_size
         if size > MOST_BYTES:
             raise LoadError(
