@@ -2,9 +2,11 @@
 whatever stands in config.json, loading gives a model or a `LoadError`."""
 
 import copy
+import inspect
 import json
 import os
 import pickle
+import re
 import resource
 import shutil
 import subprocess
@@ -16,6 +18,7 @@ import timm
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import timm_fisher
@@ -161,7 +164,8 @@ ATTACKS = {
     'classes are a text': (set_at('num_classes', 'many'), "num_classes is many, but 5"),
     'classes are a fraction': (set_at('num_classes', 5.0), 'num_classes is 5.0'),
     'unknown field': (set_at('pretrained_cfg', 'x', 1), 'unexpected keyword'),
-    'mean': (set_at('pretrained_cfg', 'mean', [float('nan')]), 'mean is .*nan.*, not a list of'),
+    'names of other classes': (set_at('label_names', ['a'] * 4), '4 label_names for 5 classes'),
+    'crop': (set_at('pretrained_cfg', 'crop_pct', 0.005), 'crop_pct is 0.005, not a number from'),
     'size of images': (set_at('pretrained_cfg', 'input_size', [3, 160]), 'input_size is'),
     'size of tests': (set_at('pretrained_cfg', 'test_input_size', 'x'), 'test_input_size is'),
     **{
@@ -190,6 +194,130 @@ def test_refused_arguments(saved, attack):
     for load in LOADERS.values():
         with pytest.raises(LoadError, match=f'(?s){error}'):
             load(saved)
+
+
+IMAGES = {'num_classes': 5, 'input_size': [3, 64, 64], 'source': 'local-dir', 'file': 'x'}
+REFUSED_IMAGES = [
+    ({'crop_pct': 0}, r'crop_pct is 0, not a number from 0\.1 to 2\.0'),
+    ({'crop_pct': -1}, 'crop_pct is -1'),
+    ({'crop_pct': 0.005}, 'crop_pct is 0.005'),
+    ({'crop_pct': 2.5}, 'crop_pct is 2.5'),
+    ({'crop_pct': 10**4000}, 'crop_pct is 1000'),
+    ({'crop_pct': '1'}, 'crop_pct is 1, not a number'),
+    ({'test_crop_pct': 0.01}, 'test_crop_pct is 0.01'),
+    ({'crop_pct': 0.1, 'input_size': [3, 64, 900]}, r'resized to 900 / 0\.1 pixels; at most 8192'),
+    ({'crop_pct': 0.1, 'test_input_size': [3, 900, 64]}, r'resized to 900 / 0\.1 pixels'),
+    ({'test_crop_pct': 0.1, 'input_size': [3, 900, 64]}, r'resized to 900 / 0\.1 pixels'),
+    ({'interpolation': 'best'}, 'interpolation is best, not one of nearest, bilinear'),
+    ({'interpolation': ['bicubic']}, 'interpolation is .*bicubic'),
+    ({'crop_mode': 'middle'}, 'crop_mode is middle, not one of center, squash, border'),
+    ({'std': [0.2, 0, 0.2]}, r'std is \[0\.2, 0, 0\.2\], not a list of numbers from 1e-6 to 1000'),
+    ({'std': [-0.2] * 3}, 'std is'),
+    ({'std': [1e-300] * 3}, 'std is'),
+    ({'std': [float('inf')] * 3}, 'std is'),
+    ({'std': [10**4000] * 3}, 'std is'),
+    ({'mean': [float('nan')] * 3}, 'mean is .*nan.*, not a list of numbers up to 1000'),
+    ({'mean': [1e300] * 3}, 'mean is'),
+    ({'mean': 0.5}, 'mean is 0.5, not a list'),
+    ({'mean': []}, 'mean has 0 values for 3 channels'),
+    ({'mean': [0.5] * 2}, 'mean has 2 values for 3 channels'),
+    ({'std': [0.5] * 4}, 'std has 4 values for 3 channels'),
+    ({'label_names': ['a'] * 4}, 'there are 4 label_names for 5 classes'),
+    ({'label_names': []}, 'there are 0 label_names for 5 classes'),
+    ({'num_classes': 0, 'label_names': ['a']}, 'there are 1 label_names for 0 classes'),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(('changes', 'error'), REFUSED_IMAGES)
+def test_images_that_are_refused(changes, error):
+    """They would fill the memory, or fail, with the first image."""
+    cfg = {**IMAGES, **changes}
+    with pytest.raises(LoadError, match=rf"config\.json of 'x' is refused: .*{error}"):
+        saved_config.check_images(cfg, {'num_classes': cfg['num_classes']}, 'x')
+
+
+@pytest.mark.parametrize(
+    'changes',
+    [
+        *({'crop_pct': crop, 'test_crop_pct': crop} for crop in (0.1, 1, 1.15, 2, None)),
+        {'crop_pct': 0.1, 'input_size': [3, 400, 64]},
+        *({'interpolation': name} for name in saved_config.INTERPOLATIONS[:-1]),
+        *({'crop_mode': name} for name in saved_config.CROP_MODES),
+        {'mean': [0.5], 'std': [0.2]},
+        {'mean': None, 'std': None, 'interpolation': None, 'crop_mode': None},
+        {'mean': [0.5] * 3, 'std': [1 / 255] * 3},
+    ],
+)
+def test_images_that_are_taken(changes):
+    """timm makes a transform of them."""
+    cfg = {**IMAGES, 'label_names': list('abcde'), **changes}
+    assert saved_config.check_images(cfg, {'num_classes': 5}, 'x') == cfg
+    given = timm.data.resolve_data_config(pretrained_cfg=cfg)
+    image = timm.data.create_transform(**given)(Image.new('RGB', (40, 30)))
+    assert image.shape == tuple(cfg['input_size'])
+
+
+def test_images_of_timm_are_taken():
+    """Of all its pretrained models, and of channels and classes that are ours to choose."""
+    for name in timm.list_pretrained():
+        cfg = timm.get_pretrained_cfg(name).to_dict() | {'label_names': None}
+        classes = {'num_classes': cfg['num_classes']}
+        saved_config.check_images({**cfg, 'source': 'local-dir'}, classes, name)
+    grey = {**IMAGES, 'input_size': [4, 64, 64], 'mean': [0.5] * 4, 'std': [0.5] * 3}
+    saved_config.check_images({**grey, 'num_classes': 0}, {'num_classes': 0}, 'x')
+
+
+# Arguments of heads
+
+
+def numbers_of_heads():
+    """Every whole number that is an argument of an installed head."""
+    for head in timm_fisher.list_heads():
+        for name, argument in inspect.signature(timm_fisher.get_head(head)).parameters.items():
+            if type(argument.default) is int:
+                yield pytest.param(head, name, argument.default, id=f'{head} {name}')
+
+
+@pytest.mark.parametrize(('head', 'name', 'default'), list(numbers_of_heads()))
+def test_no_number_stalls_a_head(head, name, default):
+    """A head with the largest number that a configuration may hold is refused, or quick."""
+
+    def create(value):
+        arguments = {'backbone': 'test_resnet', 'head': head, 'head_kwargs': {name: value}}
+        saved_config.check_config(arguments, arguments, 'x')
+        with saved_config.bounded(saved_config.UNPROVEN):
+            timm_fisher.create_head(head, 96, **{name: value})
+        return timm_fisher.create_head(head, 96, **{name: value}).eval()
+
+    create(default)
+    refused = ''
+    try:
+        model = create(900_000)
+    except (LoadError, ValueError) as error:
+        refused = str(error)
+    if refused:
+        assert re.search('at most 1000 is possible|would be (built|filled)', refused)
+        return
+    start = time.thread_time()
+    with torch.no_grad():
+        model(torch.rand(1, 25, 96))
+    assert time.thread_time() - start < 3
+
+
+ITERATIONS = [('isqrt_cov', 'iterations'), ('gsnmf', 'updates'), ('dbm_idfk', 'mean_field_steps')]
+
+
+@pytest.mark.parametrize(('head', 'name'), ITERATIONS)
+def test_iterations_of_a_head(head, name):
+    for value in (1, 1000):
+        arguments = {'backbone': 'test_resnet', 'head': head, 'head_kwargs': {name: value}}
+        saved_config.check_config(arguments, arguments, 'x')
+    for value in (1001, 1e5, float('nan')):
+        single = {'backbone': 'test_resnet', 'head': head, 'head_kwargs': {name: value}}
+        several = {'backbone': 'test_resnet', 'head': [{'name': head, name: value}]}
+        for arguments in (single, several):
+            with pytest.raises(LoadError, match=f'{name} is {value}; at most 1000 is possible'):
+                saved_config.check_config(arguments, arguments, 'x')
 
 
 # What timm itself reads, before it comes to us.

@@ -36,8 +36,13 @@ MOST_HEADS = 64
 LONGEST_TEXT = 1000
 LARGEST_SUM = 1_000_000  # of all numbers; timm keeps lists as long as all depths together
 LARGEST_IN_BACKBONE = 2048  # timm keeps lists of all positions of a window
+MOST_ITERATIONS = 1000  # of a head, in each forward pass
+_ITERATIONS = ('iterations', 'steps', 'updates')  # last word of the names of such arguments
 LARGEST_IMAGE = 8192
 ORDINARY_IMAGE = 1024
+SMALLEST_CROP, LARGEST_CROP = 0.1, 2.0
+INTERPOLATIONS = ('nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos', 'random')
+CROP_MODES = ('center', 'squash', 'border')
 MOST_SECONDS = 30.0  # of one thread, for a model that has no values yet
 # What timm's factories read files by, or take for themselves.
 _FACTORY = {
@@ -122,6 +127,10 @@ def check_config(arguments: Mapping[str, Any], known: Collection[str], where: st
     for key, value in _flatten(options):
         if isinstance(value, int | float) and not abs(value) <= LARGEST_IN_BACKBONE:
             raise refuse(number.format(key, value, LARGEST_IN_BACKBONE))
+    for key, value in _flatten([arguments.get('head'), arguments.get('head_kwargs')]):
+        repeated = isinstance(value, int | float) and key.rpartition('_')[2] in _ITERATIONS
+        if repeated and not abs(value) <= MOST_ITERATIONS:
+            raise refuse(number.format(key, value, MOST_ITERATIONS))
     for _, value in _flatten(arguments.get('img_size')):
         if isinstance(value, int | float) and not abs(value) <= LARGEST_IMAGE:
             raise refuse(number.format('img_size', value, LARGEST_IMAGE))
@@ -169,26 +178,46 @@ def check_images(
         The configuration, without other places of weights than its source.
 
     Raises:
-        LoadError: a value of another type, or another number of classes than in `arguments`.
+        LoadError: a value of another type or beyond measure, or another number of classes, or of
+            their names, than in `arguments`.
     """
+
+    def refuse(why: str) -> LoadError:
+        return LoadError(f"The config.json of '{where}' is refused: {why}.")
+
     for key, (wanted, fits) in _IMAGE_KEYS.items():
         if cfg.get(key) is not None and not fits(cfg[key]):
-            raise LoadError(
-                f"The config.json of '{where}' is refused: {key} is {str(cfg[key])[:200]}, not "
-                f'{wanted}.'
-            )
+            raise refuse(f'{key} is {str(cfg[key])[:200]}, not {wanted}')
     classes = cfg.get('num_classes', 1000), arguments.get('num_classes', 1000)
     if type(classes[0]) is not int or classes[0] != classes[1]:
-        raise LoadError(
-            f"The config.json of '{where}' is refused: num_classes is {str(classes[0])[:200]}, but "
-            f'{str(classes[1])[:200]} in model_args.'
+        raise refuse(
+            f'num_classes is {str(classes[0])[:200]}, but {str(classes[1])[:200]} in model_args'
+        )
+    names = cfg.get('label_names')
+    if names is not None and len(names) != classes[0]:
+        raise refuse(f'there are {len(names)} label_names for {classes[0]} classes')
+    sizes = [cfg.get(key) or (3, 224, 224) for key in ('input_size', 'test_input_size')]
+    for key in ('mean', 'std'):
+        if cfg.get(key) is not None and len(cfg[key]) not in (1, 3, sizes[0][0]):
+            raise refuse(f'{key} has {len(cfg[key])} values for {sizes[0][0]} channels')
+    # timm resizes an image to this before it cuts the middle out.
+    side = max(max(size[1:]) for size in sizes)
+    crop = min(cfg.get(key) or 1.0 for key in ('crop_pct', 'test_crop_pct'))
+    if side / crop > LARGEST_IMAGE:
+        raise refuse(
+            f'images would be resized to {side} / {crop} pixels; at most {LARGEST_IMAGE} are '
+            'possible'
         )
     elsewhere = 'file' if cfg['source'] == 'hf-hub' else 'hf_hub_id'
     return {key: cfg[key] for key in cfg if key not in (*_SOURCE_KEYS, elsewhere)}
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+def _is_between(least: float, most: float) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, int | float) and least <= value <= most
+
+
+def _is_one_of(known: Collection[str]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, str) and value in known
 
 
 def _is_text(value: Any) -> bool:
@@ -205,11 +234,18 @@ def _is_list(of: Callable[[Any], bool]) -> Callable[[Any], bool]:
 
 
 _SIZE = ('three whole numbers: channels, height and width', _is_size)
+_CROP = (
+    f'a number from {SMALLEST_CROP} to {LARGEST_CROP}',
+    _is_between(SMALLEST_CROP, LARGEST_CROP),
+)
 _IMAGE_KEYS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     **dict.fromkeys(('input_size', 'test_input_size', 'min_input_size'), _SIZE),
-    **dict.fromkeys(('mean', 'std'), ('a list of numbers', _is_list(_is_number))),
-    **dict.fromkeys(('crop_pct', 'test_crop_pct'), ('a number', _is_number)),
-    **dict.fromkeys(('interpolation', 'crop_mode', 'license'), ('a text', _is_text)),
+    'mean': ('a list of numbers up to 1000', _is_list(_is_between(-1000, 1000))),
+    'std': ('a list of numbers from 1e-6 to 1000', _is_list(_is_between(1e-6, 1000))),
+    **dict.fromkeys(('crop_pct', 'test_crop_pct'), _CROP),
+    'interpolation': (f'one of {", ".join(INTERPOLATIONS)}', _is_one_of(INTERPOLATIONS)),
+    'crop_mode': (f'one of {", ".join(CROP_MODES)}', _is_one_of(CROP_MODES)),
+    'license': ('a text', _is_text),
     'fixed_input_size': ('true or false', lambda value: isinstance(value, bool)),
     'label_names': ('a list of texts', _is_list(_is_text)),
     'label_descriptions': ('a table of texts', lambda value: isinstance(value, dict)),
