@@ -306,35 +306,63 @@ def _load_timm(config: Config) -> tuple[dict[str, Split], list[str]]:
     for role, name in names.items():
         if name is None:
             continue
-        if not config.dataset:
-            folder = Path(config.data_dir, name)
-            if not folder.is_dir():
-                other = '' if role == 'train' else f' If there is none, say --{role}_split null.'
-                raise ValueError(
-                    f"'{folder}' is no folder; --data-dir must hold {name}/CLASS/IMAGE.{other}"
-                )
-        try:
-            dataset = timm.data.create_dataset(config.dataset, config.data_dir, split=name)
-            if not config.dataset and role != 'train':
-                _refuse_unknown_classes(dataset.reader.class_to_idx, class_to_index, name)
-                dataset = timm.data.create_dataset(
-                    '', config.data_dir, split=name, class_map=class_to_index
-                )
-        except RuntimeError as error:
-            where = config.data_dir or config.dataset
-            raise ValueError(f"The split '{name}' of '{where}': {error}") from error
-        if not config.dataset:
-            _refuse_unreadable([path for path, _ in dataset.reader.samples])
+        if config.dataset:
+            splits[role] = _whole(_create_dataset(config.dataset, config.data_dir, name))
+        else:
+            advice = '' if role == 'train' else f'train.py goes without by --{role}_split null.'
+            splits[role] = load_folder(config.data_dir, name, class_to_index, advice=advice)
         if role == 'train':
-            reader = getattr(dataset, 'reader', dataset)
-            class_to_index = getattr(reader, 'class_to_idx', None)
-        labels = _labels(dataset)
-        splits[role] = Split(dataset, np.arange(len(labels)), labels)
+            dataset = splits[role].dataset
+            class_to_index = getattr(getattr(dataset, 'reader', dataset), 'class_to_idx', None)
     if class_to_index:
         classes = sorted(class_to_index, key=class_to_index.__getitem__)
     else:
         classes = [str(label) for label in range(int(splits['train'].labels.max()) + 1)]
     return splits, classes
+
+
+def load_folder(
+    data_dir: str, name: str, known: dict[str, int] | None = None, *, advice: str = ''
+) -> Split:
+    """One split of a folder, all images DATA_DIR/NAME/CLASS/IMAGE.
+
+    Args:
+        data_dir: the folder.
+        name: of the split.
+        known: index of each class that there may be; None for those of the split itself, sorted.
+        advice: what to do if there is no such folder.
+
+    Raises:
+        ValueError: as `load_splits`.
+    """
+    folder = Path(data_dir, name)
+    if not folder.is_dir():
+        raise ValueError(
+            f"'{folder}' is no folder; --data-dir must hold {name}/CLASS/IMAGE. {advice}".rstrip()
+        )
+    dataset = _create_dataset('', data_dir, name)
+    if known is not None:
+        unknown = sorted(set(dataset.reader.class_to_idx) - set(known))
+        if unknown:
+            raise ValueError(
+                f"The split '{name}' has classes that training lacks: {unknown}. It had "
+                f'{list(known)}.'
+            )
+        dataset = _create_dataset('', data_dir, name, class_map=known)
+    _refuse_unreadable([path for path, _ in dataset.reader.samples])
+    return _whole(dataset)
+
+
+def _create_dataset(dataset: str, data_dir: str, split: str, **options: Any) -> Any:
+    try:
+        return timm.data.create_dataset(dataset, data_dir, split=split, **options)
+    except RuntimeError as error:
+        raise ValueError(f"The split '{split}' of '{data_dir or dataset}': {error}") from error
+
+
+def _whole(dataset: Any) -> Split:
+    labels = _labels(dataset)
+    return Split(dataset, np.arange(len(labels)), labels)
 
 
 def _labels(dataset: Any) -> np.ndarray:
@@ -347,12 +375,6 @@ def _labels(dataset: Any) -> np.ndarray:
     if hasattr(dataset, 'targets'):
         return np.array(dataset.targets)
     return np.array([dataset[i][1] for i in range(len(dataset))])
-
-
-def _refuse_unknown_classes(found: Sequence[str], known: Any, split: str) -> None:
-    unknown = sorted(set(found) - set(known))
-    if unknown:
-        raise ValueError(f"The split '{split}' has classes that training lacks: {unknown}.")
 
 
 def _refuse_unreadable(paths: list[str]) -> None:
@@ -375,7 +397,8 @@ def _refuse_unreadable(paths: list[str]) -> None:
 def create_datasets(
     config: Config, splits: dict[str, Split], data_config: dict[str, Any]
 ) -> dict[str, Images]:
-    """Data sets by split name, without augmentation; and 'augmented', the training split with it.
+    """Data sets by split name, without augmentation; and 'augmented', the training split, if it is
+    there, with it.
 
     Args:
         config: for its `augment`.
@@ -396,7 +419,7 @@ def create_datasets(
         )
         augmenting = timm.data.create_transform(**shape, is_training=True, **config.augment)
         datasets['augmented'] = Images(splits['train'], augmenting, mode)
-    else:
+    elif 'train' in datasets:
         datasets['augmented'] = datasets['train']
     return datasets
 

@@ -2,8 +2,8 @@
 
     python recipes/evaluate.py --model NAME_OR_FOLDER_OR_HUB_ID --data-dir PATH
 
-PATH is a folder with train/, val/ and test/, one subfolder per class, or a file FILE.npz, as
-recipes/train.py takes them.
+PATH is a folder with test/CLASS/IMAGE, or with the split that is asked for; or a file FILE.npz, as
+recipes/train.py takes it.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import timm
 import torch
 from accelerate import Accelerator
 from config import Config
-from data import create_datasets, load_splits
-from predict import load_model
+from data import Split, create_datasets, load_folder, load_splits
+from predict import class_names, load_model
 from sklearn.metrics import accuracy_score, balanced_accuracy_score
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -54,22 +54,13 @@ def evaluate(
     """`accuracy`, `balanced_accuracy` and `samples` of a split, by the model's own preprocessing.
 
     Raises:
-        ValueError: there is no such split, or its classes are not those of the model.
+        ValueError: the model has no classes, there is no such split, or its classes are not those
+            of the model.
     """
-    arrays = data_dir.endswith('.npz')
-    # A folder without val/ has nothing to be carved off: that is for training.
-    own_val = not arrays and Path(data_dir, 'val').is_dir()
-    config = Config(
-        data_dir=data_dir, dataset='npz' if arrays else '', val_split='val' if own_val else None
-    )
-    splits, classes = load_splits(config)
-    names = model.pretrained_cfg.get('label_names')
-    if names is not None and list(names) != classes:
-        raise ValueError(
-            f"The classes of '{data_dir}' are {classes}, those of the model {list(names)}."
-        )
+    class_names(model)  # refuses embeddings, and names that are not those of its classes
+    images = load_split(data_dir, split, model)
     data_config = timm.data.resolve_model_data_config(model)
-    dataset = create_datasets(config, splits, data_config)[split]
+    dataset = create_datasets(Config(), {split: images}, data_config)[split]
     device = Accelerator().device
     model.to(device).eval()
     predicted, labels = [], []
@@ -81,6 +72,31 @@ def evaluate(
         'balanced_accuracy': float(balanced_accuracy_score(labels, predicted)),
         'samples': len(labels),
     }
+
+
+def load_split(data_dir: str, split: str, model: PooledModel) -> Split:
+    """The images of a split, labelled by the classes of a model."""
+    names = model.pretrained_cfg.get('label_names') or None
+    if data_dir.endswith('.npz'):
+        if not Path(data_dir).is_file():
+            raise ValueError(f"'{data_dir}' is no file.")
+        splits, classes = load_splits(Config(data_dir=data_dir, dataset='npz'))
+        images = splits[split]
+    else:
+        known = None if names is None else {name: i for i, name in enumerate(names)}
+        images = load_folder(data_dir, split, known)
+        index = images.dataset.reader.class_to_idx
+        classes = sorted(index, key=index.__getitem__)
+    if names is not None and classes != list(names):
+        raise ValueError(
+            f"The classes of '{data_dir}' are {classes}, those of the model {list(names)}."
+        )
+    if len(classes) != model.num_classes:
+        raise ValueError(
+            f"'{data_dir}' has the {len(classes)} classes {classes}; the model has "
+            f'{model.num_classes}, without names.'
+        )
+    return images
 
 
 if __name__ == '__main__':

@@ -57,7 +57,7 @@ def main() -> None:
     if args.topk < 1:
         parser.error(f'--topk is {args.topk}; give 1 or more.')
     try:
-        paths = find_images(args.images)
+        paths = find_images(args.images, args.output / 'overlays')
         model = load_model(args.model, args.backbone)
         classes = class_names(model)
     except (OSError, RuntimeError, ValueError) as error:
@@ -87,8 +87,10 @@ def main() -> None:
         heat = heat_maps(maps, size).cpu() if maps else [None] * len(x)
         for path, values, indices, hot in zip(x, *top, heat, strict=True):
             best = [(classes[i], p) for i, p in zip(indices.tolist(), values.tolist(), strict=True)]
-            rows += [(path, rank, name, f'{p:.6f}') for rank, (name, p) in enumerate(best, 1)]
-            text += [path, *(f'  {p:7.2%}  {name}' for name, p in best)]
+            text += [shown(path), *(f'  {p:7.2%}  {name}' for name, p in best)]
+            rows += [
+                (shown(path), rank, name, f'{p:.6f}') for rank, (name, p) in enumerate(best, 1)
+            ]
             if hot is not None:
                 title = f'{best[0][0]}, {best[0][1]:.1%}'
                 draw(picture(x[path], data), hot, title, overlays[path])
@@ -99,17 +101,30 @@ def main() -> None:
     )
     args.output.mkdir(parents=True, exist_ok=True)
     write(args.output / 'predictions.csv', table.getvalue())
-    print(*text, f'-> {args.output}', sep='\n')
+    print(*text, f'-> {shown(args.output)}', sep='\n')
     sys.exit(len({path for path, *_ in rows}) < len(paths))
 
 
-def find_images(given: Sequence[Path]) -> list[Path]:
-    """The files that were given, and all images in the folders, sorted; each of them once."""
+def shown(path: Path) -> str:
+    """A path as text that can be written as UTF-8, whatever the bytes of its name are."""
+    return os.fsencode(path).decode(errors='backslashreplace')
+
+
+def find_images(given: Sequence[Path], overlays: Path) -> list[Path]:
+    """The files that were given, and all images in the folders, sorted; each of them once, and
+    without the overlays of an earlier call."""
     endings = timm.data.get_img_extensions()
+    own = overlays.resolve()
     found: list[Path] = []
     for path in given:
         if path.is_dir():
-            inside = sorted(p for p in path.rglob('*') if p.suffix.lower() in endings)
+            inside = sorted(
+                p
+                for p in path.rglob('*')
+                if p.suffix.lower() in endings
+                and not p.is_dir()
+                and not p.resolve().is_relative_to(own)
+            )
             if not inside:
                 raise ValueError(f"'{path}' holds no image ({' '.join(endings)}).")
             found += inside
@@ -138,7 +153,8 @@ def load_model(name: str, backbone: str | None = None) -> PooledModel:
 def lite0_backbone(name: str) -> str | None:
     """The backbone of an adapter on tf_efficientnet_lite0, from the PyPI package if that is there;
     None for all other models, whose backbone is their own or comes from the Hub."""
-    folder = CHECKOUT / name if name in timm_fisher.list_pretrained() else Path(name)
+    own = Path(name.removeprefix('local-dir:'))
+    folder = CHECKOUT / name if name in timm_fisher.list_pretrained() else own
     files = [folder / 'model.safetensors', folder / 'config.json']
     if not all(each.is_file() for each in files) or not find_spec(PACKAGE):
         return None

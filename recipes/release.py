@@ -23,6 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from config import Config
+from data import load_splits
 from evaluate import evaluate
 from files import keep_settings
 
@@ -60,9 +62,17 @@ def main() -> None:
     parser.add_argument('--output', type=Path, default=RECIPES.parent / 'hub_cards')
     args = parser.parse_args()
 
-    release = read_release(args.config, args.name)
+    if not Path(args.data_dir).exists():
+        parser.error(f"--data-dir '{args.data_dir}' does not exist.")
     runs, folder = args.runs / args.name, args.output / args.name
-    keep_settings(runs, {**release.train, 'data_dir': args.data_dir})
+    try:
+        release = read_release(args.config, args.name)
+        settings = {**release.train, 'data_dir': args.data_dir}
+        # Before the settings are kept: they bind all later calls.
+        load_splits(Config(**{key: settings[key] for key in settings if key != 'stages'}))
+        keep_settings(runs, settings)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        parser.error(str(error))
     metrics = [train(runs, release.train['head'], seed) for seed in SEEDS]
     seeds = {str(seed): each['test']['accuracy'] for seed, each in zip(SEEDS, metrics, strict=True)}
     print(f'test accuracy of seeds {seeds}')
@@ -91,6 +101,8 @@ def main() -> None:
 def read_release(path: Path, name: str) -> Release:
     """The entry of a model, together with that of its data."""
     config = yaml.safe_load(path.read_text())
+    if name not in config['models']:
+        raise ValueError(f"'{path}' says nothing of '{name}', only of {list(config['models'])}.")
     own = config['models'][name]
     shared = config['data'][own['data']]
     card = {
