@@ -6,6 +6,7 @@ import csv
 import importlib
 import itertools
 import json
+import os
 import re
 import subprocess
 import sys
@@ -166,6 +167,30 @@ def test_images_of_one_name(command, tmp_path):
     assert [row['image'] for row in rows] == ['photos/a/x.png'] * 3 + ['photos/b/x.png'] * 3
     first, second = ((tmp_path / f'out/overlays/{f}/x.png.png').read_bytes() for f in 'ab')
     assert first != second
+
+
+@pytest.mark.parametrize('output', ['photos', 'photos/out'])
+def test_overlays_of_an_earlier_call_are_no_photographs(command, tmp_path, output):
+    photo(tmp_path / 'photos/folder.png/x.png')
+    for _ in range(2):
+        status, *_ = command('photos', '--output', tmp_path / output)
+        assert status == 0
+    assert (tmp_path / output / 'overlays/x.png.png').exists()
+    rows = list(csv.DictReader((tmp_path / output / 'predictions.csv').open()))
+    assert [row['image'] for row in rows] == ['photos/folder.png/x.png'] * 3
+
+
+def test_name_that_is_no_utf8(command, tmp_path):
+    path = os.fsdecode(b'b\xe9.png')
+    try:
+        photo(tmp_path / path)
+    except OSError:
+        pytest.skip('this file system takes names in UTF-8 only')
+    status, rows, stdout, _ = command(path)
+    assert status == 0
+    assert [row['image'] for row in rows] == ['b\\xe9.png'] * 3
+    assert stdout.startswith('b\\xe9.png\n')
+    assert (tmp_path / f'out/overlays/{path}.png').exists()
 
 
 def test_classes_without_names(command, tmp_path):
@@ -338,7 +363,7 @@ def test_backbone_of_an_adapter(predict, tmp_path, package, monkeypatch):
     monkeypatch.setattr(predict, 'CHECKOUT', tmp_path / 'hub_cards')
     model_folder(tmp_path / 'hub_cards' / released)
     folder = model_folder(tmp_path / 'mine')
-    for name in (folder, released):
+    for name in (folder, f'local-dir:{folder}', released):
         assert predict.lite0_backbone(name) == f'local-dir:{predict.LITE0}'
     assert package == [predict.LITE0], 'written once'
     monkeypatch.setattr(predict, 'find_spec', lambda name: None)

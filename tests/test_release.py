@@ -13,13 +13,14 @@ import sys
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import timm
 import torch
 import yaml
-from conftest import ROOT, TINY
+from conftest import ROOT, TINY, write_images
 from hub_server import HubServer
 from huggingface_hub import ModelCard
 from huggingface_hub.utils import validate_repo_id
@@ -325,9 +326,85 @@ def test_evaluate_arrays(evaluate, tmp_path):
         evaluate.evaluate(model, str(path), 'test', workers=0)
 
 
-def save_tiny(folder, name='trashnet-3g', **options):
+def test_evaluate_needs_one_split_alone(evaluate, tmp_path):
+    """Its labels are the model's names, in whatever order, and one of them may be missing."""
+    folder = write_images(tmp_path / 'images', test=3)
+    shutil.rmtree(folder / 'test' / 'green')
+    (folder / 'test' / 'blue' / '000.png').unlink()
+    model = create_tiny()
+    model.pretrained_cfg['label_names'] = ['red', 'green', 'blue']
+    model.forward = lambda x: x.mean((2, 3))  # the strongest colour
+    found = evaluate.evaluate(model, str(folder), 'test', workers=0)
+    assert found == {'accuracy': 1, 'balanced_accuracy': 1, 'samples': 5}
+
+
+def test_evaluate_measures_in_evaluation_mode(evaluate, images):
+    """A model that comes from training: no dropout, and the batch norms learn nothing."""
+    model = create_tiny(drop_rate=0.9)
+    expected = evaluate.evaluate(model.eval(), str(images), 'test', batch_size=51, workers=0)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    found = evaluate.evaluate(model.train(), str(images), 'test', batch_size=7, workers=0)
+    assert found == expected
+    assert all(value.equal(before[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ('model', 'data', 'error'),
+    [
+        ({'num_classes': 0}, 'images', 'num_classes=0: it gives embeddings'),
+        ({'num_classes': 2}, 'images', r'3 classes .*; the model has 2, without names'),
+        ({'num_classes': 1000}, 'images', r'3 classes .*; the model has 1000, without names'),
+        ({'names': ['blue', 'red']}, 'images', 'has 3 classes, but 2 names'),
+        ({'names': ['blue', 'red', 'x']}, 'images', r"training lacks: \['green'\].*'x'\]"),
+        ({}, 'images/test', r"test/test' is no folder; --data-dir must hold test/CLASS/IMAGE\.$"),
+        ({}, 'images/x.npz', r"x\.npz' is no file"),
+    ],
+)  # fmt: skip
+def test_evaluate_refuses(evaluate, tmp_path, model, data, error):
+    write_images(tmp_path / 'images', test=1)
+    tiny = create_tiny(**{key: value for key, value in model.items() if key != 'names'})
+    tiny.pretrained_cfg['label_names'] = model.get('names')
+    with pytest.raises(ValueError, match=error):
+        evaluate.evaluate(tiny, str(tmp_path / data), 'test', workers=0)
+
+
+def test_mistaken_release_does_not_bind_the_next(release, tmp_path, monkeypatch, capsys):
+    folder = write_images(tmp_path / 'images', train=3, val=2, test=1)
+    other = write_images(tmp_path / 'other', train=3, val=2, test=1, seed=1)
+    trained = []
+
+    def train(runs, *_):
+        trained.append(yaml.safe_load((runs / 'config.yaml').read_text())['data_dir'])
+        raise InterruptedError
+
+    monkeypatch.setattr(release, 'train', train)
+
+    def run(data_dir, *more):
+        places = ['--runs', str(tmp_path / 'runs'), '--output', str(tmp_path / 'cards')]
+        arguments = ['trashnet-3g', '--data-dir', str(data_dir), *places, *more]
+        monkeypatch.setattr(sys, 'argv', ['release.py', *arguments])
+        with pytest.raises((SystemExit, InterruptedError)):
+            release.main()
+        return capsys.readouterr().err
+
+    (tmp_path / 'empty.yaml').write_text('models: {}')
+    assert "nowhere' does not exist" in run(tmp_path / 'nowhere')
+    assert "train/train' is no folder" in run(folder / 'train')
+    assert "says nothing of 'trashnet-3g'" in run(folder, '--config', str(tmp_path / 'empty.yaml'))
+    assert not trained
+    run(folder)
+    assert "trashnet-3g' holds results of other settings" in run(other)
+    assert trained == [str(folder)]
+
+
+def create_tiny(**arguments):
     torch.manual_seed(0)
-    model = timm_fisher.create_model('test_resnet', 'avg', num_classes=3, img_size=32)
+    arguments = {'num_classes': 3, 'img_size': 32, **arguments}
+    return timm_fisher.create_model('test_resnet', 'avg', **arguments)
+
+
+def save_tiny(folder, name='trashnet-3g', **options):
+    model = create_tiny()
     save_pretrained(model, folder / name, card={'repo_id': f'{HUB_USER}/{name}'}, **options)
     return model
 
@@ -352,6 +429,20 @@ def test_publish_renames_the_card(publish, tmp_path, monkeypatch):
     assert seal(other.partition('<!-- made by')[0]) == other
     with pytest.raises(ValueError, match=r"gsnmf' does not exist\. Make it by recipes/release\.py"):
         publish.push(tmp_path / 'trashnet-gsnmf', 'somebody/trashnet-gsnmf', private=None)
+
+
+def test_publish_compares_tensors_and_logits(publish, tmp_path, monkeypatch):
+    save_tiny(tmp_path)
+    folder = tmp_path / 'trashnet-3g'
+    remote = timm_fisher.from_pretrained(str(folder))
+    hub = SimpleNamespace(create_model=lambda *_, **__: remote, data=timm.data)
+    monkeypatch.setattr(publish, 'timm', hub)
+    assert publish.compare(folder, 'me/trashnet-3g', None) == 'same'
+    forward = remote.forward
+    monkeypatch.setattr(remote, 'forward', lambda x: forward(x) + 0.25)
+    assert publish.compare(folder, 'me/trashnet-3g', None) == 'logits differ by 0.25'
+    remote.classifier.bias.data += 1
+    assert publish.compare(folder, 'me/trashnet-3g', None) == '1 tensors differ'
 
 
 @pytest.mark.slow
