@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
@@ -421,14 +422,14 @@ for call in range(1, 5):
         continue
     calls = iter(range(1, 5))
     os.replace = lambda *args: os._exit(9) if next(calls) == call else rename(*args)
-    timm_fisher.save_pretrained(model, f'{folder}/{call}', metrics={'seed': 1})
+    timm_fisher.save_pretrained(model, f'{folder}/{call}', metrics={'val': {'accuracy': 1}})
 """
 
 
 def test_killed_save_leaves_no_mixture(tmp_path):
     """The process ends at each rename, with nothing cleaned up: the folder, complete before, is not
     loaded or pushed, until a model is saved there again."""
-    timm_fisher.save_pretrained(create(), tmp_path / 'old', metrics={'seed': 0})
+    timm_fisher.save_pretrained(create(), tmp_path / 'old')
     new = create()  # of the same shapes: nothing else would tell them apart
     timm_fisher.save_model(new, tmp_path / 'new')
     for call in range(1, 5):
@@ -457,8 +458,36 @@ def test_killed_save_leaves_no_mixture(tmp_path):
 
 def test_figures_of_an_earlier_model_go(tmp_path):
     """What is left cannot be pushed: card and weights would not belong together."""
-    timm_fisher.save_pretrained(create(), tmp_path, metrics={'seed': 0})
+    timm_fisher.save_pretrained(create(), tmp_path)
     timm_fisher.save_model(create(), tmp_path)
     assert files(tmp_path) == ['README.md', *FILES]
     with pytest.raises(ValueError, match=r'lacks metrics\.json\. Write it by .*save_pretrained'):
         push(tmp_path, 'user/name')
+
+
+def test_names_with_their_source(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    timm_fisher.save_model(create('avg'), 'runs/model')
+    for name in ('runs/model', 'local-dir:runs/model', tmp_path / 'runs/model'):
+        assert timm_fisher.from_pretrained(name).num_classes == 5
+    with pytest.raises(ValueError, match=r"'runs/model/config\.json' is a file\. Give the folder"):
+        timm_fisher.from_pretrained('runs/model/config.json')
+    with pytest.raises(ValueError, match="'' is no released model"):
+        timm_fisher.from_pretrained('')
+    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
+    with pytest.raises(timm_fisher.LoadError, match=r"There is no folder 'runs/modle' here\."):
+        timm_fisher.from_pretrained('runs/modle')
+    with pytest.raises(timm_fisher.LoadError) as caught:
+        timm_fisher.from_pretrained('hf-hub:runs/model')
+    assert 'no folder' not in str(caught.value)
+
+
+def test_what_a_killed_process_was_writing_goes(tmp_path):
+    """After an hour; until then it may be alive."""
+    for name, age in (('old', 4000), ('new', 0)):
+        beside = tmp_path / f'.saving-{name}'
+        beside.mkdir()
+        (beside / WEIGHTS).write_bytes(b'half')
+        os.utime(beside, (time.time() - age,) * 2)
+    timm_fisher.save_model(create('avg'), tmp_path)
+    assert files(tmp_path) == ['.saving-new', *FILES]

@@ -1,22 +1,35 @@
-"""The model card of a saved model, from one template (`card_template.md`)."""
+"""The model card of a saved model, from one template (`card_template.md`), and what becomes of an
+edited one."""
 
 from __future__ import annotations
 
+import hashlib
 import inspect
+import json
 import platform
+import re
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from torch.utils.flop_counter import FlopCounterMode
 
 from timm_fisher.head import PoolingHead
+from timm_fisher.registry import list_heads
 
 TEMPLATE = Path(__file__).with_name('card_template.md')
+# At the end of a card: digests of its parts when it was made, so that edits are recognised.
+_SEAL = '<!-- made by timm_fisher: {} -->'
+_SEALED = re.compile(rf'^{_SEAL.format("(.*)")}$', re.MULTILINE)
+# Metadata that describe the model alone. Others, such as the licence, are also the user's.
+_OF_THE_MODEL = ('base_model', 'base_model_relation', 'library_name', 'model-index', 'pipeline_tag')
 METRICS = {'accuracy': 'Accuracy', 'balanced_accuracy': 'Balanced accuracy'}
 
 
@@ -33,6 +46,7 @@ def make_card(
     dataset_id: str = '',
     license: str = '',
     commands: Sequence[str] = (),
+    usage: str = '',
     limits: Sequence[str] = (),
 ) -> str:
     """The text of README.md, metadata included.
@@ -51,8 +65,15 @@ def make_card(
         dataset_id: the Hub's repository of the data set.
         license: identifier, such as 'apache-2.0'; empty for that of the backbone's weights.
         commands: shell commands that repeat training or the figures, in order.
+        usage: what a reader must know to load it, as Markdown.
         limits: what it is not good for, one sentence each.
+
+    Raises:
+        TypeError: `commands` or `limits` is one text.
     """
+    for name, texts in (('commands', commands), ('limits', limits)):
+        if isinstance(texts, str):
+            raise TypeError(f"The card's {name} must be a list of texts, not {texts!r:.200}.")
     weights = model.backbone_weights or {}
     base = (weights.get('hf_hub_id') or '').partition('@')[0]
     split = next((name for name in ('test', 'val') if name in metrics), None)
@@ -122,7 +143,9 @@ def make_card(
         seeds=metrics.get('seeds') or {},
         seed=metrics.get('seed'),
         command=metrics.get('command', ''),
+        best=(metrics.get('best') or {}) if split else {},
         commands=list(commands),
+        usage=usage,
         limits=list(limits),
         versions=metrics.get('versions') or installed_versions(),
         license=license,
@@ -130,11 +153,12 @@ def make_card(
     return text
 
 
-def check_metrics(metrics: Any) -> None:
-    """Refuse metrics that a card cannot report.
+def check_metrics(metrics: Any, model: Any) -> None:
+    """Refuse metrics that a card cannot report, or that are not of this model.
 
     Raises:
-        ValueError: a part is not of the form that recipes/train.py writes.
+        ValueError: a part is not of the form that recipes/train.py writes, or the run was of
+            another model.
     """
     if not isinstance(metrics, Mapping):
         raise ValueError(f'metrics are {str(metrics)[:200]}, not a table of results.')
@@ -149,12 +173,148 @@ def check_metrics(metrics: Any) -> None:
             value = table.get(name, 0.0)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
                 raise ValueError(
-                    f"metrics['{key}']['{name}'] is {str(value)[:200]}, not a number from 0 to 1."
+                    f"metrics['{key}']['{name}'] is {value!r:.200}, not a number from 0 to 1."
                 )
-    if not isinstance(metrics.get('versions') or {}, Mapping):
+        if key != 'seeds' and 'accuracy' not in table:
+            raise ValueError(f"metrics['{key}'] has no 'accuracy', only {sorted(table)}.")
+    if metrics and not {'test', 'val'} & set(metrics):
+        raise ValueError(f"metrics have no 'test' and no 'val', only {sorted(metrics)}.")
+    for key in ('versions', 'best'):
+        if not isinstance(metrics.get(key) or {}, Mapping):
+            raise ValueError(f"metrics['{key}'] is {str(metrics[key])[:200]}, not a table.")
+    found = {
+        'head': model._model_args['head'],
+        'out_features': model.head_hidden_size,
+        'parameters': sum(each.numel() for each in model.parameters()),
+    }
+    for key, value in found.items():
+        if metrics.get(key, value) != value:
+            raise ValueError(
+                f'These metrics are of another model: {key} is {str(metrics[key])[:200]} there, '
+                f'{str(value)[:200]} here.'
+            )
+
+
+@dataclass
+class _Parts:
+    """Of a card: metadata by their keys, and sections by their headings.
+
+    `made` holds digests of the parts that were made, under the same names, in the seal.
+    """
+
+    metadata: dict[str, Any]
+    sections: dict[str, str]
+    made: dict[str, str] | None
+
+    def digests(self) -> dict[str, str]:
+        found = {
+            key: json.dumps(value, sort_keys=True, default=str)
+            for key, value in self.metadata.items()
+        }
+        found |= {name: ' '.join(text.split()) for name, text in self.sections.items()}
+        return {key: hashlib.sha256(text.encode()).hexdigest()[:16] for key, text in found.items()}
+
+    def edited(self) -> set[str]:
+        """Names of what somebody has written, or written anew."""
+        return {name for name, digest in self.digests().items() if digest != self._made(name)}
+
+    def removed(self) -> set[str]:
+        """Headings of what somebody has taken out."""
+        return {name for name in self.made or {} if name[:1] in ('', '#')} - set(self.sections)
+
+    def _made(self, name: str) -> str | None:
+        return (self.made or {}).get(name)
+
+    def text(self) -> str:
+        data = ModelCardData(**self.metadata, ignore_metadata_errors=True)
+        seal = _SEAL.format(json.dumps(self.made))
+        body = '\n\n'.join((*self.sections.values(), seal))
+        return f'---\n{data}\n---\n\n{body}\n'
+
+
+def _parts(text: str) -> _Parts:
+    card = ModelCard(text, ignore_metadata_errors=True)
+    found = _SEALED.search(card.text)
+    try:
+        made = json.loads(found[1]) if found else None
+    except ValueError:
+        made = None
+    sections: dict[str, str] = {}
+    for section in re.split(r'^(?=## )', _SEALED.sub('', card.text), flags=re.MULTILINE):
+        if not section.strip():
+            continue
+        name = section.partition('\n')[0] if section.startswith('## ') else ''
+        while name in sections:  # of one heading
+            name += ' '
+        sections[name] = section.strip()
+    data: dict[str, Any] = card.data.to_dict()  # type: ignore[no-untyped-call]
+    return _Parts(data, sections, made)
+
+
+def seal(text: str) -> str:
+    """A card as it was made, with a last line by which `merge_cards` recognises later edits."""
+    parts = _parts(text)
+    parts.made = parts.digests()
+    return parts.text()
+
+
+def merge_cards(new: str, old: str, where: str) -> str:
+    """The card that takes the place of an old one, with what somebody had written there.
+
+    Part by part, that is heading by heading, and for each field of the metadata: what was edited
+    in the new card counts, then what was edited, added or taken out in the old one, then what was
+    made for the new one. Fields that describe the model always come from the new card, tags from
+    both. Of a card without seal all is somebody's own.
+
+    Args:
+        new: sealed card.
+        old: card that is there.
+        where: place of the old card, for messages.
+
+    Raises:
+        ValueError: the metadata of the old card cannot be read.
+    """
+    mine = _parts(new)
+    try:
+        theirs = _parts(old)
+    except (ValueError, yaml.YAMLError) as error:
         raise ValueError(
-            f"metrics['versions'] is {str(metrics['versions'])[:200]}, not a table of packages."
+            f'{where} has metadata that cannot be read; mend or delete it there '
+            f'({str(error).splitlines()[0]})'
+        ) from error
+    if theirs.made is None and theirs.sections:
+        theirs.made = mine.made
+    kept = theirs.edited() - mine.edited() - set(_OF_THE_MODEL)
+
+    metadata = {
+        key: theirs.metadata[key] if key in kept else value for key, value in mine.metadata.items()
+    }
+    metadata |= {key: theirs.metadata[key] for key in theirs.metadata if key in kept}
+    others = [tag for tag in theirs.metadata.get('tags') or [] if tag not in list_heads()]
+    tags = dict.fromkeys([*others, *(mine.metadata.get('tags') or [])])
+    metadata['tags'] = list(tags)
+
+    removed = theirs.removed() - mine.edited()
+    names = [name for name in mine.sections if name not in removed]
+    place = 0
+    for name in theirs.sections:  # what somebody has added follows what it followed there
+        if name not in names and name in kept:
+            names.insert(place, name)
+        place = names.index(name) + 1 if name in names else place
+    sections = {name: (theirs if name in kept else mine).sections[name] for name in names}
+    merged = _Parts(metadata, sections, mine.made)
+    outdated = [
+        name.strip() or 'the first lines'
+        for name in names
+        if name in kept and name in mine.sections and theirs._made(name) != mine.digests()[name]
+    ]
+    if outdated:
+        warnings.warn(
+            f'{where} keeps the edited text of {", ".join(outdated)}: see whether it fits this '
+            'model.',
+            stacklevel=2,
         )
+    return old if merged == theirs else merged.text()
 
 
 def method(head: PoolingHead) -> str:

@@ -3,8 +3,10 @@ which is head and classifier alone, fetched and recognised."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Collection, Mapping
+import time
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +68,21 @@ def check_whole(folder: Path) -> None:
 
 def half_replaced(folder: Path) -> list[Path]:
     """Folders of earlier files, which `save_pretrained` deletes when all new ones are in place."""
-    return sorted({path.parent for path in folder.glob(f'{SAVING}*/*.old')})
+    return _saving(folder, lambda beside: any(path.suffix == '.old' for path in beside.iterdir()))
+
+
+def abandoned(folder: Path) -> list[Path]:
+    """Folders that a killed process was writing into: nothing has changed there for an hour."""
+    return _saving(folder, lambda beside: beside.stat().st_mtime < time.time() - 3600)
+
+
+def _saving(folder: Path, wanted: Callable[[Path], bool]) -> list[Path]:
+    found = []
+    for beside in folder.glob(f'{SAVING}*'):
+        with contextlib.suppress(FileNotFoundError):  # another process has just finished
+            if wanted(beside):
+                found.append(beside)
+    return found
 
 
 def read_shapes(path: Path, where: str) -> dict[str, tuple[int, ...]]:
@@ -168,17 +184,23 @@ def load_weights(model: Any, weights: dict[str, Tensor], cfg: Mapping[str, Any])
     )
 
 
-def describe_backbone(backbone: Any) -> dict[str, str | None]:
+def describe_backbone(backbone: Any, *, adapted: bool) -> dict[str, str | None]:
     """Where the weights of a freshly loaded backbone come from, and what they are.
+
+    Args:
+        backbone: timm's model.
+        adapted: timm has fitted the weights to other images than they came for.
 
     Returns:
         `hf_hub_id`, the Hub's repository of these weights, None where they come from elsewhere;
-        and `sha256`, their digest.
+        and `sha256`, their digest. Of adapted weights it is None: they may differ in a bit from
+        machine to machine.
     """
     cfg = backbone.pretrained_cfg
     elsewhere = cfg.get('file') or cfg.get('state_dict')
     repo_id = None if elsewhere else cfg.get('hf_hub_id')
-    return {'hf_hub_id': repo_id, 'sha256': digest(backbone.state_dict())}
+    sha256 = None if adapted else digest(backbone.state_dict())
+    return {'hf_hub_id': repo_id, 'sha256': sha256}
 
 
 def digest(weights: Mapping[str, Tensor]) -> str:
@@ -195,10 +217,11 @@ def digest(weights: Mapping[str, Tensor]) -> str:
 
 def fetch_backbone(
     names: Collection[str],
-    expected: Mapping[str, str],
+    expected: Mapping[str, str | None],
     arguments: Mapping[str, Any],
     *,
     source: str | None,
+    fixed_size: bool,
     any_backbone: bool,
     cache_dir: str | Path | None,
     where: str,
@@ -211,6 +234,7 @@ def fetch_backbone(
         arguments: the adapter's saved arguments.
         source: name of a backbone as `timm.create_model` takes it, where the weights come from
             instead of the Hub's repository of `expected`.
+        fixed_size: the backbone is built for one size of images.
         any_backbone: take other weights than those trained with.
         cache_dir: of downloads.
         where: folder or repository of the adapter, for the error.
@@ -241,6 +265,8 @@ def fetch_backbone(
     origin = source or repo_id
     if arguments.get('in_chans') is not None:
         options['in_chans'] = arguments['in_chans']
+    if source is None and fixed_size and arguments.get('img_size') is not None:
+        options['img_size'] = arguments['img_size']  # that of the repository's own config.json
     advice = (
         f"'{where}' is an adapter: head and classifier alone, for the backbone '{repo_id}'. With "
         "its weights in a folder, give backbone='local-dir:FOLDER'."
@@ -267,7 +293,7 @@ def fetch_backbone(
     if found != expected['sha256'] and not any_backbone:
         raise LoadError(
             f"The weights of '{origin}' (digest {found[:12]}) are not those that '{where}' was "
-            f"trained with ('{repo_id}', digest {expected['sha256'][:12]}). Give "
+            f"trained with ('{repo_id}', digest {str(expected['sha256'])[:12]}). Give "
             "backbone='local-dir:FOLDER' with the right ones, or any_backbone=True to take these, "
             'with other results than on the card.'
         )

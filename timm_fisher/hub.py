@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import math
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -16,15 +14,15 @@ from pathlib import Path
 from typing import Any, cast
 
 import timm
-import yaml
-from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelCardData
+from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from torch import Tensor, nn
 
-from timm_fisher.card import check_metrics, make_card
+from timm_fisher.card import check_metrics, make_card, merge_cards, seal
 from timm_fisher.checkpoint import (
     SAVING,
     WEIGHTS,
+    abandoned,
     check_whole,
     digest,
     half_replaced,
@@ -32,7 +30,7 @@ from timm_fisher.checkpoint import (
 )
 from timm_fisher.errors import LoadError, PushError, clear_errors
 from timm_fisher.model import PooledModel
-from timm_fisher.registry import check_arguments, list_heads, nearest
+from timm_fisher.registry import check_arguments, nearest
 from timm_fisher.saved_config import check_file
 
 HUB_USER = 'timm-fisher'
@@ -47,11 +45,6 @@ RELEASED = (
 )
 FILES = ('config.json', WEIGHTS, 'README.md', 'metrics.json')
 CHECKOUT = Path(__file__).parent.parent / 'hub_cards'
-# At the end of a card: what it looked like when it was made, so that edits are recognised.
-_SEAL = '<!-- made by timm_fisher, sha256 of the text above: {} -->'
-_SEALED = re.compile(_SEAL.format('([0-9a-f]{64})') + r'\s*$')
-# Metadata that describe the model, and go when another one comes.
-_OF_THE_MODEL = ('base_model', 'base_model_relation', 'datasets', 'model-index', 'pipeline_tag')
 _NOT_OF_THE_CARD = ('model', 'stored_parameters', 'config', 'metrics', 'adapter')
 
 
@@ -76,7 +69,8 @@ def from_pretrained(
 
     Args:
         name: short name of a released model, which comes from the folder hub_cards where the
-            package runs from its checkout, else from the Hub; a folder; or USER/NAME on the Hub.
+            package runs from its checkout, else from the Hub; a folder, or 'local-dir:FOLDER'; or
+            USER/NAME on the Hub, or 'hf-hub:USER/NAME'.
         revision: branch, tag or commit on the Hub.
         backbone: where an adapter's backbone comes from instead of the Hub: a name that
             `timm.create_model` takes, such as 'local-dir:FOLDER'.
@@ -93,7 +87,12 @@ def from_pretrained(
     reserved = ('backbone', 'pretrained', 'pretrained_cfg_overlay')
     check_arguments('from_pretrained', PooledModel, arguments, given=reserved)
     source = _find(name, revision)
-    check_file(source, arguments.get('cache_dir'))
+    try:
+        check_file(source, arguments.get('cache_dir'))
+    except LoadError as error:
+        if source != f'hf-hub:{name}':
+            raise
+        raise LoadError(f"{error} There is no folder '{name}' here.") from None
     if backbone is not None:
         arguments['backbone'] = backbone
     if any_backbone:
@@ -112,12 +111,17 @@ def from_pretrained(
 
 def _find(name: str, revision: str | None) -> str:
     """The name by which timm knows a model."""
+    if name.startswith('hf-hub:'):
+        return name + (f'@{revision}' if revision else '')
+    name = name.removeprefix('local-dir:')
     folder = CHECKOUT / name if name in RELEASED else Path(name)
-    if folder.is_dir():
+    if name and folder.is_dir():
         if revision is not None and name not in RELEASED:
             raise ValueError(f"{revision=} is for the Hub, but '{name}' is a folder.")
         if revision is None:
             return f'local-dir:{folder}'
+    if folder.is_file():
+        raise ValueError(f"'{name}' is a file. Give the folder that holds it.")
     repo_id = f'{HUB_USER}/{name}' if name in RELEASED else name
     if repo_id.count('/') != 1 or repo_id.startswith(('.', '/')):
         raise ValueError(
@@ -143,11 +147,12 @@ def save_pretrained(
 
     All files are written beside and then renamed: an error, such as a full disk, leaves what was
     there before. A process that is killed between two renames leaves a folder that is not loaded.
+    What was edited in a README.md that is there already stays, see `merge_cards`.
 
     Args:
         model: what to save.
         folder: made if it does not exist.
-        metrics: what the card reports: metrics.json of a run, or its content.
+        metrics: what the card reports: metrics.json of this model's run, or its content.
         label_names: names of the classes, by index; None for those it was loaded with, if any.
         data_config: preprocessing, as `timm.data.resolve_input_data_config` gives it; None for
             the backbone's own, or what it was loaded with.
@@ -159,19 +164,18 @@ def save_pretrained(
 
     Raises:
         ValueError: `adapter` is asked for and not possible, label names that are not one text for
-            each class, an unknown tensor, a `backbone_id` that is not USER/NAME, or metrics that
-            are not as recipes/train.py leaves them.
-        TypeError: not a `PooledModel`, or an unknown field of the card.
+            each class, an unknown tensor or one too large for half precision, a `backbone_id` that
+            cannot be right, or metrics that are not of this model or not as recipes/train.py
+            leaves them.
+        TypeError: not a `PooledModel`, or an unknown or wrong field of the card.
     """
     _check(model, label_names)
     card = dict(card or {})
     check_arguments('card', make_card, card, given=_NOT_OF_THE_CARD)
     reported = _read_metrics(metrics) if isinstance(metrics, str | Path) else metrics or {}
-    check_metrics(reported)
+    check_metrics(reported, model)
     if backbone_id is not None:
-        validate_repo_id(backbone_id.partition('@')[0])
-        if model.backbone_weights is not None:
-            model.backbone_weights['hf_hub_id'] = backbone_id
+        _name_backbone(model, backbone_id)
     if adapter is not False:
         problem = _why_no_adapter(model)
         if problem and adapter:
@@ -189,7 +193,10 @@ def save_pretrained(
             adapter=bool(adapter),
             **card,
         )
-        (beside / 'README.md').write_text(seal(text), encoding='utf-8')
+        text, old = seal(text), Path(folder, 'README.md')
+        if old.exists():
+            text = merge_cards(text, old.read_text(encoding='utf-8'), str(old))
+        (beside / 'README.md').write_text(text, encoding='utf-8')
         (beside / 'metrics.json').write_text(json.dumps(reported, indent=2) + '\n')
 
     _replace_files(Path(folder), write)
@@ -235,7 +242,7 @@ def push_to_hub(
     Args:
         model: what to push.
         repo_id: USER/NAME; made if it does not exist.
-        private: of a new repository.
+        private: whether only you see the repository; one that exists must be so already.
         revision: branch, made if it does not exist.
         create_pr: open a pull request instead.
         token: None for HF_TOKEN, or the one that `hf auth login` stored.
@@ -247,7 +254,8 @@ def push_to_hub(
 
     Raises:
         ValueError, TypeError: as `save_pretrained`.
-        PushError: the Hub refused, or cannot be reached. No file has changed there.
+        PushError: the Hub refused, or cannot be reached, and no file has changed there; or the
+            connection broke after the Hub had taken the commit. Pushing again does no harm.
     """
     check_arguments('push_to_hub', save_pretrained, arguments, given=('model', 'folder'))
     arguments['card'] = {'repo_id': repo_id, **(arguments.get('card') or {})}
@@ -276,8 +284,8 @@ def push_folder(
 ) -> str:
     """Push a folder that `save_pretrained` wrote, in one commit.
 
-    An unchanged folder makes no commit. What a user wrote into the card on the Hub stays there: of
-    a card that was edited only the metadata are refreshed.
+    An unchanged folder makes no commit. What a user wrote into the card on the Hub stays there, see
+    `timm_fisher.card.merge_cards`.
 
     Args, returns and errors as those of `push_to_hub`; and LoadError, where saving into the folder
     was cut off.
@@ -292,13 +300,17 @@ def push_folder(
     api = HfApi(token=token, library_name='timm_fisher', library_version=version('timm_fisher'))
     with clear_errors(f"Pushing to '{repo_id}'", PushError):
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if private is not None and api.repo_info(repo_id).private != private:
+            now, wanted = ('public', 'private') if private else ('private', 'public')
+            raise PushError(f'it is {now}, not {wanted}. Change that in its settings first.')
         if revision is not None and not revision.startswith('refs/'):
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         text = (folder / 'README.md').read_text(encoding='utf-8')
         if api.file_exists(repo_id, 'README.md', revision=revision):
             with tempfile.TemporaryDirectory() as fresh:
                 old = api.hf_hub_download(repo_id, 'README.md', revision=revision, cache_dir=fresh)
-                text = merge_cards(text, Path(old).read_text(encoding='utf-8'))
+                old_text = Path(old).read_text(encoding='utf-8')
+                text = merge_cards(text, old_text, 'the README.md on the Hub')
         operations = [
             CommitOperationAdd(name, text.encode() if name == 'README.md' else str(folder / name))
             for name in FILES
@@ -313,37 +325,6 @@ def push_folder(
     return str(commit.pr_url or commit.commit_url)
 
 
-def seal(text: str) -> str:
-    """A card with a last line by which `merge_cards` knows whether its text was edited; one that it
-    has already is replaced."""
-    text = _SEALED.sub('', text)
-    return f'{text.rstrip()}\n\n{_SEAL.format(_digest_of_body(text))}\n'
-
-
-def merge_cards(new: str, old: str) -> str:
-    """The card to push over an old one: metadata of both, where the new ones count, and the old
-    text where somebody edited it."""
-    try:
-        before, after = ModelCard(old, ignore_metadata_errors=True), ModelCard(new)
-    except (ValueError, yaml.YAMLError) as error:
-        raise ValueError(
-            'the README.md on the Hub has metadata that cannot be read; mend or delete it there '
-            f'({str(error).splitlines()[0]})'
-        ) from error
-    found = _SEALED.search(before.text)
-    sealed = found is not None and found[1] == _digest_of_body(before.text[: found.start()])
-    edited = bool(before.text.strip()) and not sealed
-    known, given = _metadata(before), _metadata(after)
-    kept = {key: value for key, value in known.items() if key not in _OF_THE_MODEL}
-    others = [tag for tag in kept.get('tags') or [] if tag not in list_heads()]
-    tags = dict.fromkeys([*others, *(given.get('tags') or [])])
-    merged = {**kept, **given, 'tags': list(tags)}
-    body = before.text if edited else after.text
-    if (merged, body) == (known, before.text):
-        return old
-    return f'---\n{ModelCardData(**merged, ignore_metadata_errors=True)}\n---\n{body}'
-
-
 def _read_metrics(path: str | Path) -> Any:
     try:
         return json.loads(Path(path).read_bytes())
@@ -351,21 +332,27 @@ def _read_metrics(path: str | Path) -> Any:
         raise ValueError(f"'{path}' is not readable JSON: {error}.") from error
 
 
-def _metadata(card: ModelCard) -> dict[str, Any]:
-    found: dict[str, Any] = card.data.to_dict()  # type: ignore[no-untyped-call]
-    return found
-
-
-def _digest_of_body(text: str) -> str:
-    body = ModelCard(text, ignore_metadata_errors=True).text if text.startswith('---') else text
-    return hashlib.sha256(body.strip().encode()).hexdigest()
+def _name_backbone(model: PooledModel, repo_id: str) -> None:
+    """Note the repository that the weights of a backbone from a folder come from."""
+    validate_repo_id(repo_id.partition('@')[0])
+    if model.backbone_weights is None:
+        raise ValueError(
+            f"backbone_id='{repo_id}' is for a backbone with pretrained weights; this one has none."
+        )
+    user, _, name = repo_id.partition('/')
+    architecture = model.backbone.pretrained_cfg['architecture']
+    if user == 'timm' and timm.models.get_arch_name(name) != architecture:
+        raise ValueError(f"backbone_id='{repo_id}' is not of this backbone, {architecture}.")
+    model.backbone_weights['hf_hub_id'] = repo_id
 
 
 def _why_no_adapter(model: PooledModel) -> str:
     """What stands against storing head and classifier alone, or an empty string."""
     weights = model.backbone_weights
     if weights is None:
-        return 'the backbone was not loaded with pretrained weights of its own input size'
+        return 'the backbone was not loaded with pretrained weights'
+    if weights['sha256'] is None:
+        return "the backbone's weights were adapted to other images than they came for"
     if weights['hf_hub_id'] is None:
         return (
             'the backbone did not come from the Hub; backbone_id names the repository of the same '
@@ -384,7 +371,8 @@ def _check(model: PooledModel, label_names: Sequence[str] | None) -> None:
         )
     if label_names is None:
         return
-    if isinstance(label_names, str) or not all(isinstance(name, str) for name in label_names):
+    wrong = isinstance(label_names, str | Mapping)
+    if wrong or not all(isinstance(name, str) for name in label_names):
         raise ValueError(f'label_names must be a list of texts, not {label_names!r:.200}.')
     if len(label_names) != model.num_classes:
         raise ValueError(
@@ -417,7 +405,8 @@ def _write_model(
             else:
                 # safetensors refuses other memory formats, such as that of a channels-last model.
                 state[key] = state[key].contiguous()
-                state[key] = state[key].half() if key in float16 else state[key]
+                if key in float16:
+                    state[key] = _halve(key, state[key])
 
     config = {} if label_names is None else {'label_names': list(label_names)}
     # For the time of saving only: timm's EMA writes into the tensors of a state dict.
@@ -434,13 +423,20 @@ def _write_model(
     shutil.copymode(folder / 'config.json', folder / WEIGHTS)
 
 
+def _halve(name: str, value: Tensor) -> Tensor:
+    half = value.half()
+    if half.isinf().any():
+        raise ValueError(f"The tensor '{name}' holds numbers that are too large for float16.")
+    return half
+
+
 def _replace_files(folder: Path, write: Callable[[Path], None]) -> None:
     """Let a function write files into a folder beside, then move all of them, or none.
 
     Killed in between, it leaves what `check_whole` finds, and the next call deletes.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    cut_off = half_replaced(folder)
+    stale = [*half_replaced(folder), *abandoned(folder)]
     with tempfile.TemporaryDirectory(dir=folder, prefix=SAVING) as temporary:
         beside = Path(temporary)
         write(beside)
@@ -458,7 +454,7 @@ def _replace_files(folder: Path, write: Callable[[Path], None]) -> None:
                     undo.callback(target.unlink, missing_ok=True)
                 os.replace(path, target)
             undo.pop_all()
-    for path in cut_off:
+    for path in stale:
         shutil.rmtree(path, ignore_errors=True)
 
 

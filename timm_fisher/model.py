@@ -132,12 +132,11 @@ class PooledModel(nn.Module):
         if last_stride is not None:
             _keep_last_stride(self.backbone, last_stride)
         remove_unused(self.backbone, idle, dead)
-        # Weights that timm adapts to other images may differ in a bit from machine to machine.
-        own = self.backbone.pretrained_cfg
-        adapted = 'img_size' in self.backbone._model_args or input_size[0] != own['input_size'][0]
+        own_channels = self.backbone.pretrained_cfg['input_size'][0]
+        adapted = 'img_size' in arguments or input_size[0] != own_channels
         self.backbone_weights: dict[str, Any] | None = None
-        if pretrained and not adapted:
-            self.backbone_weights = checkpoint.describe_backbone(self.backbone)
+        if pretrained:
+            self.backbone_weights = checkpoint.describe_backbone(self.backbone, adapted=adapted)
         self._always_frozen = [
             name for name, p in self.backbone.named_parameters() if not p.requires_grad
         ]
@@ -500,6 +499,7 @@ def _load(
                     origin,
                     saved,
                     source=source,
+                    fixed_size=get_model_input_config(plain)['fixed_input_size'],
                     any_backbone=any_backbone,
                     cache_dir=cache_dir,
                     where=where,

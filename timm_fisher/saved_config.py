@@ -117,7 +117,7 @@ def check_config(arguments: Mapping[str, Any], known: Collection[str], where: st
         isinstance(weights, dict)
         and set(weights) == {'hf_hub_id', 'sha256'}
         and isinstance(weights['hf_hub_id'], str | None)
-        and isinstance(weights['sha256'], str)
+        and isinstance(weights['sha256'], str | None)
     ):
         raise refuse('backbone_weights does not consist of hf_hub_id and sha256')
 
