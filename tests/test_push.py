@@ -13,7 +13,8 @@ from safetensors.torch import save
 
 import timm_fisher
 
-TOKENS = {'hf_writersecret': 'user', 'hf_strangersecret': 'stranger'}
+WRITER = 'hf_writersecret'
+TOKENS = {WRITER: 'user', 'hf_strangersecret': 'stranger'}
 BACKBONE = timm.get_pretrained_cfg('test_resnet').hf_hub_id
 FILES = ['.gitattributes', 'README.md', 'config.json', 'metrics.json', 'model.safetensors']
 
@@ -109,11 +110,17 @@ def test_heads_come_back_from_the_hub(hub, tmp_path, heads):
     script = f"""
 attempt('private', timm.create_model, 'hf-hub:user/{heads[0]}-whole', pretrained=True)
 attempt('private, ours', timm_fisher.from_pretrained, 'user/{heads[0]}-whole')
+model = create('avg')
+attempt('of another', timm_fisher.push_to_hub, model, 'user/given')
+attempt('token given', timm_fisher.push_to_hub, model, 'user/given', token='{WRITER}')
 """
     denied = run(hub, script, tmp_path / 'stranger', HF_TOKEN='hf_strangersecret')
     assert 'NotFound' in denied['private']
     refused = rf"LoadError: Downloading .*'user/{heads[0]}-whole' failed: no such repository"
     assert re.match(refused, denied['private, ours'])
+    assert re.match("PushError: Pushing to 'user/given' failed: .*403", denied['of another'])
+    assert 'Error' not in denied['token given']  # it counts, HF_TOKEN does not
+    assert sorted(hub.files('user/given')) == FILES
 
 
 def load_names(content):
@@ -195,6 +202,8 @@ attempt('other', timm_fisher.from_pretrained, 'user/adapter', backbone='local-di
 taken = timm_fisher.from_pretrained('user/adapter', backbone='local-dir:other', any_backbone=True)
 attempt('accepted', torch.equal, taken.eval()(x), model(x))
 attempt('architecture', timm_fisher.from_pretrained, 'user/adapter', backbone='test_vit')
+timm.models.save_for_hf(timm.create_model('test_vit'), 'vit', safe_serialization=True)
+attempt('folder of another', timm_fisher.from_pretrained, 'user/adapter', backbone='local-dir:vit')
 timm_fisher.push_to_hub(model, 'user/whole', adapter=False)
 attempt('no adapter', timm_fisher.from_pretrained, 'user/whole', backbone='local-dir:own')
 
@@ -221,6 +230,8 @@ def test_adapters(hub, tmp_path, monkeypatch):
     )
     assert found['accepted'] == 'False'
     assert re.search(r"LoadError: .*test_vit.*'user/adapter' is an adapter", found['architecture'])
+    of_another = "LoadError: 'local-dir:vit' is test_vit, not test_resnet. 'user/adapter' is an ad"
+    assert found['folder of another'].startswith(of_another)
     assert re.search("LoadError: 'user/whole' holds its backbone", found['no adapter'])
     assert re.match(r'ValueError: No adapter can be saved: .*no longer those', found['drifted'])
 

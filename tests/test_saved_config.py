@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections import Counter
 
 import pytest
 import timm
@@ -22,7 +23,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import timm_fisher
-from timm_fisher import LoadError, saved_config
+from timm_fisher import LoadError, checkpoint, saved_config
 
 HEADS = {
     'sparse_fisher': {'code_dim': 3},
@@ -491,6 +492,21 @@ def test_adapter_with_odd_arguments(saved, options):
         LOADERS['timm'](saved)
 
 
+@pytest.mark.parametrize('load', ['from_pretrained', 'timm'])
+def test_adapter_of_a_wider_backbone(saved, load):
+    """Its weights are not beside the configuration: nothing else bounds it by what they fill."""
+    without_backbone(saved, hf_hub_id='timm/test_resnet.r160_in1k', sha256='0' * 64)
+    edit(saved, argument('backbone_kwargs', {'channels': [320, 480, 480, 96]}))
+    with pytest.raises(LoadError, match=r'asks for a backbone of \d{8} parameters, where pretrain'):
+        LOADERS[load](saved)
+
+
+def test_digest_tells_types_apart():
+    zeros = torch.zeros(2)
+    assert zeros.numpy().tobytes() == zeros.int().numpy().tobytes()
+    assert checkpoint.digest({'a': zeros}) != checkpoint.digest({'a': zeros.int()})
+
+
 # Sizes
 
 BYTES, PARTS = 'bytes would be filled', 'modules and tensors would be built'
@@ -596,6 +612,21 @@ def test_endless_building_is_stopped(saved, monkeypatch):
     assert sys.getprofile() is profile
 
 
+@pytest.mark.parametrize(
+    ('arguments', 'expected'),
+    [
+        ({'backbone_kwargs': {'window_size': 7}}, True),
+        ({'backbone_kwargs': {'window_sizes': [[7]]}}, True),
+        ({'img_size': 1025}, True),
+        ({'img_size': [64, 2000.0]}, True),
+        ({'img_size': [1024, 64], 'backbone_kwargs': {'norm_layer': 'x'}}, False),
+        ({'head_kwargs': {'code_dim': 2000}}, False),
+    ],
+)
+def test_what_is_timed(arguments, expected):
+    assert saved_config.may_take_long(arguments) is expected
+
+
 def test_large_classifier_of_the_caller(saved):
     """The bounds are for what a configuration asks for."""
     classes = saved_config.UNPROVEN.bytes // (4 * 96 * 3)  # and as many biases: it is beyond
@@ -623,6 +654,11 @@ WORDS = sorted(
         *('local-dir:.. hf-hub:evil/x os:system ../x /etc/passwd timm_fisher relu').split(),
     }
 )
+IMAGE_WORDS = [
+    *('input_size test_input_size min_input_size fixed_input_size mean std crop_pct').split(),
+    *('test_crop_pct interpolation crop_mode license num_classes first_conv classifier').split(),
+    *('url file source state_dict hf_hub_id custom_load label_offset pool_size').split(),
+]
 SCALARS = (
     st.none()
     | st.booleans()
@@ -639,8 +675,44 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=5) | st.dictionaries(KEYS, inner, max_size=5),
     max_leaves=12,
 )
+# What is often refused only late, or not at all.
+MILD = (
+    st.none()
+    | st.booleans()
+    | st.integers(-3, 70)
+    | st.floats(-1, 2)
+    | st.sampled_from(WORDS)
+    | st.lists(st.integers(1, 70), max_size=4)
+)
+BACKBONES = [name for name in WORDS if name.startswith('test_')]
+# Of our architecture, with a backbone: these come past timm, and often past the first checks.
+OURS = st.fixed_dictionaries(
+    {
+        'architecture': st.just('timm_fisher'),
+        'model_args': st.dictionaries(KEYS, JSON, max_size=5)
+        | st.fixed_dictionaries(
+            {'backbone': st.sampled_from(BACKBONES)},
+            optional={
+                'head': st.sampled_from(['avg', 'gem', 'netvlad', *HEADS]) | JSON,
+                'head_kwargs': st.dictionaries(KEYS, MILD | JSON, max_size=2) | MILD,
+                'backbone_kwargs': st.dictionaries(KEYS, MILD, max_size=2) | MILD,
+                **dict.fromkeys(('num_classes', 'in_chans', 'img_size', 'drop_rate'), MILD),
+                **dict.fromkeys(('stage', 'class_token', 'last_stride'), MILD),
+                'backbone_weights': st.just({'hf_hub_id': 'evil/x', 'sha256': '0'}) | JSON,
+            },
+        ),
+        'pretrained_cfg': st.dictionaries(st.sampled_from(IMAGE_WORDS), MILD | JSON, max_size=3),
+    },
+    optional={'num_classes': MILD, 'label_names': JSON, 'label_descriptions': JSON},
+)
+CONFIGS = JSON | OURS | OURS | OURS
 CHANGES = st.lists(
-    st.tuples(st.integers(0), st.sampled_from(['replace', 'delete', 'insert']), KEYS, JSON),
+    st.tuples(
+        st.integers(0),
+        st.sampled_from(['replace', 'delete', 'insert', 'nudge', 'nudge', 'nudge']),
+        KEYS,
+        MILD | JSON,
+    ),
     min_size=1,
     max_size=4,
 )
@@ -661,6 +733,15 @@ def places(value):
             yield from places(inner)
 
 
+def nudge(value):
+    """A value like this one, which is often taken."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int | float):
+        return value + 1 if isinstance(value, int) else value * 1.1
+    return value[:-1] if isinstance(value, list) else value
+
+
 def mutate(config, changes):
     """Changed copy of a config, whose architecture stays."""
     config = copy.deepcopy(config)
@@ -674,6 +755,8 @@ def mutate(config, changes):
             del container[key]
         elif change == 'replace':
             container[key] = value
+        elif change == 'nudge':
+            container[key] = nudge(container[key])
         elif isinstance(container, dict):
             container[name] = value
         else:
@@ -732,28 +815,59 @@ def load_or_refuse(folder, watch):
         assert grown < GIGABYTE
 
 
+@pytest.fixture
+def entered(monkeypatch):
+    """How often each check of a loaded model was entered."""
+    counts = Counter()
+
+    def count(module, name):
+        function = getattr(module, name)
+
+        def counted(*arguments):
+            counts[name] += 1
+            return function(*arguments)
+
+        monkeypatch.setattr(module, name, counted)
+
+    count(saved_config, 'check_config')
+    count(saved_config, 'check_images')
+    count(checkpoint, 'check_shapes')
+    return counts
+
+
 def fuzz(examples):
-    """Tests of random configurations, with this many examples."""
+    """Tests of random configurations, with this many examples. Most of them, loaded in three ways,
+    come as far as to our checks."""
     few = settings(OFTEN, max_examples=examples)
 
-    @few
-    @given(config=JSON)
-    def test_random(originals, tmp_path, watch, config):
-        shutil.copytree(originals / 'sparse_fisher', tmp_path / 'a', dirs_exist_ok=True)
-        (tmp_path / 'a' / 'config.json').write_text(json.dumps(config))
-        load_or_refuse(tmp_path / 'a', watch)
+    def test_random(originals, tmp_path, watch, entered):
+        @few
+        @given(config=CONFIGS)
+        def load_random(config):
+            shutil.copytree(originals / 'sparse_fisher', tmp_path / 'a', dirs_exist_ok=True)
+            (tmp_path / 'a' / 'config.json').write_text(json.dumps(config))
+            load_or_refuse(tmp_path / 'a', watch)
+
+        load_random()
+        assert entered['check_config'] > examples
+        assert entered['check_images'] > examples / 2
 
     @pytest.mark.parametrize('head', HEADS)
-    @settings(few, max_examples=examples // 8)
-    @given(changes=CHANGES)
-    def test_mutated(originals, tmp_path, watch, head, changes):
-        shutil.copytree(originals / head, tmp_path / head, dirs_exist_ok=True)
-        config = json.loads((originals / head / 'config.json').read_text())
-        (tmp_path / head / 'config.json').write_text(json.dumps(mutate(config, changes)))
-        load_or_refuse(tmp_path / head, watch)
+    def test_mutated(originals, tmp_path, watch, entered, head):
+        @settings(few, max_examples=examples // 8)
+        @given(changes=CHANGES)
+        def load_mutated(changes):
+            shutil.copytree(originals / head, tmp_path / head, dirs_exist_ok=True)
+            config = json.loads((originals / head / 'config.json').read_text())
+            (tmp_path / head / 'config.json').write_text(json.dumps(mutate(config, changes)))
+            load_or_refuse(tmp_path / head, watch)
+
+        load_mutated()
+        assert entered['check_images'] > examples // 8
+        assert entered['check_shapes'] > examples // 16
 
     return test_random, test_mutated
 
 
-test_random_config, test_mutated_config = fuzz(24)
+test_random_config, test_mutated_config = fuzz(48)
 test_many_random_configs, test_many_mutated_configs = map(pytest.mark.slow, fuzz(2000))
