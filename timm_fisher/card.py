@@ -199,7 +199,8 @@ def check_metrics(metrics: Any, model: Any) -> None:
 class _Parts:
     """Of a card: metadata by their keys, and sections by their headings.
 
-    `made` holds digests of the parts that were made, under the same names, in the seal.
+    `made` holds the digests of the parts as they were made, by the digests of their names: None
+    for a card without seal.
     """
 
     metadata: dict[str, Any]
@@ -207,45 +208,37 @@ class _Parts:
     made: dict[str, str] | None
 
     def digests(self) -> dict[str, str]:
-        found = {
-            key: json.dumps(value, sort_keys=True, default=str)
-            for key, value in self.metadata.items()
-        }
-        found |= {name: ' '.join(text.split()) for name, text in self.sections.items()}
-        return {key: hashlib.sha256(text.encode()).hexdigest()[:16] for key, text in found.items()}
+        found = {key: json.dumps(each, default=str) for key, each in self.metadata.items()}
+        return {_digest(name): _digest(text) for name, text in (found | self.sections).items()}
 
     def edited(self) -> set[str]:
         """Names of what somebody has written, or written anew."""
-        return {name for name, digest in self.digests().items() if digest != self._made(name)}
-
-    def removed(self) -> set[str]:
-        """Headings of what somebody has taken out."""
-        return {name for name in self.made or {} if name[:1] in ('', '#')} - set(self.sections)
-
-    def _made(self, name: str) -> str | None:
-        return (self.made or {}).get(name)
+        now, made = self.digests(), self.made or {}
+        names = (*self.metadata, *self.sections)
+        return {name for name in names if made.get(_digest(name)) != now[_digest(name)]}
 
     def text(self) -> str:
         data = ModelCardData(**self.metadata, ignore_metadata_errors=True)
-        seal = _SEAL.format(json.dumps(self.made))
+        seal = _SEAL.format(' '.join(map(':'.join, (self.made or {}).items())))
         body = '\n\n'.join((*self.sections.values(), seal))
         return f'---\n{data}\n---\n\n{body}\n'
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(' '.join(text.split()).encode()).hexdigest()[:8]
 
 
 def _parts(text: str) -> _Parts:
     card = ModelCard(text, ignore_metadata_errors=True)
     found = _SEALED.search(card.text)
-    try:
-        made = json.loads(found[1]) if found else None
-    except ValueError:
-        made = None
+    made = dict(re.findall(r'(\w+):(\w+)', found[1])) if found else None
     sections: dict[str, str] = {}
     for section in re.split(r'^(?=## )', _SEALED.sub('', card.text), flags=re.MULTILINE):
         if not section.strip():
             continue
         name = section.partition('\n')[0] if section.startswith('## ') else ''
         while name in sections:  # of one heading
-            name += ' '
+            name += '#'
         sections[name] = section.strip()
     data: dict[str, Any] = card.data.to_dict()  # type: ignore[no-untyped-call]
     return _Parts(data, sections, made)
@@ -294,8 +287,9 @@ def merge_cards(new: str, old: str, where: str) -> str:
     tags = dict.fromkeys([*others, *(mine.metadata.get('tags') or [])])
     metadata['tags'] = list(tags)
 
-    removed = theirs.removed() - mine.edited()
-    names = [name for name in mine.sections if name not in removed]
+    made, fresh = theirs.made or {}, mine.digests()
+    removed = {name for name in mine.sections if _digest(name) in made} - set(theirs.sections)
+    names = [name for name in mine.sections if name not in removed - mine.edited()]
     place = 0
     for name in theirs.sections:  # what somebody has added follows what it followed there
         if name not in names and name in kept:
@@ -304,9 +298,11 @@ def merge_cards(new: str, old: str, where: str) -> str:
     sections = {name: (theirs if name in kept else mine).sections[name] for name in names}
     merged = _Parts(metadata, sections, mine.made)
     outdated = [
-        name.strip() or 'the first lines'
+        name or 'the first lines'
         for name in names
-        if name in kept and name in mine.sections and theirs._made(name) != mine.digests()[name]
+        if name in kept
+        and name in mine.sections
+        and made.get(_digest(name)) != fresh[_digest(name)]
     ]
     if outdated:
         warnings.warn(
