@@ -175,7 +175,9 @@ def test_versions_and_edits(hub, tmp_path):
     hub.commit('user/leaves', {'README.md': edited.encode()})
     run(hub, EDITED.replace('0.75', '0.8'), tmp_path)
     again = ModelCard(hub.files('user/leaves')['README.md'].decode())
-    assert again.text.strip() == ModelCard(edited).text.strip()
+    assert [card.text.partition('<!-- made')[0].strip() for card in (again, ModelCard(edited))] == [
+        edited.partition('\n---\n')[2].partition('<!-- made')[0].strip()
+    ] * 2
     assert 'Mind the beech' in again.text
     assert again.data.eval_results[0].metric_value == 80.0
     commits = len(hub.history('user/leaves'))
@@ -205,6 +207,7 @@ attempt('architecture', timm_fisher.from_pretrained, 'user/adapter', backbone='t
 timm.models.save_for_hf(timm.create_model('test_vit'), 'vit', safe_serialization=True)
 attempt('folder of another', timm_fisher.from_pretrained, 'user/adapter', backbone='local-dir:vit')
 timm_fisher.push_to_hub(model, 'user/whole', adapter=False)
+attempt('public', timm_fisher.push_to_hub, model, 'user/whole', private=True)
 attempt('no adapter', timm_fisher.from_pretrained, 'user/whole', backbone='local-dir:own')
 
 again = timm_fisher.from_pretrained('user/adapter')
@@ -233,6 +236,9 @@ def test_adapters(hub, tmp_path, monkeypatch):
     of_another = "LoadError: 'local-dir:vit' is test_vit, not test_resnet. 'user/adapter' is an ad"
     assert found['folder of another'].startswith(of_another)
     assert re.search("LoadError: 'user/whole' holds its backbone", found['no adapter'])
+    assert found['public'].startswith(
+        "PushError: Pushing to 'user/whole' failed: it is public, not private."
+    )
     assert re.match(r'ValueError: No adapter can be saved: .*no longer those', found['drifted'])
 
     def whole(name):

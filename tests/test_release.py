@@ -27,7 +27,8 @@ from huggingface_hub.utils import validate_repo_id
 from safetensors import safe_open
 
 import timm_fisher
-from timm_fisher.hub import FILES, HUB_USER, RELEASED, save_pretrained, seal
+from timm_fisher.card import seal
+from timm_fisher.hub import FILES, HUB_USER, RELEASED, save_pretrained
 
 CARDS = ROOT / 'hub_cards'
 DATA = Path(os.environ.get('TIMM_FISHER_DATA', ROOT.parent / 'shared' / 'data'))
