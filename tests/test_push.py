@@ -21,6 +21,7 @@ FILES = ['.gitattributes', 'README.md', 'config.json', 'metrics.json', 'model.sa
 PRELUDE = """
 import json, timm, torch, timm_fisher
 from pathlib import Path
+from huggingface_hub import HfApi
 from safetensors.torch import load_file, save_file
 
 x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
@@ -219,13 +220,24 @@ attempt('drifted', timm_fisher.push_to_hub, whole, 'user/drifted', adapter=True)
 timm_fisher.push_to_hub(whole, 'user/drifted')
 again.train()(x)
 timm_fisher.push_to_hub(again, 'user/statistics')
+
+small = timm.create_model('test_vit3', img_size=96)
+timm.models.save_for_hf(small, 'small', safe_serialization=True)
+HfApi().create_repo('user/small')
+HfApi().upload_folder(repo_id='user/small', folder_path='small')
+model = timm_fisher.create_model('hf-hub:user/small', pretrained=True, num_classes=3).eval()
+timm_fisher.push_to_hub(model, 'user/small-adapter', adapter=True)
+x = torch.randn(1, 3, 96, 96)
+attempt('another size', lambda: torch.equal(
+    timm.create_model('hf-hub:user/small-adapter', pretrained=True).eval()(x), model(x)
+))
 """
 
 
 def test_adapters(hub, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     found = run(hub, ADAPTERS, tmp_path)
-    assert found['same'] == found['grey'] == found['folder'] == 'True'
+    assert found['same'] == found['grey'] == found['folder'] == found['another size'] == 'True'
     assert re.match(
         r"LoadError: The weights of 'local-dir:other' \(digest \w{12}\) are not those that "
         r"'user/adapter' was trained with \('timm/test_resnet.*any_backbone=True",

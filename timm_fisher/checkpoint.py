@@ -248,8 +248,6 @@ def fetch_backbone(
     name, repo_id = arguments['backbone'], expected['hf_hub_id']
     options: dict[str, Any] = dict(arguments.get('backbone_kwargs') or {})
     architecture = timm.models.get_arch_name(name)
-    named = (repo_id or '').rpartition('/')[2]  # ARCHITECTURE.TAG, in timm's own repositories
-    own = timm.models.get_arch_pretrained_cfgs(architecture).get(named)
     if source is not None:
         name = source
     elif repo_id is None:
@@ -257,9 +255,7 @@ def fetch_backbone(
             f"'{where}' is an adapter, head and classifier alone, and does not say which backbone "
             "is needed. Give it as backbone='local-dir:FOLDER'."
         )
-    elif own is not None and own.hf_hub_id == repo_id:
-        name = named
-    else:
+    else:  # safetensors alone, also where timm would take another file
         overlay = {'hf_hub_id': repo_id, 'hf_hub_filename': WEIGHTS, 'url': '', 'file': ''}
         options['pretrained_cfg_overlay'] = overlay
     origin = source or repo_id

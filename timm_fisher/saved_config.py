@@ -41,7 +41,7 @@ _ITERATIONS = ('iterations', 'steps', 'updates')  # last word of the names of su
 LARGEST_IMAGE = 8192
 ORDINARY_IMAGE = 1024
 SMALLEST_CROP, LARGEST_CROP = 0.1, 2.0
-INTERPOLATIONS = ('nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos', 'random')
+INTERPOLATIONS = ('nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos')
 CROP_MODES = ('center', 'squash', 'border')
 MOST_SECONDS = 30.0  # of one thread, for a model that has no values yet
 # What timm's factories read files by, or take for themselves.
