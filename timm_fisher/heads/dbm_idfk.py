@@ -243,7 +243,7 @@ class DBMFisher(PoolingHead):
         """What each axis is multiplied by, `[r]`: S^(-1/2) with the ridge; zero along axes where
         the training set did not vary at all."""
         variances = self.variances.to(dtype)
-        largest = variances.amax()
+        largest = variances.max()  # amax of all entries has no ONNX
         variances = variances + self.ridge * largest
         kept = variances > torch.finfo(self.variances.dtype).eps * largest
         return torch.where(kept, variances, torch.inf).rsqrt()
