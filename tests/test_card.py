@@ -105,6 +105,7 @@ def test_multiplications_are_counted():
         ({'card': {'data_set': 'x'}}, TypeError, r"no argument 'data_set'.*'dataset'"),
         ({'adapter': True}, ValueError, 'No adapter can be saved: the backbone was not loaded'),
         ({'float16': ['head.q']}, ValueError, "no tensor 'head.q'"),
+        ({'data_config': {'crop_pct': 9}}, ValueError, 'crop_pct is 9, not a number from 0.1 to'),
         ({'label_names': {'a': 1, 'b': 0}}, ValueError, 'must be a list of texts'),
         (
             {'card': {'limits': 'cats'}},

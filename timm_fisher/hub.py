@@ -31,7 +31,7 @@ from timm_fisher.checkpoint import (
 from timm_fisher.errors import LoadError, PushError, clear_errors
 from timm_fisher.model import PooledModel
 from timm_fisher.registry import check_arguments, nearest
-from timm_fisher.saved_config import check_file
+from timm_fisher.saved_config import check_file, check_images
 
 HUB_USER = 'timm-fisher'
 RELEASED = (
@@ -164,9 +164,9 @@ def save_pretrained(
 
     Raises:
         ValueError: `adapter` is asked for and not possible, label names that are not one text for
-            each class, an unknown tensor or one too large for half precision, a `backbone_id` that
-            cannot be right, or metrics that are not of this model or not as recipes/train.py
-            leaves them.
+            each class, a `data_config` that cannot be loaded, an unknown tensor or one too large
+            for half precision, a `backbone_id` that cannot be right, or metrics that are not of
+            this model or not as recipes/train.py leaves them.
         TypeError: not a `PooledModel`, or an unknown or wrong field of the card.
     """
     _check(model, label_names)
@@ -419,6 +419,12 @@ def _write_model(
             safe_serialization=True,
             data_config=data_config,
         )
+    written = json.loads((folder / 'config.json').read_text())
+    place = {'source': 'local-dir', 'file': str(folder.parent)}
+    try:
+        check_images(written['pretrained_cfg'] | place, written['model_args'], str(folder.parent))
+    except LoadError as error:  # what cannot be loaded is not saved
+        raise ValueError(str(error)) from None
     # safetensors makes its file private; the umask of the config is what the user wants.
     shutil.copymode(folder / 'config.json', folder / WEIGHTS)
 
