@@ -82,6 +82,9 @@ def main() -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.output, prefix='.checking-') as beside:
         checked = Path(beside, args.name)
+        if Path(folder, 'README.md').exists():  # with what was edited there
+            checked.mkdir()
+            shutil.copy(folder / 'README.md', checked)
         timm_fisher.save_pretrained(
             model,
             checked,
@@ -93,7 +96,8 @@ def main() -> None:
             card={'repo_id': f'{timm_fisher.hub.HUB_USER}/{args.name}', **release.card},
         )
         check(checked, backbone, args.data_dir)
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder.exists():
+            folder.rename(Path(beside, 'earlier'))
         checked.rename(folder)
     print(f'-> {folder}, in the table of hub_cards/README.md:\n{row(folder)}')
 

@@ -148,7 +148,6 @@ def make_card(
         usage=usage,
         limits=list(limits),
         versions=metrics.get('versions') or installed_versions(),
-        license=license,
     ).content
     return text
 
@@ -165,7 +164,7 @@ def check_metrics(metrics: Any, model: Any) -> None:
     tables = dict.fromkeys(('test', 'val'), METRICS) | {'seeds': metrics.get('seeds') or ()}
     for key, numbers in tables.items():
         table = metrics.get(key)
-        if table is None:
+        if key not in metrics:
             continue
         if not isinstance(table, Mapping):
             raise ValueError(f"metrics['{key}'] is {str(table)[:200]}, not a table of numbers.")
@@ -182,8 +181,10 @@ def check_metrics(metrics: Any, model: Any) -> None:
     for key in ('versions', 'best'):
         if not isinstance(metrics.get(key) or {}, Mapping):
             raise ValueError(f"metrics['{key}'] is {str(metrics[key])[:200]}, not a table.")
+    if not isinstance(metrics.get('dataset', ''), str):
+        raise ValueError(f"metrics['dataset'] is {str(metrics['dataset'])[:200]}, not a text.")
     found = {
-        'head': model._model_args['head'],
+        'head': json.loads(json.dumps(model._model_args['head'])),
         'out_features': model.head_hidden_size,
         'parameters': sum(each.numel() for each in model.parameters()),
     }
@@ -219,13 +220,15 @@ class _Parts:
 
     def text(self) -> str:
         data = ModelCardData(**self.metadata, ignore_metadata_errors=True)
-        seal = _SEAL.format(' '.join(map(':'.join, (self.made or {}).items())))
-        body = '\n\n'.join((*self.sections.values(), seal))
+        made = ' '.join(map(':'.join, (self.made or {}).items()))
+        seal = [] if self.made is None else [_SEAL.format(made)]
+        body = '\n\n'.join([*self.sections.values(), *seal])
         return f'---\n{data}\n---\n\n{body}\n'
 
 
 def _digest(text: str) -> str:
-    return hashlib.sha256(' '.join(text.split()).encode()).hexdigest()[:8]
+    lines = [line.rstrip() for line in text.strip().splitlines()]
+    return hashlib.sha256('\n'.join(lines).encode()).hexdigest()[:8]
 
 
 def _parts(text: str) -> _Parts:
@@ -251,46 +254,53 @@ def seal(text: str) -> str:
     return parts.text()
 
 
-def merge_cards(new: str, old: str, where: str) -> str:
+def merge_cards(new: str, old: bytes, where: str) -> str:
     """The card that takes the place of an old one, with what somebody had written there.
 
     Part by part, that is heading by heading, and for each field of the metadata: what was edited
     in the new card counts, then what was edited, added or taken out in the old one, then what was
     made for the new one. Fields that describe the model always come from the new card, tags from
-    both. Of a card without seal all is somebody's own.
+    both. Of a card without seal all text is somebody's own, and stays alone.
 
     Args:
         new: sealed card.
-        old: card that is there.
+        old: card that is there, in UTF-8.
         where: place of the old card, for messages.
 
     Raises:
-        ValueError: the metadata of the old card cannot be read.
+        ValueError: the old card cannot be read.
     """
     mine = _parts(new)
     try:
-        theirs = _parts(old)
-    except (ValueError, yaml.YAMLError) as error:
+        text = old.decode().replace('\r\n', '\n')
+        theirs = _parts(text)
+        tags = dict.fromkeys(theirs.metadata.get('tags') or [])
+    except (TypeError, ValueError, yaml.YAMLError) as error:
         raise ValueError(
-            f'{where} has metadata that cannot be read; mend or delete it there '
+            f'{where} has text or metadata that cannot be read; mend or delete it there '
             f'({str(error).splitlines()[0]})'
         ) from error
+    fresh, of_model = mine.digests(), {*_OF_THE_MODEL, 'tags'}
     if theirs.made is None and theirs.sections:
-        theirs.made = mine.made
-    kept = theirs.edited() - mine.edited() - set(_OF_THE_MODEL)
+        # As if all sections had been made for it, and were taken out.
+        theirs.made = {_digest(name): fresh[_digest(name)] for name in mine.sections}
+        warnings.warn(
+            f"{where} is somebody's own: its text stays, and results are added to its metadata "
+            'alone. Without it, the whole card is written.',
+            stacklevel=2,
+        )
+    made = theirs.made or {}
+    kept = theirs.edited() - mine.edited() - of_model
+    known = {name for name in (*mine.metadata, *mine.sections) if _digest(name) in made}
+    removed = known - {*theirs.metadata, *theirs.sections} - mine.edited() - of_model
 
-    metadata = {
-        key: theirs.metadata[key] if key in kept else value for key, value in mine.metadata.items()
-    }
+    metadata = {key: value for key, value in mine.metadata.items() if key not in removed}
     metadata |= {key: theirs.metadata[key] for key in theirs.metadata if key in kept}
-    others = [tag for tag in theirs.metadata.get('tags') or [] if tag not in list_heads()]
-    tags = dict.fromkeys([*others, *(mine.metadata.get('tags') or [])])
-    metadata['tags'] = list(tags)
+    others = [tag for tag in tags if tag not in list_heads()]
+    metadata['tags'] = list(dict.fromkeys([*others, *(mine.metadata.get('tags') or [])]))
 
-    made, fresh = theirs.made or {}, mine.digests()
-    removed = {name for name in mine.sections if _digest(name) in made} - set(theirs.sections)
-    names = [name for name in mine.sections if name not in removed - mine.edited()]
-    place = 0
+    names = [name for name in mine.sections if name not in removed]
+    place = int(names[:1] == [''])
     for name in theirs.sections:  # what somebody has added follows what it followed there
         if name not in names and name in kept:
             names.insert(place, name)
@@ -310,7 +320,7 @@ def merge_cards(new: str, old: str, where: str) -> str:
             'model.',
             stacklevel=2,
         )
-    return old if merged == theirs else merged.text()
+    return text if merged == theirs else merged.text()
 
 
 def method(head: PoolingHead) -> str:

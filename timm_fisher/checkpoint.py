@@ -12,7 +12,7 @@ from typing import Any
 
 import timm
 import torch
-from huggingface_hub import hf_hub_download
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from safetensors import SafetensorError, safe_open
 from timm.models import load_pretrained
 from torch import Tensor, nn
@@ -79,7 +79,8 @@ def abandoned(folder: Path) -> list[Path]:
 def _saving(folder: Path, wanted: Callable[[Path], bool]) -> list[Path]:
     found = []
     for beside in folder.glob(f'{SAVING}*'):
-        with contextlib.suppress(FileNotFoundError):  # another process has just finished
+        # Another process has just finished; or it is another user's, and closed.
+        with contextlib.suppress(FileNotFoundError, PermissionError):
             if wanted(beside):
                 found.append(beside)
     return found
@@ -184,22 +185,30 @@ def load_weights(model: Any, weights: dict[str, Tensor], cfg: Mapping[str, Any])
     )
 
 
-def describe_backbone(backbone: Any, *, adapted: bool) -> dict[str, str | None]:
+def describe_backbone(
+    backbone: Any, *, adapted: bool, cache_dir: str | Path | None
+) -> dict[str, str | None]:
     """Where the weights of a freshly loaded backbone come from, and what they are.
 
     Args:
         backbone: timm's model.
         adapted: timm has fitted the weights to other images than they came for.
+        cache_dir: of downloads.
 
     Returns:
         `hf_hub_id`, the Hub's repository of these weights, None where they come from elsewhere;
-        and `sha256`, their digest. Of adapted weights it is None: they may differ in a bit from
-        machine to machine.
+        and `sha256`, their digest. It is None where an adapter could not get the same again: of
+        adapted weights, which may differ in a bit from machine to machine, and of a repository
+        without safetensors.
     """
     cfg = backbone.pretrained_cfg
     elsewhere = cfg.get('file') or cfg.get('state_dict')
     repo_id = None if elsewhere else cfg.get('hf_hub_id')
-    sha256 = None if adapted else digest(backbone.state_dict())
+    name, _, revision = (repo_id or '').partition('@')
+    again = not repo_id or isinstance(
+        try_to_load_from_cache(name, WEIGHTS, cache_dir=cache_dir, revision=revision or None), str
+    )
+    sha256 = digest(backbone.state_dict()) if again and not adapted else None
     return {'hf_hub_id': repo_id, 'sha256': sha256}
 
 

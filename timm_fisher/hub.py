@@ -195,7 +195,7 @@ def save_pretrained(
         )
         text, old = seal(text), Path(folder, 'README.md')
         if old.exists():
-            text = merge_cards(text, old.read_text(encoding='utf-8'), str(old))
+            text = merge_cards(text, old.read_bytes(), f"'{old}'")
         (beside / 'README.md').write_text(text, encoding='utf-8')
         (beside / 'metrics.json').write_text(json.dumps(reported, indent=2) + '\n')
 
@@ -309,8 +309,7 @@ def push_folder(
         if api.file_exists(repo_id, 'README.md', revision=revision):
             with tempfile.TemporaryDirectory() as fresh:
                 old = api.hf_hub_download(repo_id, 'README.md', revision=revision, cache_dir=fresh)
-                old_text = Path(old).read_text(encoding='utf-8')
-                text = merge_cards(text, old_text, 'the README.md on the Hub')
+                text = merge_cards(text, Path(old).read_bytes(), 'the README.md on the Hub')
         operations = [
             CommitOperationAdd(name, text.encode() if name == 'README.md' else str(folder / name))
             for name in FILES
@@ -352,7 +351,10 @@ def _why_no_adapter(model: PooledModel) -> str:
     if weights is None:
         return 'the backbone was not loaded with pretrained weights'
     if weights['sha256'] is None:
-        return "the backbone's weights were adapted to other images than they came for"
+        return (
+            "the backbone's weights were adapted to other images than they came for, or came from "
+            'a repository without safetensors'
+        )
     if weights['hf_hub_id'] is None:
         return (
             'the backbone did not come from the Hub; backbone_id names the repository of the same '
@@ -445,6 +447,7 @@ def _replace_files(folder: Path, write: Callable[[Path], None]) -> None:
     stale = [*half_replaced(folder), *abandoned(folder)]
     with tempfile.TemporaryDirectory(dir=folder, prefix=SAVING) as temporary:
         beside = Path(temporary)
+        shutil.copymode(folder, beside)  # others, too, must see whether files are being replaced
         write(beside)
         with contextlib.ExitStack() as undo:
             paths = sorted(beside.iterdir(), reverse=True)

@@ -136,7 +136,9 @@ class PooledModel(nn.Module):
         adapted = 'img_size' in arguments or input_size[0] != own_channels
         self.backbone_weights: dict[str, Any] | None = None
         if pretrained:
-            self.backbone_weights = checkpoint.describe_backbone(self.backbone, adapted=adapted)
+            self.backbone_weights = checkpoint.describe_backbone(
+                self.backbone, adapted=adapted, cache_dir=cache_dir
+            )
         self._always_frozen = [
             name for name, p in self.backbone.named_parameters() if not p.requires_grad
         ]
