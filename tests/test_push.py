@@ -221,6 +221,13 @@ timm_fisher.push_to_hub(whole, 'user/drifted')
 again.train()(x)
 timm_fisher.push_to_hub(again, 'user/statistics')
 
+torch.save(timm.create_model('test_resnet').state_dict(), 'old.bin')
+HfApi().create_repo('user/old')
+for file, name in (('old.bin', 'pytorch_model.bin'), ('own/config.json', 'config.json')):
+    HfApi().upload_file(path_or_fileobj=file, path_in_repo=name, repo_id='user/old')
+model = timm_fisher.create_model('hf-hub:user/old', pretrained=True, num_classes=3)
+attempt('no safetensors', timm_fisher.push_to_hub, model, 'user/old-adapter', adapter=True)
+
 small = timm.create_model('test_vit3', img_size=96)
 timm.models.save_for_hf(small, 'small', safe_serialization=True)
 HfApi().create_repo('user/small')
@@ -248,6 +255,7 @@ def test_adapters(hub, tmp_path, monkeypatch):
     of_another = "LoadError: 'local-dir:vit' is test_vit, not test_resnet. 'user/adapter' is an ad"
     assert found['folder of another'].startswith(of_another)
     assert re.search("LoadError: 'user/whole' holds its backbone", found['no adapter'])
+    assert 'came from a repository without safetensors' in found['no safetensors']
     assert found['public'].startswith(
         "PushError: Pushing to 'user/whole' failed: it is public, not private."
     )
