@@ -183,8 +183,9 @@ def save_pretrained(
         adapter = not problem
 
     def write(beside: Path) -> None:
-        _write_model(model, beside, label_names, data_config, adapter=adapter, float16=float16)
-        config = json.loads((beside / 'config.json').read_text())
+        config = _write_model(
+            model, beside, label_names, data_config, adapter=adapter, float16=float16
+        )
         text = make_card(
             model,
             sum(map(math.prod, read_shapes(beside / WEIGHTS, str(folder)).values())),
@@ -390,8 +391,8 @@ def _write_model(
     *,
     adapter: bool = False,
     float16: Collection[str] = (),
-) -> None:
-    """config.json and model.safetensors, in timm's own form."""
+) -> dict[str, Any]:
+    """config.json and model.safetensors, in timm's own form; gives the content of the first."""
     unknown = sorted(set(float16) - set(model.state_dict()))
     if unknown:
         raise ValueError(f"The model has no tensor '{unknown[0]}' to be stored in float16.")
@@ -421,7 +422,7 @@ def _write_model(
             safe_serialization=True,
             data_config=data_config,
         )
-    written = json.loads((folder / 'config.json').read_text())
+    written: dict[str, Any] = json.loads((folder / 'config.json').read_text())
     place = {'source': 'local-dir', 'file': str(folder.parent)}
     try:
         check_images(written['pretrained_cfg'] | place, written['model_args'], str(folder.parent))
@@ -429,6 +430,7 @@ def _write_model(
         raise ValueError(str(error)) from None
     # safetensors makes its file private; the umask of the config is what the user wants.
     shutil.copymode(folder / 'config.json', folder / WEIGHTS)
+    return written
 
 
 def _halve(name: str, value: Tensor) -> Tensor:
@@ -438,7 +440,7 @@ def _halve(name: str, value: Tensor) -> Tensor:
     return half
 
 
-def _replace_files(folder: Path, write: Callable[[Path], None]) -> None:
+def _replace_files(folder: Path, write: Callable[[Path], Any]) -> None:
     """Let a function write files into a folder beside, then move all of them, or none.
 
     Killed in between, it leaves what `check_whole` finds, and the next call deletes.
