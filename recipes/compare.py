@@ -27,8 +27,9 @@ from typing import Any
 import jsonargparse
 import matplotlib
 import yaml
-from files import save_png, write
 from tqdm.auto import tqdm
+
+from timm_fisher.files import save_png, write
 
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt

@@ -15,14 +15,14 @@ from typing import Any
 import timm
 import torch
 from accelerate import Accelerator
-from config import Config
-from data import Split, create_datasets, load_folder, load_splits
 from predict import class_names, load_model
 from sklearn.metrics import accuracy_score, balanced_accuracy_score
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from timm_fisher import PooledModel
+from timm_fisher.training.config import Config
+from timm_fisher.training.data import Split, create_datasets, load_folder, load_splits
 
 
 def main() -> None:

@@ -24,7 +24,6 @@ import matplotlib
 import timm
 import torch
 import torch.nn.functional as F
-from files import save_png, write
 from PIL import Image, ImageOps
 from timm.layers import to_2tuple
 from torch import Tensor
@@ -32,10 +31,11 @@ from tqdm.auto import tqdm
 
 import timm_fisher
 from timm_fisher import PooledModel
-from timm_fisher.checkpoint import is_adapter, read_shapes
 from timm_fisher.descriptors import Descriptors
 from timm_fisher.errors import LoadError
-from timm_fisher.hub import CHECKOUT
+from timm_fisher.files import save_png, write
+from timm_fisher.hub.save import CHECKOUT
+from timm_fisher.hub.weights import is_adapter, read_shapes
 
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import json
 import os
 import signal
@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -50,12 +50,22 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_images(tmp_path_factory.mktemp('images'), train=40, val=11, test=17)
 
 
+def load_script(name: str) -> ModuleType:
+    """The module of a script, such as 'papers/cluster' of recipes/papers/cluster.py."""
+    path = ROOT / 'recipes' / f'{name}.py'
+    spec = importlib.util.spec_from_file_location(f'recipes_{name.replace("/", "_")}', path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module.__name__] = module
+    spec.loader.exec_module(module)
+    return module
+
+
 @pytest.fixture(scope='session')
-def recipes() -> Iterator[SimpleNamespace]:
-    """The modules of recipes/: a script finds its neighbours by sys.path."""
-    sys.path.insert(0, str(ROOT / 'recipes'))
-    yield SimpleNamespace(**{n: importlib.import_module(n) for n in ('config', 'data', 'train')})
-    sys.path.remove(str(ROOT / 'recipes'))
+def recipes() -> SimpleNamespace:
+    """The modules that train: config, data and train."""
+    from timm_fisher.training import config, data, run
+
+    return SimpleNamespace(config=config, data=data, train=run)
 
 
 def command_line(options: dict[str, Any]) -> list[str]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import timm_fisher
-from timm_fisher.stream import BatchStream
+from timm_fisher.fitting.stream import BatchStream
 
 SMALL = {  # faster than the default
     'bilinear': {'reduce_dim': 8},

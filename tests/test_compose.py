@@ -8,12 +8,12 @@ import warnings
 import pytest
 import timm
 import torch
-from test_backbones import FAMILIES
+from test_descriptors import FAMILIES
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import timm_fisher
-from timm_fisher.fitting import ModelStream
+from timm_fisher.numerics.clustering import ModelStream
 
 HEADS = [
     {'name': 'avg', 'normalize': True},

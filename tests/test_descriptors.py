@@ -56,7 +56,7 @@ GRIDS = {
 
 @pytest.fixture(scope='module')
 def sweep():
-    path = Path(__file__).parent.parent / 'recipes/sweep_backbones.py'
+    path = Path(__file__).parent.parent / 'recipes/maintenance/sweep_backbones.py'
     spec = importlib.util.spec_from_file_location('sweep_backbones', path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -6,9 +6,10 @@ configurations by name, such as `resnet50_3g`, and the backbone `pixels`.
 
 from timm_fisher import pixels, presets  # noqa: F401  (registers them)
 from timm_fisher.errors import LoadError, PushError
-from timm_fisher.fitting import fit
+from timm_fisher.fitting.fit import fit
+from timm_fisher.fitting.stream import DescriptorStream, ListStream
 from timm_fisher.head import PoolingHead
-from timm_fisher.hub import (
+from timm_fisher.hub.save import (
     from_pretrained,
     list_pretrained,
     push_folder,
@@ -18,7 +19,6 @@ from timm_fisher.hub import (
 )
 from timm_fisher.model import PooledModel, create_model
 from timm_fisher.registry import create_head, get_head, list_heads
-from timm_fisher.stream import DescriptorStream, ListStream
 
 __all__ = [
     'DescriptorStream',

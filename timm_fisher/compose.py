@@ -8,9 +8,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from timm_fisher.fitting.stream import DescriptorStream
 from timm_fisher.head import PoolingHead
-from timm_fisher.linalg import at_least_float32, unit_length
-from timm_fisher.stream import DescriptorStream
+from timm_fisher.numerics.linalg import at_least_float32, unit_length
 
 
 class ConcatHeads(nn.ModuleList):

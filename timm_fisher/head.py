@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from timm_fisher.stream import DescriptorStream
+    from timm_fisher.fitting.stream import DescriptorStream
 
 
 class PoolingHead(nn.Module):

@@ -21,11 +21,12 @@ from timm.models import (
 )
 from torch import Tensor, nn
 
-from timm_fisher import checkpoint, saved_config
 from timm_fisher.compose import ConcatHeads
 from timm_fisher.descriptors import find_descriptors, remove_unused
 from timm_fisher.errors import LoadError
 from timm_fisher.head import PoolingHead
+from timm_fisher.hub import config as saved_config
+from timm_fisher.hub import weights as checkpoint
 from timm_fisher.registry import check_arguments, create_head, get_head, nearest
 
 # What a pretrained_cfg says about images; the rest of it is about the backbone's own weights.

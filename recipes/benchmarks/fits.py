@@ -36,19 +36,19 @@ import timm
 import torch
 import torch.nn.functional as F
 from benchmark import positive
-from config import Config, Stage
-from data import load_splits
-from files import write
-from measure import digits, load, processor, synchronize, table
 from sklearn.decomposition import NMF
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from timm_fisher import ListStream
-from timm_fisher.fitting import leading_axes
+from timm_fisher.files import write
 from timm_fisher.heads.dbm_idfk import DBMFisher
 from timm_fisher.heads.gsnmf import factorize
+from timm_fisher.numerics.clustering import leading_axes
+from timm_fisher.training.config import Config, Stage
+from timm_fisher.training.data import load_splits
+from timm_fisher.training.measure import digits, load, processor, synchronize, table
 
 FACTORIZE = dict(images=10_000, channels=1280, components=256, rounds=300)
 IMAGES = dict(images=7291, pixels=256)  # as USPS has

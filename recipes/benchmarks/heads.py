@@ -38,14 +38,14 @@ import matplotlib
 import timm
 import torch
 import torch.nn.functional as F
-from measure import digits, load, median_times, peak_memory, processor, table
 from torch import Tensor, nn
 
 import timm_fisher
 from timm_fisher import create_head, get_head, list_heads
 from timm_fisher.heads.gmm_fisher import GMMFisher
 from timm_fisher.heads.three_g import EPS
-from timm_fisher.linalg import gram_root, matrix_root
+from timm_fisher.numerics.linalg import gram_root, matrix_root
+from timm_fisher.training.measure import digits, load, median_times, peak_memory, processor, table
 
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt

@@ -25,12 +25,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import table
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 import timm_fisher
 from timm_fisher import get_head, list_heads
+from timm_fisher.training.measure import table
 
 # Options that take another way through a head's mathematics.
 OPTIONS: dict[str, list[dict[str, Any]]] = {

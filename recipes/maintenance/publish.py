@@ -22,9 +22,9 @@ import torch
 from predict import lite0_backbone
 
 import timm_fisher
-from timm_fisher.card import seal
 from timm_fisher.errors import LoadError, PushError, clear_errors
-from timm_fisher.hub import CHECKOUT, HUB_USER, push_folder
+from timm_fisher.hub.card import seal
+from timm_fisher.hub.save import CHECKOUT, HUB_USER, push_folder
 
 
 def main() -> None:

@@ -23,12 +23,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from config import Config
-from data import load_splits
 from evaluate import evaluate
-from files import keep_settings
 
 import timm_fisher
+from timm_fisher.files import keep_settings
+from timm_fisher.training.config import Config
+from timm_fisher.training.data import load_splits
 
 RECIPES = Path(__file__).parent
 SEEDS = (0, 1, 2)

@@ -45,9 +45,6 @@ import yaml
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from compare import percent, run
-from config import Config, parse_config
-from data import Cached, cache_features, create_datasets, load_splits
-from files import keep_settings, save_png, write
 from scipy.optimize import linear_sum_assignment
 from sklearn.cluster import KMeans, SpectralClustering
 from sklearn.decomposition import PCA
@@ -58,10 +55,13 @@ from sklearn.preprocessing import normalize
 from sklearn.svm import LinearSVC
 from torch import Tensor
 from torch.utils.data import DataLoader
-from train import create_model
 
 import timm_fisher
 from timm_fisher import PooledModel
+from timm_fisher.files import keep_settings, save_png, write
+from timm_fisher.training.config import Config, parse_config
+from timm_fisher.training.data import Cached, cache_features, create_datasets, load_splits
+from timm_fisher.training.run import create_model
 
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt

@@ -43,9 +43,6 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from config import Config
-from data import cache_features, create_datasets, load_splits
-from files import save_png, write
 from sklearn.metrics import average_precision_score
 from sklearn.svm import LinearSVC
 from torch import Tensor
@@ -53,8 +50,11 @@ from torch.utils.data import DataLoader
 
 import timm_fisher
 from timm_fisher import PooledModel
+from timm_fisher.files import save_png, write
 from timm_fisher.heads.gmm_fisher import GMMFisher, Mixture
-from timm_fisher.linalg import power_l2, unit_length
+from timm_fisher.numerics.linalg import power_l2, unit_length
+from timm_fisher.training.config import Config
+from timm_fisher.training.data import cache_features, create_datasets, load_splits
 
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt

@@ -44,9 +44,6 @@ import torch
 from accelerate import Accelerator
 from cluster import create, load, parse
 from compare import percent
-from config import Config
-from data import Cached, cache_features, create_datasets, load_splits
-from files import keep_settings, save_png, write
 from scipy import sparse
 from sklearn.linear_model import SGDClassifier
 from sklearn.manifold import TSNE
@@ -57,6 +54,9 @@ from tqdm.auto import tqdm
 
 import timm_fisher
 from timm_fisher import PooledModel
+from timm_fisher.files import keep_settings, save_png, write
+from timm_fisher.training.config import Config
+from timm_fisher.training.data import Cached, cache_features, create_datasets, load_splits
 
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt

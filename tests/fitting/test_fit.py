@@ -7,7 +7,7 @@ import pytest
 import torch
 from sklearn.cluster import KMeans
 
-from timm_fisher.fitting import kmeans
+from timm_fisher.numerics.clustering import kmeans
 
 
 def blobs(count: int = 1500, channels: int = 6, centres: int = 10, seed: int = 0) -> torch.Tensor:
@@ -50,14 +50,14 @@ def test_repeatable_and_of_any_scale():
 def test_chunks_make_no_difference(monkeypatch):
     rows = blobs(300)
     expected = kmeans(rows, 9)
-    monkeypatch.setattr('timm_fisher.fitting.DISTANCES', 9 * 7)
+    monkeypatch.setattr('timm_fisher.numerics.clustering.DISTANCES', 9 * 7)
     torch.testing.assert_close(kmeans(rows, 9), expected, rtol=1e-12, atol=1e-12)
 
 
 def test_a_cluster_that_empties_takes_the_worst_row(monkeypatch):
     rows = torch.tensor([[0.0], [1.0], [10.0], [30.0]], dtype=torch.float64)
     far = torch.tensor([[0.0], [1000.0], [2000.0]], dtype=torch.float64)
-    monkeypatch.setattr('timm_fisher.fitting._kmeans_seeds', lambda *_: far)
+    monkeypatch.setattr('timm_fisher.numerics.clustering._kmeans_seeds', lambda *_: far)
     assert kmeans(rows, 3).flatten().sort().values.tolist() == [0.5, 10, 30]
 
 

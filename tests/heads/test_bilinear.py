@@ -9,7 +9,7 @@ from references import bilinear as reference
 
 from timm_fisher import ListStream
 from timm_fisher.heads.bilinear import Bilinear
-from timm_fisher.linalg import power_l2
+from timm_fisher.numerics.linalg import power_l2
 
 
 def data(images: int = 6, number: int = 15, channels: int = 12, seed: int = 0) -> torch.Tensor:

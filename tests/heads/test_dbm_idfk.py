@@ -10,9 +10,9 @@ from sklearn.neural_network import BernoulliRBM
 from torch import Tensor
 
 from timm_fisher import ListStream
-from timm_fisher.boltzmann import train_machine
-from timm_fisher.fitting import leading_axes
 from timm_fisher.heads.dbm_idfk import DBMFisher, mean_descriptor
+from timm_fisher.numerics.boltzmann import train_machine
+from timm_fisher.numerics.clustering import leading_axes
 
 
 def bars(count: int = 400, side: int = 3, seed: int = 0) -> Tensor:

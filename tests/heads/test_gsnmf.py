@@ -15,9 +15,9 @@ from sklearn.decomposition import NMF, DictionaryLearning, _nmf, non_negative_fa
 from torch import Tensor
 
 from timm_fisher import ListStream
+from timm_fisher.fitting.stream import BatchStream
 from timm_fisher.heads import gsnmf
 from timm_fisher.heads.gsnmf import GSNMF, factorize, nndsvd
-from timm_fisher.stream import BatchStream
 
 PENALTIES = [(0.0, 0.0), (0.02, 0.05), (0.0, 0.1), (0.5, 0.0)]
 pytestmark = pytest.mark.filterwarnings('ignore::sklearn.exceptions.ConvergenceWarning')

@@ -77,7 +77,7 @@ def _fitted(name: str, options: str) -> PoolingHead:
 
 def reference(name: str) -> ModuleType:
     module = inspect.getmodule(get_head(name))
-    path = Path(__file__).parent / 'references' / f'{module.__name__.rsplit(".")[-1]}.py'
+    path = Path(__file__).parent.parent / 'references' / f'{module.__name__.rsplit(".")[-1]}.py'
     spec = importlib.util.spec_from_file_location(f'reference_{path.stem}', path)
     loaded = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(loaded)

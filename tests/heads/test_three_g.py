@@ -12,10 +12,10 @@ import timm_fisher
 from timm_fisher import create_head
 from timm_fisher.heads.isqrt_cov import ISqrtCov
 from timm_fisher.heads.three_g import ThreeG, convert_state_dict, shrunk_root
-from timm_fisher.linalg import covariance_root, gram_root, matrix_root, newton_schulz
+from timm_fisher.numerics.linalg import covariance_root, gram_root, matrix_root, newton_schulz
 
 # float64 outputs and gradients of the authors' code on random weights and inputs.
-GOLDEN = load_file(Path(__file__).parent / 'golden' / 'three_g_parity.safetensors')
+GOLDEN = load_file(Path(__file__).parent.parent / 'golden' / 'three_g_parity.safetensors')
 
 
 def authors_state() -> dict[str, torch.Tensor]:

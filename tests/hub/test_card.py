@@ -9,7 +9,7 @@ import torch
 from huggingface_hub import ModelCard
 
 import timm_fisher
-from timm_fisher.card import count_macs, merge_cards, seal
+from timm_fisher.hub.card import count_macs, merge_cards, seal
 
 METRICS = {
     'test': {'accuracy': 0.51234, 'balanced_accuracy': 0.4, 'samples': 10},

@@ -45,7 +45,7 @@ def no_network(*_, **__):
 
 @pytest.fixture(autouse=True)
 def offline(monkeypatch):
-    for place in ('timm_fisher.checkpoint', 'timm.models._hub'):
+    for place in ('timm_fisher.hub.weights', 'timm.models._hub'):
         monkeypatch.setattr(f'{place}.hf_hub_download', no_network)
     monkeypatch.setattr('timm.models._builder.load_state_dict_from_url', no_network)
     monkeypatch.setattr('timm.models._builder.download_cached_file', no_network)

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import timm_fisher
-from timm_fisher.hub import push_folder as push
+from timm_fisher.hub.save import push_folder as push
 
 SAVE = {
     'timm': partial(timm.models.save_for_hf, safe_serialization=True),

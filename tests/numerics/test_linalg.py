@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from timm_fisher.linalg import at_least_float32, power_l2, without_autocast
+from timm_fisher.numerics.linalg import at_least_float32, power_l2, without_autocast
 
 
 def test_power_l2_is_the_signed_root_of_unit_length():

@@ -1,4 +1,4 @@
-"""recipes/benchmark.py, recipes/measure.py and recipes/check_export.py, at tiny sizes."""
+"""recipes/benchmarks/heads.py, recipes/measure.py and recipes/maintenance/check_export.py, at tiny sizes."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import load_script
 
 from timm_fisher import list_heads
-from timm_fisher.linalg import gram_root
+from timm_fisher.numerics.linalg import gram_root
 
 TINY = (
     '--numbers 4 6 --channels 8 --batch 2 --backbone test_resnet --img-sizes 32 --repetitions 1 '
@@ -29,7 +30,7 @@ TINY = (
 def script(recipes: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., ModuleType]]:
     """`script('benchmark', *arguments)` runs a script of recipes/ in this process."""
     threads = torch.get_num_threads()
-    monkeypatch.setattr(importlib.import_module('measure'), 'LEAST_SECONDS', 0)
+    monkeypatch.setattr(importlib.import_module('timm_fisher.training.measure'), 'LEAST_SECONDS', 0)
 
     def run(name: str, *arguments: object) -> ModuleType:
         module = importlib.import_module(name)
@@ -46,7 +47,7 @@ def script(recipes: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[.
 @pytest.fixture
 def tiny(recipes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sizes of benchmark.py that no option sets."""
-    benchmark = importlib.import_module('benchmark')
+    benchmark = load_script('benchmarks/heads')
     for argument, (letter, _) in benchmark.SIZES.items():
         monkeypatch.setitem(benchmark.SIZES, argument, (letter, (4, 16)))
     monkeypatch.setitem(benchmark.ROOT, 'batch', 2)
@@ -136,7 +137,7 @@ def test_benchmark_refuses_what_it_cannot_do(script, capsys, arguments, message)
 
 
 def test_peak_memory_is_exact(recipes):
-    measure = importlib.import_module('measure')
+    measure = importlib.import_module('timm_fisher.training.measure')
 
     def run() -> None:
         a = torch.zeros(2**18)  # 1 MiB
@@ -149,7 +150,7 @@ def test_peak_memory_is_exact(recipes):
 
 
 def test_times_are_medians_of_runs_in_turn(recipes, monkeypatch):
-    measure = importlib.import_module('measure')
+    measure = importlib.import_module('timm_fisher.training.measure')
     monkeypatch.setattr(measure, 'LEAST_SECONDS', 0)
     clock, calls = [0.0], []
     monkeypatch.setattr(measure.time, 'perf_counter', lambda: clock[0])
@@ -184,7 +185,7 @@ def test_root_on_the_smaller_side_exports(recipes):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return gram_root(x, 2, 1e-3)
 
-    check_export = importlib.import_module('check_export')
+    check_export = load_script('maintenance/check_export')
     works, cell = check_export.check('onnx', Root().eval(), torch.rand(3, 2, 4), 1e-5)
     assert works, cell
 
@@ -201,7 +202,7 @@ def test_every_head_compiles_and_exports(script, capsys):
 
 
 def test_export_says_why_it_fails(recipes, monkeypatch):
-    check_export = importlib.import_module('check_export')
+    check_export = load_script('maintenance/check_export')
     model, images = torch.nn.Identity(), torch.ones(2, 3)
 
     def check(way: Callable[..., torch.Tensor]) -> tuple[bool, str]:

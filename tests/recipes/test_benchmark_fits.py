@@ -1,8 +1,7 @@
-"""recipes/benchmark_fits.py, at tiny sizes."""
+"""recipes/benchmarks/fits.py, at tiny sizes."""
 
 from __future__ import annotations
 
-import importlib
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -15,12 +14,13 @@ import numpy as np
 import pytest
 import timm
 import torch
+from conftest import load_script
 
 
 @pytest.fixture
 def fits(recipes: Any, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The script, with small sizes where no option sets them."""
-    module = importlib.import_module('benchmark_fits')
+    module = load_script('benchmarks/fits')
     tiny = dict(images=120, channels=20, components=6, rounds=300)
     monkeypatch.setattr(module, 'FACTORIZE', tiny)
     monkeypatch.setattr(module, 'IMAGES', dict(images=100, pixels=16))

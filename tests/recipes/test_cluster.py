@@ -1,8 +1,7 @@
-"""recipes/cluster.py: its measures against slow ones, what chooses a setting, and the command."""
+"""recipes/papers/cluster.py: its measures against slow ones, what chooses a setting, and the command."""
 
 from __future__ import annotations
 
-import importlib
 import itertools
 import json
 import math
@@ -14,7 +13,7 @@ import numpy as np
 import pytest
 import timm
 import yaml
-from conftest import ROOT, TINY
+from conftest import ROOT, TINY, load_script
 from PIL import Image
 
 CONFIGS = sorted(ROOT.glob('recipes/configs/cluster_*.yaml'))
@@ -22,7 +21,7 @@ CONFIGS = sorted(ROOT.glob('recipes/configs/cluster_*.yaml'))
 
 @pytest.fixture(scope='module')
 def cluster(recipes):
-    return importlib.import_module('cluster')
+    return load_script('papers/cluster')
 
 
 def random_clusters(classes, clusters):
@@ -196,7 +195,7 @@ def test_run_leaves_everything(cluster, recipe, settings, tmp_path, monkeypatch,
 @pytest.mark.slow
 def test_the_command(settings, tmp_path):
     """No more components than training images; another seed goes on where the first one stopped."""
-    command = [sys.executable, 'recipes/cluster.py', '--config', str(settings), '--seeds']
+    command = [sys.executable, 'recipes/papers/cluster.py', '--config', str(settings), '--seeds']
     output, kept = tmp_path / 'out', []
     for seeds in ('[0]', '[0, 1]'):
         process = subprocess.run([*command, seeds], cwd=ROOT, capture_output=True, text=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import subprocess
 import sys
@@ -10,13 +9,13 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT
+from conftest import ROOT, load_script
 from PIL import Image
 
 
 @pytest.fixture
 def compare(recipes):
-    return importlib.import_module('compare')
+    return load_script('compare')
 
 
 def metrics(val, test, **more):

@@ -1,8 +1,7 @@
-"""recipes/deep_fisher_svm.py: the SVM, the gradient, Algorithm 1, and what a run leaves."""
+"""recipes/papers/deep_fisher_svm.py: the SVM, the gradient, Algorithm 1, and what a run leaves."""
 
 from __future__ import annotations
 
-import importlib
 import json
 import re
 import sys
@@ -12,14 +11,14 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import ENVIRONMENT, TINY, command_line, write_images
+from conftest import ENVIRONMENT, TINY, command_line, load_script, write_images
 from sklearn.metrics import average_precision_score
 from torch.utils.data import DataLoader
 
 import timm_fisher
 from timm_fisher import ListStream
 from timm_fisher.heads.gmm_fisher import GMMFisher, Mixture
-from timm_fisher.linalg import power_l2
+from timm_fisher.numerics.linalg import power_l2
 
 SMALL = {'reduce_dim': 6, 'components': 4, 'iterations': 3, 'C': 100.0}
 SMALL |= {key: value for key, value in TINY.items() if key != 'img_size'} | {'img_size': 32}
@@ -27,7 +26,7 @@ SMALL |= {key: value for key, value in TINY.items() if key != 'img_size'} | {'im
 
 @pytest.fixture(scope='module')
 def script(recipes):
-    return importlib.import_module('deep_fisher_svm')
+    return load_script('papers/deep_fisher_svm')
 
 
 @pytest.fixture
@@ -334,13 +333,13 @@ def test_run_leaves_everything(script, run, images, mode, monkeypatch):
 @pytest.mark.slow
 def test_run_through_the_launcher(launch, images, tmp_path):
     options = {**SMALL, 'data_dir': images, 'output': tmp_path / 'run', 'cache_dir': tmp_path / 'c'}
-    process = launch('recipes/deep_fisher_svm.py', **options)
+    process = launch('recipes/papers/deep_fisher_svm.py', **options)
     text, _ = process.communicate(timeout=120)
     assert process.returncode == 0, text
     assert (tmp_path / 'run' / 'tables.md').read_text() in text
     check_tables(tmp_path / 'run', json.loads((tmp_path / 'run' / 'metrics.json').read_text()))
     process = launch(
-        'recipes/deep_fisher_svm.py', processes=2, **options | {'output': tmp_path / 'two'}
+        'recipes/papers/deep_fisher_svm.py', processes=2, **options | {'output': tmp_path / 'two'}
     )
     text, _ = process.communicate(timeout=120)
     assert process.returncode != 0

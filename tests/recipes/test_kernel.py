@@ -1,8 +1,7 @@
-"""recipes/kernel.py: nearest neighbours and vectors against slow ones, and the command."""
+"""recipes/papers/kernel.py: nearest neighbours and vectors against slow ones, and the command."""
 
 from __future__ import annotations
 
-import importlib
 import json
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import safetensors.torch
 import timm
 import torch
 import yaml
-from conftest import ENVIRONMENT, ROOT
+from conftest import ENVIRONMENT, ROOT, load_script
 from scipy import sparse
 from sklearn.datasets import load_digits
 from sklearn.neighbors import KNeighborsClassifier
@@ -23,7 +22,7 @@ CONFIGS = sorted(ROOT.glob('recipes/configs/kernel_*.yaml'))
 
 @pytest.fixture(scope='module')
 def kernel(recipes):
-    return importlib.import_module('kernel')
+    return load_script('papers/kernel')
 
 
 def unit(count, *, seed):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import importlib
 import itertools
 import json
 import os
@@ -16,7 +15,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import ROOT
+from conftest import ROOT, load_script
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
@@ -28,7 +27,7 @@ NAMES = ['ash', 'beech', 'elm', 'fir', 'oak']
 
 @pytest.fixture(scope='module')
 def predict(recipes):
-    return importlib.import_module('predict')
+    return load_script('predict')
 
 
 @pytest.fixture(scope='module')

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import re
@@ -20,15 +19,15 @@ import pytest
 import timm
 import torch
 import yaml
-from conftest import ROOT, TINY, write_images
+from conftest import ROOT, TINY, load_script, write_images
 from hub_server import HubServer
 from huggingface_hub import ModelCard
 from huggingface_hub.utils import validate_repo_id
 from safetensors import safe_open
 
 import timm_fisher
-from timm_fisher.card import seal
-from timm_fisher.hub import FILES, HUB_USER, RELEASED, save_pretrained
+from timm_fisher.hub.card import seal
+from timm_fisher.hub.save import FILES, HUB_USER, RELEASED, save_pretrained
 
 CARDS = ROOT / 'hub_cards'
 DATA = Path(os.environ.get('TIMM_FISHER_DATA', ROOT.parent / 'shared' / 'data'))
@@ -47,17 +46,17 @@ def read(name):
 
 @pytest.fixture(scope='module')
 def release(recipes):
-    return importlib.import_module('release')
+    return load_script('maintenance/release')
 
 
 @pytest.fixture(scope='module')
 def evaluate(recipes):
-    return importlib.import_module('evaluate')
+    return load_script('evaluate')
 
 
 @pytest.fixture(scope='module')
 def publish(recipes):
-    return importlib.import_module('publish')
+    return load_script('maintenance/publish')
 
 
 def test_one_folder_for_each_name(release):
@@ -135,7 +134,7 @@ def test_card_is_valid(name):
         assert result.dataset_split == 'test'
         assert result.task_type == 'image-classification'
     assert f'hf-hub:{HUB_USER}/{name}' in card.text
-    assert f'python recipes/release.py {name} --data-dir PATH' in card.text
+    assert f'python recipes/maintenance/release.py {name} --data-dir PATH' in card.text
     assert f'python recipes/evaluate.py --model {name} --data-dir PATH' in card.text
 
 
@@ -450,7 +449,13 @@ def test_publish_compares_tensors_and_logits(publish, tmp_path, monkeypatch):
 def test_publish(tmp_path):
     """To a Hub on this machine, by the command line, and a repository that differs."""
     save_tiny(tmp_path / 'cards')
-    command = [sys.executable, str(ROOT / 'recipes/publish.py'), 'trashnet-3g', '--user', 'me']
+    command = [
+        sys.executable,
+        str(ROOT / 'recipes/maintenance/publish.py'),
+        'trashnet-3g',
+        '--user',
+        'me',
+    ]
     command += ['--cards', str(tmp_path / 'cards')]
 
     def run(*more):

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from timm_fisher.fitting.stream import DescriptorStream, ModelStream
 from timm_fisher.head import PoolingHead
-from timm_fisher.stream import DescriptorStream, ModelStream
 
 
 def fit_together(placed: Iterable[tuple[PoolingHead, int]], stream: ModelStream) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 from tqdm.auto import tqdm
 
-from timm_fisher.linalg import at_least_float32
+from timm_fisher.numerics.linalg import at_least_float32
 
 if TYPE_CHECKING:
     from timm_fisher.model import PooledModel

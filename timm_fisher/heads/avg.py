@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from timm_fisher.head import PoolingHead
-from timm_fisher.linalg import at_least_float32, power_l2, without_autocast
+from timm_fisher.numerics.linalg import at_least_float32, power_l2, without_autocast
 
 
 class Average(PoolingHead):

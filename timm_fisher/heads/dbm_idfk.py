@@ -37,11 +37,11 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from timm_fisher.boltzmann import mean_field, train_machine
-from timm_fisher.fitting import check_finite, leading_axes
+from timm_fisher.fitting.stream import DescriptorStream
 from timm_fisher.head import PoolingHead
-from timm_fisher.linalg import at_least_float32, unit_length, without_autocast
-from timm_fisher.stream import DescriptorStream
+from timm_fisher.numerics.boltzmann import mean_field, train_machine
+from timm_fisher.numerics.clustering import check_finite, leading_axes
+from timm_fisher.numerics.linalg import at_least_float32, unit_length, without_autocast
 
 FIT_IMAGES = 65_536  # that the fit keeps, one vector each
 CHUNK = 1024  # images whose scores are held at a time

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from timm_fisher.head import PoolingHead
-from timm_fisher.linalg import at_least_float32, without_autocast
+from timm_fisher.numerics.linalg import at_least_float32, without_autocast
 
 FLOOR = 1e-6  # of the channel's maximum
 LEAST, MOST = 0.01, 10_000  # exponents: near the geometric mean, near the maximum

@@ -31,10 +31,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from timm_fisher.fitting import kmeans, start_reduction
+from timm_fisher.fitting.stream import DescriptorStream
 from timm_fisher.head import PoolingHead
-from timm_fisher.linalg import at_least_float32, power_l2, unit_length, without_autocast
-from timm_fisher.stream import DescriptorStream
+from timm_fisher.numerics.clustering import kmeans, start_reduction
+from timm_fisher.numerics.linalg import at_least_float32, power_l2, unit_length, without_autocast
 
 FIT_SAMPLE = 50_000  # descriptors that PCA and the first rounds of EM see
 STARTS, START_ROWS, START_ROUNDS = 4, 10_000, 20  # the best start is chosen on some of them

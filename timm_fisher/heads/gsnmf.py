@@ -31,10 +31,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from timm_fisher.fitting import check_finite
+from timm_fisher.fitting.stream import DescriptorStream
 from timm_fisher.head import PoolingHead
-from timm_fisher.linalg import at_least_float32, without_autocast
-from timm_fisher.stream import DescriptorStream
+from timm_fisher.numerics.clustering import check_finite
+from timm_fisher.numerics.linalg import at_least_float32, without_autocast
 
 FIT_IMAGES = 65_536  # images that the basis is fitted to
 FLOOR = 1e-8  # of what is divided by; features and columns of the basis have unit length

@@ -18,7 +18,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from timm_fisher.head import PoolingHead
-from timm_fisher.linalg import (
+from timm_fisher.numerics.linalg import (
     LinearNorm,
     at_least_float32,
     covariance_root,

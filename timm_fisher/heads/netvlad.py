@@ -20,10 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from timm_fisher.fitting import kmeans, pca
+from timm_fisher.fitting.stream import DescriptorStream
 from timm_fisher.head import PoolingHead
-from timm_fisher.linalg import at_least_float32, unit_length, without_autocast
-from timm_fisher.stream import DescriptorStream
+from timm_fisher.numerics.clustering import kmeans, pca
+from timm_fisher.numerics.linalg import at_least_float32, unit_length, without_autocast
 
 FIT_SAMPLE = 10_000  # descriptors that PCA and centroids are fitted to
 

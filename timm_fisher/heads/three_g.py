@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn.functional import relu
 
 from timm_fisher.head import PoolingHead
-from timm_fisher.linalg import (
+from timm_fisher.numerics.linalg import (
     LinearNorm,
     at_least_float32,
     covariance_root,

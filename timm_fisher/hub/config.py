@@ -25,8 +25,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
-from timm_fisher.checkpoint import find_file
 from timm_fisher.errors import LoadError, clear_errors
+from timm_fisher.hub.weights import find_file
 
 SOURCES = ('hf-hub', 'local-dir')  # where timm finds a saved model by its name
 # Of a saved configuration. Larger models than any of timm's stay possible, accidents do not.

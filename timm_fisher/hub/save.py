@@ -18,8 +18,10 @@ from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from torch import Tensor, nn
 
-from timm_fisher.card import check_metrics, make_card, merge_cards, seal
-from timm_fisher.checkpoint import (
+from timm_fisher.errors import LoadError, PushError, clear_errors
+from timm_fisher.hub.card import check_metrics, make_card, merge_cards, seal
+from timm_fisher.hub.config import check_file, check_images
+from timm_fisher.hub.weights import (
     SAVING,
     WEIGHTS,
     abandoned,
@@ -28,10 +30,8 @@ from timm_fisher.checkpoint import (
     half_replaced,
     read_shapes,
 )
-from timm_fisher.errors import LoadError, PushError, clear_errors
 from timm_fisher.model import PooledModel
 from timm_fisher.registry import check_arguments, nearest
-from timm_fisher.saved_config import check_file, check_images
 
 HUB_USER = 'timm-fisher'
 RELEASED = (
@@ -44,7 +44,7 @@ RELEASED = (
     'trashnet-sparse-fisher',
 )
 FILES = ('config.json', WEIGHTS, 'README.md', 'metrics.json')
-CHECKOUT = Path(__file__).parent.parent / 'hub_cards'
+CHECKOUT = Path(__file__).parent.parent.parent / 'hub_cards'
 _NOT_OF_THE_CARD = ('model', 'stored_parameters', 'config', 'metrics', 'adapter')
 
 
@@ -160,7 +160,7 @@ def save_pretrained(
             the backbone has the weights that it was loaded with, from a known repository.
         backbone_id: that repository, for a backbone that was loaded from a folder.
         float16: names of tensors that are stored in half precision.
-        card: what else the card says, see `timm_fisher.card.make_card`.
+        card: what else the card says, see `timm_fisher.hub.card.make_card`.
 
     Raises:
         ValueError: `adapter` is asked for and not possible, label names that are not one text for
@@ -286,7 +286,7 @@ def push_folder(
     """Push a folder that `save_pretrained` wrote, in one commit.
 
     An unchanged folder makes no commit. What a user wrote into the card on the Hub stays there, see
-    `timm_fisher.card.merge_cards`.
+    `timm_fisher.hub.card.merge_cards`.
 
     Args, returns and errors as those of `push_to_hub`; and LoadError, where saving into the folder
     was cut off.

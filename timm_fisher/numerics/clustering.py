@@ -1,47 +1,15 @@
-"""`fit(model, loader)`, and the fits that two heads or more use."""
+"""PCA, k-means and leading eigenvectors: the fits that two heads or more use."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
-
-from timm_fisher.compose import ConcatHeads
-from timm_fisher.shared_stream import fit_together
-from timm_fisher.stream import ModelStream
-
-if TYPE_CHECKING:
-    from timm_fisher.model import PooledModel
 
 ROUNDING = 1e-14  # of the largest squared length: what may be left of a squared distance of zero
 DISTANCES = 2**22  # held at a time: 32 MiB
-
-
-def fit(model: PooledModel, loader: DataLoader[Any], *, from_features: bool = False) -> None:
-    """Start a model's pooling head from data (PCA, dictionary, ...), in place; several heads in
-    common passes over the data.
-
-    The backbone runs in eval mode and is not changed. Under `torch.distributed` every rank must
-    call it with the same data set; each reads its share, and the fit is that of one process.
-
-    Args:
-        model: a `PooledModel`, on the device where the backbone is to run.
-        loader: a torch `DataLoader` over a map-style data set; see `ModelStream`.
-        from_features: the data set holds what `model.forward_features` gives, not images.
-
-    Raises:
-        TypeError: the loader is not a `DataLoader` over a map-style data set.
-        ValueError: an empty data set, or descriptors that are not finite.
-    """
-    stream = ModelStream(model, loader, from_features=from_features)
-    if isinstance(model.head, ConcatHeads):
-        fit_together(model.head.placed(), stream)
-    else:
-        model.head.fit(stream)
 
 
 def check_finite(rows: Tensor) -> None:

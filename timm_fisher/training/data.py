@@ -19,7 +19,6 @@ import timm
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, send_to_device
-from config import Config
 from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
@@ -30,6 +29,7 @@ from tqdm.auto import tqdm
 from timm_fisher import PooledModel
 from timm_fisher.descriptors import StageDescriptors
 from timm_fisher.registry import check_arguments
+from timm_fisher.training.config import Config
 
 
 @dataclass

@@ -30,9 +30,6 @@ import torch.nn.functional as F
 import yaml
 from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.utils import DistributedDataParallelKwargs, send_to_device, set_seed
-from config import Config, Stage, parse_config
-from data import Cached, Images, cache_features, cache_pooled, create_datasets, load_splits
-from files import save_png, write
 from sklearn.metrics import accuracy_score, balanced_accuracy_score
 from timm.optim import create_optimizer_v2, param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2
@@ -44,9 +41,19 @@ from tqdm.auto import tqdm
 
 import timm_fisher
 from timm_fisher import PooledModel
-from timm_fisher.card import installed_versions
+from timm_fisher.files import save_png, write
+from timm_fisher.fitting.stream import BatchStream
+from timm_fisher.hub.card import installed_versions
 from timm_fisher.registry import nearest
-from timm_fisher.stream import BatchStream
+from timm_fisher.training.config import Config, Stage, parse_config
+from timm_fisher.training.data import (
+    Cached,
+    Images,
+    cache_features,
+    cache_pooled,
+    create_datasets,
+    load_splits,
+)
 
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt
@@ -769,7 +776,3 @@ def _plot(history: list[dict[str, Any]], path: Path) -> None:
             axes[0, -1].annotate(row['stage'], where, xycoords=('data', 'axes fraction'))
     figure.tight_layout()
     save_png(figure, path)
-
-
-if __name__ == '__main__':
-    main()
