@@ -22,7 +22,7 @@ from timm.models import (
 from torch import Tensor, nn
 
 from timm_fisher.compose import ConcatHeads
-from timm_fisher.descriptors import find_descriptors, remove_unused
+from timm_fisher.descriptors import StageDescriptors, find_descriptors, remove_unused
 from timm_fisher.errors import LoadError
 from timm_fisher.head import PoolingHead
 from timm_fisher.hub import config as saved_config
@@ -75,7 +75,7 @@ class PooledModel(nn.Module):
     """
 
     backbone: Any  # a timm model
-    descriptors: Any  # Descriptors, or StageDescriptors of several
+    descriptors: StageDescriptors
     head: PoolingHead | ConcatHeads
 
     def __init__(
@@ -149,9 +149,8 @@ class PooledModel(nn.Module):
             create_head(name, channels[place], **options)
             for (name, _, options), place in zip(heads, places, strict=True)
         ]
-        single = isinstance(head, str)
-        self.descriptors = found[0] if single else found
-        self.head = made[0] if single else ConcatHeads(made, places)
+        self.descriptors = found
+        self.head = made[0] if isinstance(head, str) else ConcatHeads(made, places)
         self.head_drop = nn.Dropout(drop_rate)
 
         self.in_chans = input_size[0]
@@ -175,6 +174,12 @@ class PooledModel(nn.Module):
         self._recorded_args = {key: value for key, value in recorded.items() if value is not None}
 
     @property
+    def heads(self) -> list[tuple[PoolingHead, int]]:
+        """Each head, and which of the model's descriptors it pools."""
+        head = self.head
+        return list(head.placed()) if isinstance(head, ConcatHeads) else [(head, 0)]
+
+    @property
     def default_cfg(self) -> dict[str, Any]:
         """Alias of `pretrained_cfg`, as timm has it."""
         return self.pretrained_cfg
@@ -182,8 +187,8 @@ class PooledModel(nn.Module):
     def forward_features(self, x: Tensor) -> Tensor | list[Tensor]:
         """The backbone's plain tensor, as timm gives it, for images `[B, 3, H, W]`; for several
         stages a list of them, from early to late."""
-        features: Tensor | list[Tensor] = self.descriptors.features(self.backbone, x)
-        return features
+        features = self.descriptors.features(self.backbone, x)
+        return features if isinstance(self.head, ConcatHeads) else features[0]
 
     def forward_head(
         self, x: Tensor | list[Tensor], pre_logits: bool = False, head_loss: bool = False
@@ -198,11 +203,14 @@ class PooledModel(nn.Module):
         Returns:
             Logits `[B, num_classes]`.
         """
-        descriptors, appended = self.descriptors(x), self.descriptors.appended(x)
+        features = [x] if isinstance(x, Tensor) else x
+        descriptors = self.descriptors(features)
+        appended = self.descriptors.appended(features)
+        asked: Any = descriptors if isinstance(self.head, ConcatHeads) else descriptors[0]
         if head_loss:
-            pooled, loss = self.head.forward_with_loss(descriptors)
+            pooled, loss = self.head.forward_with_loss(asked)
         else:
-            pooled = self.head(descriptors)
+            pooled = self.head(asked)
         if appended is not None:
             pooled = torch.cat([pooled, appended], 1)
         pooled = self.head_drop(pooled)

@@ -271,9 +271,14 @@ class ModelStream(DescriptorStream):
             for batch, item in zip(batches, progress, strict=True):
                 x: Any = item[0] if isinstance(item, tuple | list) else item
                 x = x.to(device) if isinstance(x, Tensor) else [each.to(device) for each in x]
-                features = x if self.from_features else self.model.forward_features(x)
-                descriptors = self.model.descriptors(features)
-                yield batch, [descriptors] if isinstance(descriptors, Tensor) else descriptors
+                model = self.model
+                features = (
+                    x if self.from_features else model.descriptors.features(model.backbone, x)
+                )
+                yield (
+                    batch,
+                    model.descriptors(features if isinstance(features, list) else [features]),
+                )
         finally:
             self.model.train(was_training)
 

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import re
-import sys
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal, NoReturn
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
 
-import jsonargparse
 import yaml
-
-from timm_fisher.registry import nearest
 
 
 @dataclass
@@ -158,6 +153,34 @@ class Config:
     cache_dir: str = 'runs/cache'
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        if not self.stages:
+            raise ValueError('stages is empty; give at least one stage.')
+        for name, stage in self.stages.items():
+            if stage.epochs < 1:
+                raise ValueError(f'stages.{name}.epochs is {stage.epochs}; give 1 or more.')
+            if stage.unsupervised and stage.train == 'classifier':
+                raise ValueError(
+                    f'stages.{name}: an unsupervised stage cannot train the classifier.'
+                )
+            if stage.layers and not stage.trains_backbone:
+                raise ValueError(
+                    f'stages.{name}.layers is {stage.layers}, but train is {stage.train}: the '
+                    'backbone is frozen. Give train: all or backbone.'
+                )
+        if self.fold and not self.folds:
+            raise ValueError(
+                f'fold is {self.fold}, but folds is 0. Give folds, the number of parts.'
+            )
+        if self.folds and self.dataset != 'npz':
+            raise ValueError(
+                f'folds is {self.folds}: only a data set of arrays (npz) is cut into folds.'
+            )
+        for name in ('max_train', 'max_test'):
+            most = getattr(self, name)
+            if most is not None and most < 1:
+                raise ValueError(f'{name} is {most}; give 1 or more, or null for all images.')
+
     def caches(self, stage: Stage) -> bool:
         """Whether this stage trains on cached features of its frozen backbone."""
         wanted = self.augment is None if self.cache is None else self.cache
@@ -171,51 +194,3 @@ class Config:
     def to_yaml(self) -> str:
         """The configuration as a file that `--config` reads."""
         return yaml.safe_dump(asdict(self), sort_keys=False)
-
-
-class _Parser(jsonargparse.ArgumentParser):
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """As the base class, with the nearest valid names for an unknown one."""
-        known = {each.name for cls in (Config, Stage) for each in fields(cls)}
-        unknown = re.findall(r"--([\w.]+)|[Oo]ption '([\w.]+)'", str(message))
-        for name in {(a or b).split('.')[-1] for a, b in unknown} - known:
-            message = f'{message}.{nearest(name, known)}'
-        super().error(message, ex)
-        raise AssertionError('unreachable')
-
-
-def parse_config(arguments: list[str] | None = None) -> Config:
-    """The configuration of a command line: `--config FILE`, then overrides, `--data-dir` or
-    `--data_dir`, `--stages.NAME.lr`, `--head_kwargs.NAME`. Exits with a message on an error."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    names = [re.match(r'--[\w.-]+', argument) for argument in arguments]
-    arguments = [
-        name[0][:2] + name[0][2:].replace('-', '_') + argument[name.end() :] if name else argument
-        for name, argument in zip(names, arguments, strict=True)
-    ]
-    parser = _Parser(description=(Config.__doc__ or '').split('\n')[0])
-    parser.add_argument('--config', action='config', help='YAML file of these options')
-    parser.add_class_arguments(Config)
-    parsed = parser.instantiate(parser.parse_args(arguments))
-    config = Config(**{each.name: parsed[each.name] for each in fields(Config)})
-    if not config.stages:
-        parser.error('stages is empty; give at least one stage.')
-    for name, stage in config.stages.items():
-        if stage.epochs < 1:
-            parser.error(f'stages.{name}.epochs is {stage.epochs}; give 1 or more.')
-        if stage.unsupervised and stage.train == 'classifier':
-            parser.error(f'stages.{name}: an unsupervised stage cannot train the classifier.')
-        if stage.layers and not stage.trains_backbone:
-            parser.error(
-                f'stages.{name}.layers is {stage.layers}, but train is {stage.train}: the backbone '
-                'is frozen. Give train: all or backbone.'
-            )
-    if config.fold and not config.folds:
-        parser.error(f'fold is {config.fold}, but folds is 0. Give folds, the number of parts.')
-    if config.folds and config.dataset != 'npz':
-        parser.error(f'folds is {config.folds}: only a data set of arrays (npz) is cut into folds.')
-    for name in ('max_train', 'max_test'):
-        most = getattr(config, name)
-        if most is not None and most < 1:
-            parser.error(f'{name} is {most}; give 1 or more, or null for all images.')
-    return config

@@ -27,7 +27,6 @@ from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 from tqdm.auto import tqdm
 
 from timm_fisher import PooledModel
-from timm_fisher.descriptors import StageDescriptors
 from timm_fisher.registry import check_arguments
 from timm_fisher.training.config import Config
 
@@ -459,7 +458,6 @@ def cache_features(
     All ranks must see one `config.cache_dir`.
     """
     model.to(accelerator.device).eval()
-    several = isinstance(model.descriptors, StageDescriptors)
     paths = _write_once(
         Path(config.cache_dir, _cache_key(model, dataset, accelerator)),
         model.forward_features,
@@ -467,9 +465,9 @@ def cache_features(
         config,
         accelerator,
         what='cache features',
-        count=len(model.descriptors) if several else 1,
+        count=len(model.descriptors),
     )
-    return Cached(paths, dataset.split.labels, as_list=several, pooled=False)
+    return Cached(paths, dataset.split.labels, as_list=True, pooled=False)
 
 
 def cache_pooled(

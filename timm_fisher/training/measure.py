@@ -1,4 +1,4 @@
-"""Time and memory of a function, and Markdown tables: for the benchmarks and check_export.py."""
+"""Time and memory of a function, for the benchmarks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -84,14 +84,3 @@ def processor(device: str) -> str:
 def load() -> float | None:
     """Processes that ran or waited in the last minute, on average, where the system tells."""
     return round(os.getloadavg()[0], 2) if hasattr(os, 'getloadavg') else None
-
-
-def table(header: list[str], lines: Iterable[list[str]]) -> str:
-    """A Markdown table; the first column to the left, the others to the right."""
-    ruler = ['---', *['---:'] * (len(header) - 1)]
-    return '\n'.join(f'| {" | ".join(line)} |' for line in [header, ruler, *lines])
-
-
-def digits(value: float) -> str:
-    """Three digits; an exponent only where there would be many zeros."""
-    return f'{value:.0f}' if value >= 100 else f'{value:#.3g}'

@@ -45,7 +45,7 @@ from timm_fisher.files import save_png, write
 from timm_fisher.fitting.stream import BatchStream
 from timm_fisher.hub.card import installed_versions
 from timm_fisher.registry import nearest
-from timm_fisher.training.config import Config, Stage, parse_config
+from timm_fisher.training.config import Config, Stage
 from timm_fisher.training.data import (
     Cached,
     Images,
@@ -61,8 +61,8 @@ import matplotlib.pyplot as plt
 AnyDataset = Images | Cached
 
 
-def main() -> None:
-    config = parse_config()
+def train(config: Config) -> None:
+    """Fit, train in stages, evaluate and save, as a configuration says."""
     # A head's own loss need not depend on all that the stage trains.
     own_loss_alone = any(stage.unsupervised for stage in config.stages.values())
     accelerator = Accelerator(
@@ -557,14 +557,13 @@ class Unsupervised(nn.Module):
 
     def forward(self, x: Any) -> Tensor:
         model = self.model
-        descriptors = model.descriptors(x if self.from_features else model.forward_features(x))
+        features = x if self.from_features else model.descriptors.features(model.backbone, x)
+        descriptors = model.descriptors(features)
         if self.training:
-            if isinstance(descriptors, Tensor):
-                model.head.partial_fit(BatchStream(descriptors.detach()))
-            else:
-                model.head.partial_fit([BatchStream(each.detach()) for each in descriptors])
-        loss: Tensor = model.head.forward_with_loss(descriptors)[1]
-        return loss
+            for head, place in model.heads:
+                head.partial_fit(BatchStream(descriptors[place].detach()))
+        losses = [head.forward_with_loss(descriptors[place])[1] for head, place in model.heads]
+        return torch.stack(losses).sum()
 
 
 def _trained_layers(model: PooledModel, stage: Stage) -> list[nn.Module]:

@@ -1,0 +1,111 @@
+"""The command line of every recipe: a dataclass whose fields are the options."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
+
+import jsonargparse
+
+from timm_fisher.errors import LoadError, PushError
+from timm_fisher.registry import nearest
+
+T = TypeVar('T')
+
+
+def run(
+    main: Callable[[T], object],
+    settings: type[T],
+    *,
+    positional: str | None = None,
+    arguments: Sequence[str] | None = None,
+) -> None:
+    """Call `main` with the settings of the command line; see `parse`.
+
+    A mistake of the user (ValueError, OSError, LoadError, PushError) becomes a sentence and exit
+    status 2; `python -X dev` shows the traceback, too.
+    """
+    chosen = parse(settings, positional=positional, arguments=arguments)
+    try:
+        main(chosen)
+    except (LoadError, PushError, OSError, ValueError) as error:
+        if sys.flags.dev_mode:
+            raise
+        print(f'error: {error}', file=sys.stderr)
+        sys.exit(2)
+
+
+def parse(
+    settings: type[T], *, positional: str | None = None, arguments: Sequence[str] | None = None
+) -> T:
+    """Settings from a command line: `--config FILE` (YAML), then overrides.
+
+    `--data-dir` and `--data_dir` are the same; fields of nested settings have dotted names, such as
+    `--stages.NAME.lr`. Exits with a message on an error, a ValueError of the dataclass included.
+
+    Args:
+        settings: a dataclass; the first line of its docstring describes the command.
+        positional: field whose value, or list of values, is given without a name.
+        arguments: None for those of this process.
+    """
+    parser = _Parser(description=(settings.__doc__ or '').partition('\n')[0])
+    parser.known = _names(settings)
+    parser.add_argument('--config', action='config', help='YAML file of these options')
+    parser.add_class_arguments(settings, skip={positional} if positional else set())
+    if positional:
+        _add_positional(parser, settings, positional)
+    names = [field.name for field in dataclasses.fields(settings)]  # type: ignore[arg-type]
+    given = [_with_underscores(each) for each in (sys.argv[1:] if arguments is None else arguments)]
+    parsed = parser.instantiate(parser.parse_args(given))
+    try:
+        return settings(**{name: parsed[name] for name in names})
+    except ValueError as error:
+        parser.error(str(error))
+
+
+class _Parser(jsonargparse.ArgumentParser):
+    known: set[str]
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """As the base class, with the nearest valid names for an unknown one."""
+        unknown = re.findall(r"--([\w.]+)|[Oo]ption '([\w.]+)'", str(message))
+        for name in {(a or b).split('.')[-1] for a, b in unknown} - self.known:
+            message = f'{message}.{nearest(name, self.known)}'
+        super().error(message, ex)
+        raise AssertionError('unreachable')
+
+
+def _add_positional(parser: _Parser, settings: type[Any], name: str) -> None:
+    kind = get_type_hints(settings)[name]
+    field = next(each for each in dataclasses.fields(settings) if each.name == name)
+    required = field.default is field.default_factory is dataclasses.MISSING
+    if get_origin(kind) is list:
+        nargs, kind = ('+' if required else '*'), get_args(kind)[0]
+        default = [] if required else field.default_factory()  # type: ignore[misc]
+        parser.add_argument(name, nargs=nargs, type=kind, default=default)
+    elif required:
+        parser.add_argument(name, type=kind)
+    else:
+        parser.add_argument(name, nargs='?', type=kind, default=field.default)
+
+
+def _names(settings: Any) -> set[str]:
+    """Names of all fields, those of nested dataclasses included."""
+    names: set[str] = set()
+    for name, kind in get_type_hints(settings).items():
+        names.add(name)
+        for inner in (kind, *get_args(kind)):
+            if dataclasses.is_dataclass(inner):
+                names |= _names(inner)
+    return names
+
+
+def _with_underscores(argument: str) -> str:
+    """`--data-dir=a-b` -> `--data_dir=a-b`."""
+    name = re.match(r'--[\w.-]+', argument)
+    return (
+        name[0][:2] + name[0][2:].replace('-', '_') + argument[name.end() :] if name else argument
+    )

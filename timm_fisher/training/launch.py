@@ -1,0 +1,70 @@
+"""Training runs, each in a process of its own: for recipes that compare or release models."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from timm_fisher.files import write
+
+# Forked from one process that has imported the packages once, where there is such a thing.
+_FORKS = 'forkserver' in multiprocessing.get_all_start_methods()
+_PROCESSES = multiprocessing.get_context('forkserver' if _FORKS else 'spawn')
+if _FORKS:
+    _PROCESSES.set_forkserver_preload(['timm_fisher.training.run'])
+
+
+def launch(options: Mapping[str, Any], output: Path, *, log: Path | None = None) -> dict[str, Any]:
+    """Metrics of one training run, from before if it has been run with these options; a run that
+    was interrupted goes on.
+
+    Args:
+        options: of `timm_fisher.training`, without `output`; kept in OUTPUT.yaml.
+        output: folder of the run.
+        log: file for what the run prints; None for this process's own output.
+
+    Raises:
+        ValueError: the folder holds a run with other options.
+        RuntimeError: the run failed; the message has the end of its log.
+    """
+    file, metrics = Path(f'{output}.yaml'), output / 'metrics.json'
+    text = yaml.safe_dump({**options, 'output': str(output)}, sort_keys=False)
+    if metrics.exists():
+        if file.read_text() != text:
+            raise ValueError(
+                f"'{output}' holds a run with other options, see {file}. Give another --output."
+            )
+        return _read(metrics)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write(file, text)
+    arguments = ['--config', str(file)]
+    if (output / 'config.yaml').exists():
+        arguments += ['--resume', 'true']
+    process = _PROCESSES.Process(target=_train, args=(arguments, log))
+    process.start()
+    process.join()
+    if process.exitcode:
+        said = f', see {log}:\n{log.read_text()[-3000:]}' if log else '.'
+        raise RuntimeError(f'The run in {output} failed{said}')
+    return _read(metrics)
+
+
+def _train(arguments: list[str], log: Path | None) -> None:
+    if log is not None:
+        with open(log, 'w') as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+    from timm_fisher.training.__main__ import main
+
+    main(arguments)
+
+
+def _read(metrics: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(metrics.read_text())
+    return found
