@@ -1,0 +1,41 @@
+"""Text that somebody else wrote: whether it is fit to be read in, and how it is shown."""
+
+from __future__ import annotations
+
+import html
+import re
+from typing import Any
+
+LONGEST_LABEL = 200  # characters of the name of a class
+# Spaces and joiners that ordinary names hold, though Python does not count them as printable.
+_ALLOWED = {'\u00a0', '\u200c', '\u200d'}
+_MARKDOWN = re.compile(r'([\\`*_{}\[\]()#+!|~-])')
+
+
+def problem(text: Any, longest: int) -> str:
+    """What is wrong with a text of one line, to follow its name in a message; empty if nothing is.
+
+    Control characters, terminal escapes, changes of direction and lone surrogates are refused.
+
+    Args:
+        text: of somebody else; need not be a text at all.
+        longest: characters that it may have.
+    """
+    if not isinstance(text, str):
+        return f'is {str(text)[:60]!r}, not a text'
+    if len(text) > longest:
+        return f'has {len(text)} characters; at most {longest} are allowed'
+    for character in text:
+        if not (character.isprintable() or character in _ALLOWED):
+            return f'contains the character {ascii(character)}, which is not printable'
+    return ''
+
+
+def escape_markdown(text: str) -> str:
+    """A text of one line that Markdown, in a table too, shows as it is."""
+    return _MARKDOWN.sub(r'\\\1', html.escape(text, quote=False))
+
+
+def csv_cell(text: str) -> str:
+    """A cell that no spreadsheet takes for a formula."""
+    return f"'{text}" if text.startswith(('=', '+', '-', '@', '\t', '\r')) else text
