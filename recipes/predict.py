@@ -45,7 +45,7 @@ class Settings:
         overlay: draw the overlays; false for classes only.
     """
 
-    images: list[Path]
+    images: list[str]  # a Path would have to be UTF-8 on the command line
     model: str
     topk: int = 3
     output: Path = Path('runs/predict')
@@ -58,7 +58,7 @@ class Settings:
 
 
 def main(settings: Settings) -> None:
-    paths = find_images(settings.images, settings.output / 'overlays')
+    paths = find_images([Path(image) for image in settings.images], settings.output / 'overlays')
     overlays = overlay_paths(paths, settings.output / 'overlays')
     model = from_pretrained_or_pypi(settings.model, settings.backbone)
     names = class_names(model)
