@@ -11,7 +11,7 @@ import torch
 from conftest import load_script
 
 from timm_fisher import PooledModel
-from timm_fisher.model import is_ours
+from timm_fisher.backbone import is_ours
 
 # The quickest of each family on the meta device, as of timm 1.0.31.
 FAMILIES = """

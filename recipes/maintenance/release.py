@@ -21,7 +21,7 @@ from typing import Any
 import yaml
 
 import timm_fisher
-from timm_fisher.hub.save import CHECKOUT, HUB_USER
+from timm_fisher.hub.load import CHECKOUT, HUB_USER
 from timm_fisher.training.command_line import run
 from timm_fisher.training.config import Config
 from timm_fisher.training.data import load_splits

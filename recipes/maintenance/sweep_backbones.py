@@ -21,8 +21,8 @@ from timm.layers import to_2tuple
 from tqdm.auto import tqdm
 
 from timm_fisher import PooledModel
+from timm_fisher.backbone import is_ours
 from timm_fisher.explain import grids
-from timm_fisher.model import is_ours
 from timm_fisher.training.command_line import run
 from timm_fisher.training.tables import table
 

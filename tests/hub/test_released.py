@@ -19,8 +19,9 @@ from safetensors.torch import load_file
 
 import timm_fisher
 from timm_fisher import PooledModel
+from timm_fisher.hub.load import HUB_USER
 from timm_fisher.hub.pypi import write_lite0
-from timm_fisher.hub.save import FILES, HUB_USER
+from timm_fisher.hub.save import FILES
 
 CARDS = ROOT / 'hub_cards'
 DATA = Path(os.environ.get('TIMM_FISHER_DATA', ROOT.parent / 'shared' / 'data'))

@@ -14,7 +14,7 @@ from conftest import ROOT, load_script
 from hub_server import HubServer
 
 import timm_fisher
-from timm_fisher.hub.save import HUB_USER
+from timm_fisher.hub.load import HUB_USER
 from timm_fisher.training import command_line
 
 

@@ -23,7 +23,7 @@ import timm
 import torch
 
 from timm_fisher.errors import LoadError
-from timm_fisher.hub.save import CHECKOUT, from_pretrained, list_pretrained
+from timm_fisher.hub.load import CHECKOUT, from_pretrained, list_pretrained
 from timm_fisher.model import PooledModel
 
 ARCHITECTURE = 'tf_efficientnet_lite0'

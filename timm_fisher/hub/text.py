@@ -27,7 +27,7 @@ def problem(text: Any, longest: int) -> str:
         return f'has {len(text)} characters; at most {longest} are allowed'
     for character in text:
         if not (character.isprintable() or character in _ALLOWED):
-            return f'contains the character {ascii(character)}, which is not printable'
+            return f'contains the character {character!a}, which is not printable'
     return ''
 
 
