@@ -296,7 +296,7 @@ def binary_images(path: Path | None) -> Tensor:
 
 def random_images(images: int, pixels: int, rank: int = 10) -> Tensor:
     """Random binary images `[images, pixels]`: mixtures of a few patterns, and noise."""
-    x = torch.randn(images, rank) @ torch.randn(rank, pixels) / rank**0.5
+    x: Tensor = torch.randn(images, rank) @ torch.randn(rank, pixels) / rank**0.5
     return (x + 0.3 * torch.randn_like(x) > 0.7).float()
 
 

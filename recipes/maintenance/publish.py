@@ -15,6 +15,7 @@ import sys
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -74,7 +75,7 @@ def main(settings: Settings) -> None:
 def compare(folder: Path, repo_id: str, backbone: str | None) -> str:
     """'same', or what differs between a folder and the Hub's repository: tensors, or the logits of
     two images of noise, always the same."""
-    other = {'backbone': backbone} if backbone else {}
+    other: dict[str, Any] = {'backbone': backbone} if backbone else {}
     local = timm_fisher.from_pretrained(folder, backbone=backbone).eval()
     with tempfile.TemporaryDirectory() as cache:
         remote = timm.create_model(f'hf-hub:{repo_id}', pretrained=True, cache_dir=cache, **other)

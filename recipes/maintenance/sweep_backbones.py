@@ -14,6 +14,7 @@ import sys
 import warnings
 from collections import defaultdict
 from dataclasses import dataclass, field
+from typing import Any
 
 import timm
 import torch
@@ -70,9 +71,9 @@ def try_backbone(name: str) -> tuple[str, str]:
     with torch.device('meta'):
         model = PooledModel(name, 'avg', num_classes=7).eval()
         image = torch.empty(1, *timm.models.get_model_input_config(model.backbone)['input_size'])
-        features = model.forward_features(image)
+        features: Any = model.forward_features(image)
         (descriptors,) = model.descriptors([features])
-        logits = model.forward_head(features)
+        logits: Any = model.forward_head(features)
     if logits.shape != (1, 7):
         raise ValueError(f'logits of shape {tuple(logits.shape)}')
     (stage,), info = model.descriptors, model.backbone.feature_info[-1]

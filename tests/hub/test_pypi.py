@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from pathlib import Path
 
 import pytest
@@ -101,6 +102,15 @@ def test_damaged_files_do_not_count(tmp_path, written, file, content):
     Path(folder, file).write_bytes(content)
     assert source(folder) is None
     assert not written
+
+
+@pytest.mark.parametrize('file', ['config.json', 'model.safetensors'])
+def test_pipes_are_not_opened(tmp_path, written, file):
+    """Or this waits for ever."""
+    folder = model_folder(tmp_path / 'mine')
+    Path(folder, file).unlink()
+    os.mkfifo(Path(folder, file))
+    assert source(folder) is None
 
 
 @pytest.mark.parametrize('trained_with', ['package', 'others'])

@@ -116,6 +116,8 @@ def from_pretrained_or_pypi(name: str, backbone: str | None = None) -> PooledMod
 def _is_adapter(folder: Path) -> bool:
     """Whether a folder holds head and classifier alone, for this backbone. What is damaged or
     hostile does not count: `from_pretrained` says what is wrong with it."""
+    if not all((folder / name).is_file() for name in ('config.json', 'model.safetensors')):
+        return False
     try:
         with open(folder / 'config.json', 'rb') as file:
             config = json.loads(file.read(LONGEST_HEADER))
