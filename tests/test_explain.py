@@ -81,7 +81,7 @@ def test_contributions_are_exact_for_average_and_linear(backbone, token):
     token = 'drop' if backbone == 'test_resnet' else token
     model = create(backbone, img_size=(64, 96), class_token=token)
     x = torch.randn(2, 3, 64, 96)
-    logits, (found,) = explain.contributions(model, x)
+    logits, (shares,) = explain.contributions(model, x)
     torch.testing.assert_close(logits, model(x))
 
     features, winners = model.forward_features(x), logits.argmax(1)
@@ -92,10 +92,10 @@ def test_contributions_are_exact_for_average_and_linear(backbone, token):
         grid, count = (4, 6), 25 if token == 'keep' else 24
         expected = torch.einsum('bnc,bc->bn', features[:, 1:], weight).view(2, 4, 6) / count
     assert explain.grids(model, [features], (64, 96)) == [grid]
-    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(shares, expected)
     if token == 'drop':
         total = logits.max(1).values - model.classifier.bias[winners]
-        torch.testing.assert_close(found.sum((1, 2)), total)
+        torch.testing.assert_close(shares.sum((1, 2)), total)
 
 
 def test_contributions_of_several_stages():

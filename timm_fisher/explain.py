@@ -186,7 +186,7 @@ def overlay(model: PooledModel, image: Tensor, heat: Tensor, *, title: str = '')
         ) from None
     seen = picture(model, image).numpy()
     height, width = seen.shape[:2]
-    # Not by pyplot, which would open a window for each.
+    # Not by pyplot, which would open a window.
     figure = Figure(figsize=(9, 0.6 + 4.5 * height / width), layout='constrained')
     axes = figure.subplots(1, 2)
     for axis in axes:

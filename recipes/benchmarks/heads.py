@@ -322,7 +322,7 @@ def measure_fisher(settings: Settings) -> tuple[str, list[Row]]:
         f'{torch.get_num_threads()} threads\n\n'
     )
     lines = [[r['what'], three_digits(r['ms']), three_digits(r['gmm_fisher takes'])] for r in rows]
-    header = ['what', 'ms', 'gmm_fisher takes so many times as long']
+    header = ['what', 'ms', 'gmm_fisher takes, times as long']
     note += ' The time of gmm_fisher includes the product with its reduction, which the rest lacks.'
     return title + table(header, lines) + f'\n\n{note}', rows
 

@@ -131,7 +131,6 @@ def test_benchmark_refuses_what_it_cannot_do(script, capsys, arguments, message)
 
 
 def test_peak_memory_is_exact():
-
     def run() -> None:
         a = torch.zeros(2**18)  # 1 MiB
         b = a + 1

