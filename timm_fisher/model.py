@@ -170,7 +170,7 @@ class PooledModel(nn.Module):
         Args:
             x: what `forward_features` gives.
             pre_logits: stop before the classifier, at `[B, head_hidden_size]`.
-            head_loss: give the head's own loss, a scalar, as a second result.
+            head_loss: give the heads' unsupervised loss, a scalar, as a second result.
 
         Returns:
             Logits `[B, num_classes]`.
@@ -192,7 +192,7 @@ class PooledModel(nn.Module):
     def forward(self, x: Tensor, head_loss: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """Logits `[B, num_classes]` of images `[B, 3, H, W]`.
 
-        With `head_loss`, the head's own loss is the second result. It comes through here so that
+        With `head_loss`, the heads' unsupervised loss is the second result. It comes through here so that
         `DistributedDataParallel` sees it.
         """
         return self.forward_head(self.forward_features(x), head_loss=head_loss)

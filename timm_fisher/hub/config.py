@@ -143,7 +143,7 @@ def _is_number(least: float, most: float) -> Callable[[Any], bool]:
 
 
 def _is_one_of(*known: Any) -> Callable[[Any], bool]:
-    return lambda value: any(value == each and type(value) is type(each) for each in known)
+    return lambda value: any(value == option and type(value) is type(option) for option in known)
 
 
 def _is_list(is_valid: Callable[[Any], bool], longest: int) -> Callable[[Any], bool]:
