@@ -9,11 +9,10 @@ from timm_fisher.errors import LoadError, PushError
 from timm_fisher.fitting.fit import fit
 from timm_fisher.fitting.stream import DescriptorStream, ListStream
 from timm_fisher.head import PoolingHead
+from timm_fisher.hub.push import push_folder, push_to_hub
 from timm_fisher.hub.save import (
     from_pretrained,
     list_pretrained,
-    push_folder,
-    push_to_hub,
     save_model,
     save_pretrained,
 )
