@@ -225,7 +225,7 @@ def _merge(mine: Readme, theirs: Readme, newline: str) -> Readme:
     ours = {'timm', 'timm_fisher', *list_heads()}
     kept = [tag for tag in theirs.tags if tag in mine.tags or tag not in ours]
     tags = list(dict.fromkeys([*kept, *mine.tags]))
-    made = {**mine.fields, 'tags': field('tags', tags)}
+    made = {**mine.fields, 'tags': field('tags', tags)} if tags else dict(mine.fields)
     fields: dict[str, str] = {}
     last = ''
     for name, text in theirs.fields.items():
@@ -238,16 +238,14 @@ def _merge(mine: Readme, theirs: Readme, newline: str) -> Readme:
         last = name
     fields |= {name: text.replace('\n', newline) for name, text in made.items()}
 
-    opening = theirs.opening or f'---{newline}'
-    before, generated, after = theirs.before, theirs.generated, theirs.after
-    if not theirs.opening and theirs.body.strip():
-        before = newline + before
-    both = mine.generated is not None and generated is not None
-    if both and (theirs.own or not mine.own):
-        generated = str(mine.generated).replace('\r\n', '\n').replace('\n', newline)
+    source, generated = theirs, theirs.generated
+    if mine.generated is not None and generated is not None and (theirs.own or not mine.own):
+        generated = mine.generated.replace('\r\n', '\n').replace('\n', newline)
     elif not theirs.own:
-        before, generated, after = mine.before, mine.generated, mine.after
-    return Readme(opening, fields, tags, before, generated, after)
+        source, generated = mine, mine.generated
+    opening = theirs.opening or (f'---{newline}' if fields else '')
+    before = source.before if source.opening or not opening else newline + source.before
+    return Readme(opening, fields, tags, before, generated, source.after)
 
 
 def _comments_below(text: str) -> str:
