@@ -76,7 +76,11 @@ def hide_paths(text: Any) -> Any:
 
 
 def _last_name(pattern: re.Pattern[str], text: str) -> str:
-    return pattern.sub(lambda m: m[1] + re.split(r'[\\/]', m[2].rstrip('\\/'))[-1], text)
+    def shorten(match: re.Match[str]) -> str:
+        name = re.split(r'[\\/]', match[2].rstrip('\\/'))[-1]
+        return match[1] + name if name else match[0]
+
+    return pattern.sub(shorten, text)
 
 
 def check_metrics(metrics: Mapping[str, Any], model: Any) -> None:
@@ -96,8 +100,6 @@ def check_metrics(metrics: Mapping[str, Any], model: Any) -> None:
             if 'accuracy' not in table:
                 raise ValueError(f"metrics['{split}'] has no 'accuracy', only {sorted(table)}.")
             _check_number(table, 'samples')
-    if metrics and not {'test', 'val'} & set(metrics):
-        raise ValueError(f"metrics have no 'test' and no 'val', only {sorted(metrics)}.")
     _check_number(metrics, 'seed')
     seeds, versions, best = (_table(metrics, key) for key in ('seeds', 'versions', 'best'))
     _check_shares('seeds', seeds)
@@ -116,6 +118,8 @@ def check_metrics(metrics: Mapping[str, Any], model: Any) -> None:
         wrong = '' if text is None else problem(text, LONGEST_COMMAND if name == 'command' else 200)
         if wrong:
             raise ValueError(f"metrics['{name:.200}'] {wrong}.")
+    if metrics and not {'test', 'val'} & set(metrics):
+        raise ValueError(f"metrics have no 'test' and no 'val', only {sorted(metrics)}.")
     here = {
         'head': json.loads(json.dumps(model._model_args['head'])),
         'out_features': model.head_hidden_size,
