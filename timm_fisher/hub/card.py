@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from timm_fisher.head import PoolingHead
 from timm_fisher.hub.metrics import LONGEST_TEXT, MEASURES, hide_paths
 from timm_fisher.hub.readme import REPOSITORY, generate
-from timm_fisher.hub.text import code_block, escape_markdown, problem
+from timm_fisher.hub.text import code_block, escape_markdown, is_shown, problem
 
 TEMPLATE = Path(__file__).with_name('card_template.md')
 MOST_LABELS_SHOWN = 1000
@@ -152,7 +152,7 @@ def make_card(
 def _plain(value: Any) -> str:
     """A value that stands in a line of Markdown as it is."""
     text = ' '.join(str(value).split())
-    return escape_markdown(''.join(c if c.isprintable() else '\ufffd' for c in text))
+    return escape_markdown(''.join(c if is_shown(c) else '\ufffd' for c in text))
 
 
 def method(head: PoolingHead) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import tempfile
@@ -61,10 +62,13 @@ def replace_files(
             marked.rename(beside)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
-    hour_ago = time.time() - 3600  # until then, another process may be writing there
-    abandoned = [p for p in folder.glob(f'{_WRITING}*') if p.stat().st_mtime < hour_ago]
-    for path in (*interrupted, *abandoned):
+    for path in interrupted:
         shutil.rmtree(path, ignore_errors=True)
+    hour_ago = time.time() - 3600  # until then, another process may be writing there
+    for path in folder.glob(f'{_WRITING}*'):
+        with contextlib.suppress(FileNotFoundError):  # it has just finished
+            if path.stat().st_mtime < hour_ago:
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def _move(names: list[str], beside: Path, folder: Path) -> None:

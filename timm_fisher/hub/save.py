@@ -261,13 +261,18 @@ def _check(model: PooledModel, label_names: Sequence[str] | None) -> None:
             f'{type(model).__name__} is not a PooledModel. Of a wrapped model give the inner one, '
             'such as accelerator.unwrap_model(model).'
         )
-    names = model.pretrained_cfg.get('label_names') if label_names is None else label_names
-    if names is None:
-        return
-    if isinstance(names, str | Mapping) or not all(isinstance(name, str) for name in names):
-        raise ValueError(f'label_names must be a list of texts, not {str(names)[:200]!r}.')
-    if len(names) != model.num_classes:
-        raise ValueError(f'{len(names)} label names were given for {model.num_classes} classes.')
+    if label_names is not None:
+        if isinstance(label_names, str | Mapping) or not all(
+            isinstance(name, str) for name in label_names
+        ):
+            raise ValueError(
+                f'label_names must be a list of texts, not {str(label_names)[:200]!r}.'
+            )
+        if len(label_names) != model.num_classes:
+            raise ValueError(
+                f'{len(label_names)} label names were given for {model.num_classes} classes.'
+            )
+    names = label_names or model.pretrained_cfg.get('label_names') or ()
     if len(names) > MOST_LABELS:
         raise ValueError(f'There are {len(names)} label names; at most {MOST_LABELS} are allowed.')
     for i, name in enumerate(names):

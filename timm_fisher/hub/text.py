@@ -28,9 +28,14 @@ def problem(text: Any, longest: int) -> str:
     if len(text) > longest:
         return f'has {len(text)} characters; at most {longest} are allowed'
     for character in text:
-        if not (character.isprintable() or character in _ALLOWED):
+        if not is_shown(character):
             return f'contains the character {character!a}, which is not printable'
     return ''
+
+
+def is_shown(character: str) -> bool:
+    """Whether a character is one that can be seen, or an ordinary space."""
+    return character.isprintable() or character in _ALLOWED
 
 
 def escape_markdown(text: str) -> str:
