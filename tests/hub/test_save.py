@@ -172,6 +172,8 @@ def test_adapter_of_a_backbone_from_a_folder(tmp_path):
     assert again.backbone_weights == grey.backbone_weights
     with pytest.raises(ValueError, match=r'resnet18\.y.* is not of this backbone, test_resnet'):
         timm_fisher.save_pretrained(model, tmp_path / 'x', backbone_id='timm/resnet18.y')
+    for path in (tmp_path / name / file for name in ('whole', 'adapter', 'grey') for file in FILES):
+        assert str(tmp_path).encode() not in path.read_bytes(), 'a local path is published'
     bare = timm.create_model(f'local-dir:{tmp_path}/adapter')  # random weights
     assert bare.backbone_weights is None
 
