@@ -12,7 +12,7 @@ import timm
 import torch
 
 from timm_fisher import PooledModel
-from timm_fisher.model import is_ours
+from timm_fisher.backbone import is_ours
 
 # The quickest of each family on the meta device, as of timm 1.0.31.
 FAMILIES = """

@@ -21,7 +21,7 @@ from timm.layers import to_2tuple
 from tqdm.auto import tqdm
 
 from timm_fisher import PooledModel
-from timm_fisher.model import is_ours
+from timm_fisher.backbone import is_ours
 
 
 def main() -> None:

@@ -7,119 +7,25 @@ import math
 import shutil
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import timm
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from torch import Tensor, nn
 
-from timm_fisher.errors import LoadError, explain_errors
+from timm_fisher.backbone import WEIGHTS, digest
 from timm_fisher.hub import readme
 from timm_fisher.hub.card import make_card
-from timm_fisher.hub.config import check_file, check_images
+from timm_fisher.hub.config import check_config
 from timm_fisher.hub.metrics import check_metrics, read_metrics
 from timm_fisher.hub.replace import replace_files
 from timm_fisher.hub.text import LONGEST_LABEL, MOST_LABELS, problem
-from timm_fisher.hub.weights import WEIGHTS, digest, read_shapes
+from timm_fisher.hub.weights import read_header
 from timm_fisher.model import PooledModel
-from timm_fisher.registry import check_arguments, nearest
+from timm_fisher.registry import check_arguments
 
-HUB_USER = 'timm-fisher'
-RELEASED = (
-    'mnist-dbm-idfk',
-    'trashnet-3g',
-    'trashnet-dbm-idfk',
-    'trashnet-gmm-fisher',
-    'trashnet-gsnmf',
-    'trashnet-isqrt-cov',
-    'trashnet-sparse-fisher',
-)
 FILES = ('config.json', WEIGHTS, 'README.md', 'metrics.json')
-CHECKOUT = Path(__file__).parent.parent.parent / 'hub_cards'
 _NOT_OF_THE_CARD = ('model', 'stored_parameters', 'config', 'metrics', 'adapter')
-
-
-def list_pretrained() -> list[str]:
-    """Short names of the released models, for `from_pretrained`."""
-    return list(RELEASED)
-
-
-def from_pretrained(
-    name: str | Path,
-    *,
-    revision: str | None = None,
-    backbone: str | None = None,
-    any_backbone: bool = False,
-    **arguments: Any,
-) -> PooledModel:
-    """Load a saved model, everything that was saved.
-
-    ```python
-    from_pretrained('trashnet-sparse-fisher', num_classes=3)
-    ```
-
-    Args:
-        name: short name of a released model, which comes from the folder hub_cards where the
-            package runs from its checkout, else from the Hub; a folder, or 'local-dir:FOLDER'; or
-            USER/NAME on the Hub, or 'hf-hub:USER/NAME'.
-        revision: branch, tag or commit on the Hub.
-        backbone: where an adapter's backbone comes from instead of the Hub: a name that
-            `timm.create_model` takes, such as 'local-dir:FOLDER'.
-        any_backbone: take other weights of the backbone than an adapter was trained with.
-        **arguments: those of `timm.create_model`, such as `num_classes`, `in_chans`, `cache_dir`.
-
-    Raises:
-        ValueError: a name that is none of these.
-        TypeError: an unknown argument.
-        LoadError: what was saved is damaged, not of this model, or refused; or the Hub cannot be
-            reached.
-    """
-    name = str(name)
-    reserved = ('backbone', 'pretrained', 'pretrained_cfg_overlay')
-    check_arguments('from_pretrained', PooledModel, arguments, given=reserved)
-    source = _find(name, revision)
-    try:
-        check_file(source, arguments.get('cache_dir'))
-    except LoadError as error:
-        if source != f'hf-hub:{name}':
-            raise
-        raise LoadError(f"{error} There is no folder '{name}' here.") from None
-    if backbone is not None:
-        arguments['backbone'] = backbone
-    if any_backbone:
-        arguments['any_backbone'] = True
-    try:
-        with explain_errors(f"Loading '{name}'"):
-            model = timm.create_model(source, pretrained=True, **arguments)
-    except LoadError:
-        raise
-    except Exception as error:  # timm reads config.json before we do
-        raise LoadError(
-            f"'{name}' cannot be loaded by its config.json: {type(error).__name__}: {error}"
-        ) from error
-    return cast(PooledModel, model)
-
-
-def _find(name: str, revision: str | None) -> str:
-    """The name by which timm knows a model."""
-    if name.startswith('hf-hub:'):
-        return name + (f'@{revision}' if revision else '')
-    name = name.removeprefix('local-dir:')
-    folder = CHECKOUT / name if name in RELEASED else Path(name)
-    if name and folder.is_dir():
-        if revision is not None and name not in RELEASED:
-            raise ValueError(f"{revision=} is for the Hub, but '{name}' is a folder.")
-        if revision is None:
-            return f'local-dir:{folder}'
-    if folder.is_file():
-        raise ValueError(f"'{name}' is a file. Give the folder that holds it.")
-    repo_id = f'{HUB_USER}/{name}' if name in RELEASED else name
-    if repo_id.count('/') != 1 or repo_id.startswith(('.', '/')):
-        raise ValueError(
-            f"'{name}' is no released model, no folder, and no USER/NAME on the Hub."
-            f'{nearest(name, RELEASED)} timm_fisher.list_pretrained() lists the released models.'
-        )
-    return f'hf-hub:{repo_id}' + (f'@{revision}' if revision else '')
 
 
 def save_pretrained(
@@ -184,9 +90,10 @@ def save_pretrained(
         config = _write_model(
             model, beside, label_names, data_config, adapter=adapter, float16=float16
         )
+        header = read_header(beside / WEIGHTS, str(folder))
         text = make_card(
             model,
-            sum(map(math.prod, read_shapes(beside / WEIGHTS, str(folder)).values())),
+            sum(math.prod(shape) for _, shape in header.tensors.values()),
             config,
             reported,
             adapter=bool(adapter),
@@ -320,11 +227,10 @@ def _write_model(
             data_config=data_config,
         )
     written: dict[str, Any] = json.loads((folder / 'config.json').read_text())
-    place = {'source': 'local-dir', 'file': str(folder.parent)}
     try:
-        check_images(written['pretrained_cfg'] | place, written['model_args'], str(folder.parent))
-    except LoadError as error:  # what cannot be loaded is not saved
-        raise ValueError(str(error)) from None
+        check_config(written)
+    except ValueError as error:  # what cannot be loaded is not saved
+        raise ValueError(f'The model cannot be saved: {error}.') from None
     # safetensors makes its file private; the umask of the config is what the user wants.
     shutil.copymode(folder / 'config.json', folder / WEIGHTS)
     return written
