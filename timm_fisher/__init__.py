@@ -4,7 +4,7 @@ Importing this package registers the architecture `timm_fisher` with timm, the p
 configurations by name, such as `resnet50_3g`, and the backbone `pixels`.
 """
 
-from timm_fisher import pixels, presets  # noqa: F401  (registers them)
+from timm_fisher import explain, pixels, presets  # noqa: F401  (the last two register models)
 from timm_fisher.errors import LoadError, PushError
 from timm_fisher.factory import create_model
 from timm_fisher.fitting.fit import fit
