@@ -58,7 +58,7 @@ def test_figures_of_a_run(tmp_path):
 
 def test_without_figures_or_classes(tmp_path):
     loaded = card(tmp_path / 'a')
-    assert 'None were given when this card was written' in loaded.text
+    assert 'No metrics were given when this card was written' in loaded.text
     assert loaded.data.eval_results is None
     assert loaded.data.pipeline_tag == 'image-classification'
 
