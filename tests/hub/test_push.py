@@ -410,7 +410,7 @@ def test_cards_on_the_hub(hub, tmp_path, monkeypatch):
     for name, reason in (('long', 'more than 1048576 bytes'), ('aliases', "anchor 'a'")):
         assert re.match(
             f"PushError: Pushing to 'user/{name}' failed: the README.md on the Hub cannot be read: "
-            f'.*{reason}.* Mend or delete it there.$',
+            f'.*{reason}.* Correct or delete it there.$',
             done[name],
         )
         assert cards[name] == there[name]

@@ -192,7 +192,9 @@ def test_what_cannot_be_read(tmp_path, content, message):
 
 
 def test_metadata_that_cannot_be_extended():
-    with pytest.raises(ValueError, match=r'^the card cannot be read: .* Mend or delete it there\.'):
+    with pytest.raises(
+        ValueError, match=r'^the card cannot be read: .* Correct or delete it there\.'
+    ):
         update(NEW, '---\na: 1\n...\n---\n', 'the card')
 
 

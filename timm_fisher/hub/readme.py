@@ -115,7 +115,7 @@ def read(path: Path, where: str = '') -> str:
 
 def _unreadable(where: str, error: ValueError) -> ValueError:
     reason = str(error).partition('\n')[0]
-    return ValueError(f'{where} cannot be read: {reason}. Mend or delete it there.')
+    return ValueError(f'{where} cannot be read: {reason}. Correct or delete it there.')
 
 
 def check_regular(path: Path) -> None:
