@@ -11,7 +11,8 @@ from timm_fisher.fitting.fit import fit
 from timm_fisher.fitting.stream import DescriptorStream, ListStream
 from timm_fisher.head import PoolingHead
 from timm_fisher.hub.load import from_pretrained, list_pretrained
-from timm_fisher.hub.save import push_folder, push_to_hub, save_model, save_pretrained
+from timm_fisher.hub.push import push_folder, push_to_hub
+from timm_fisher.hub.save import save_model, save_pretrained
 from timm_fisher.model import PooledModel
 from timm_fisher.registry import create_head, get_head, list_heads
 

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from timm_fisher.backbone import is_counter
-from timm_fisher.errors import LoadError, clear_errors
+from timm_fisher.errors import LoadError, explain_errors
 from timm_fisher.hub.replace import check_whole
 
 LONGEST_HEADER = 2**24  # bytes; timm's largest models have less than one MiB
@@ -53,7 +53,7 @@ def find_file(name: str, source: str, place: str, cache_dir: str | Path | None) 
     """
     if source == 'hf-hub':
         repo_id, _, revision = place.partition('@')
-        with clear_errors(f"Downloading {name} of '{place}'"):
+        with explain_errors(f"Downloading {name} of '{place}'"):
             return Path(
                 hf_hub_download(repo_id, name, revision=revision or None, cache_dir=cache_dir)
             )
