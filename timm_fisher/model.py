@@ -192,8 +192,8 @@ class PooledModel(nn.Module):
     def forward(self, x: Tensor, head_loss: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """Logits `[B, num_classes]` of images `[B, 3, H, W]`.
 
-        With `head_loss`, the heads' unsupervised loss is the second result. It comes through here so that
-        `DistributedDataParallel` sees it.
+        With `head_loss`, the heads' unsupervised loss is the second result. It comes through here
+        so that `DistributedDataParallel` sees it.
         """
         return self.forward_head(self.forward_features(x), head_loss=head_loss)
 

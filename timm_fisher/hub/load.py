@@ -68,7 +68,7 @@ def from_pretrained(
     try:
         return load(source, place, pretrained=pretrained, **arguments)
     except LoadError as error:
-        if source == 'hf-hub' and place == str(name):
+        if place == str(name) and str(error).startswith('Downloading config.json'):
             raise LoadError(f"{error} There is no folder '{name}' here.") from None
         raise
 
@@ -298,7 +298,7 @@ def _stems(model: PooledModel) -> list[str]:
 def _adapt_stem(weight: Tensor, channels: int, where: str) -> Tensor:
     """Weights of a stem for another number of image channels, as timm adapts them."""
     try:
-        adapted: Tensor = adapt_input_conv(channels, weight)  # type: ignore[no-untyped-call]
+        adapted: Tensor = adapt_input_conv(channels, weight)
     except NotImplementedError as error:
         raise LoadError(
             f"'{where}' reads images of {weight.shape[1]} channels, and cannot be adapted to "
@@ -314,17 +314,18 @@ def _rebuild_derived_buffers(model: nn.Module) -> None:
         LoadError: a module has such a buffer, and not the method that computes it.
     """
     for module in model.modules():
+        rebuild: Any = getattr(module, 'init_non_persistent_buffers', None)
         for name, buffer in module.named_buffers(recurse=False):
             if buffer.is_meta:
-                if not hasattr(module, 'init_non_persistent_buffers'):
+                if rebuild is None:
                     raise LoadError(
                         f"{type(module).__name__} has the buffer '{name}', which is not saved. "
                         'Register it as a persistent one, or write '
                         'init_non_persistent_buffers(), which computes it.'
                     )
                 setattr(module, name, torch.empty_like(buffer, device='cpu'))
-        if hasattr(module, 'init_non_persistent_buffers'):
-            module.init_non_persistent_buffers()
+        if rebuild is not None:
+            rebuild()
 
 
 def _image_cfg(

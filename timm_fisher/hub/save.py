@@ -20,7 +20,7 @@ from timm_fisher.hub.config import check_config
 from timm_fisher.hub.metrics import check_metrics, read_metrics
 from timm_fisher.hub.replace import replace_files
 from timm_fisher.hub.text import LONGEST_LABEL, MOST_LABELS, problem
-from timm_fisher.hub.weights import read_header
+from timm_fisher.hub.weights import is_finite, read_header
 from timm_fisher.model import PooledModel
 from timm_fisher.registry import check_arguments
 
@@ -212,6 +212,11 @@ def _write_model(
             else:
                 # safetensors refuses other memory formats, such as that of a channels-last model.
                 state[key] = state[key].contiguous()
+                if not is_finite(state[key]):
+                    raise ValueError(
+                        f"The tensor '{key}' holds NaN or infinite values; such a model is not "
+                        'saved, for it could not be loaded.'
+                    )
                 if key in float16:
                     state[key] = _halve(key, state[key])
 
@@ -219,13 +224,21 @@ def _write_model(
     # For the time of saving only: timm's EMA writes into the tensors of a state dict.
     hook = model.register_state_dict_post_hook
     with hook(arrange):  # type: ignore[no-untyped-call]
-        timm.models.save_for_hf(
-            model,
-            str(folder),
-            model_config=config,
-            safe_serialization=True,
-            data_config=data_config,
-        )
+        try:
+            timm.models.save_for_hf(
+                model,
+                str(folder),
+                model_config=config,
+                safe_serialization=True,
+                data_config=data_config,
+            )
+        except RuntimeError as error:
+            if 'share memory' not in str(error):
+                raise
+            raise ValueError(
+                f'A {type(model.backbone).__name__} uses some tensors in several places, which '
+                'safetensors cannot store. Choose another backbone for a model that is saved.'
+            ) from None
     written: dict[str, Any] = json.loads((folder / 'config.json').read_text())
     try:
         check_config(written)

@@ -146,12 +146,17 @@ def read_tensors(header: Header, expected: Mapping[str, Tensor]) -> dict[str, Te
             # A copy: the file may change while the model lives.
             stored = file.get_tensor(name.removeprefix(header.prefix))
             value = stored.to(wanted.dtype, copy=True)
-            if value.is_floating_point() and value.numel():
-                extremes = torch.stack(value.aminmax())
-                if not torch.isfinite(extremes).all():
-                    raise LoadError(
-                        f"The weights of '{header.where}' are refused: {name} holds NaN or "
-                        'infinite values. Nothing was loaded.'
-                    )
+            if not is_finite(value):
+                raise LoadError(
+                    f"The weights of '{header.where}' are refused: {name} holds NaN or infinite "
+                    'values. Nothing was loaded.'
+                )
             tensors[name] = value
     return tensors
+
+
+def is_finite(value: Tensor) -> bool:
+    """Whether a tensor holds no NaN and no infinite value."""
+    if not value.is_floating_point() or not value.numel():
+        return True
+    return bool(torch.stack(value.detach().aminmax()).isfinite().all())
