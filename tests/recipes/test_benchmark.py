@@ -34,8 +34,7 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
     def run(name: str, *arguments: object) -> None:
         module = load_script(name)
         if name == 'benchmarks/heads':  # sizes that no option sets
-            for argument, (letter, _) in module.SIZES.items():
-                module.SIZES[argument] = (letter, (4, 16))
+            module.VALUES.update(dict.fromkeys(module.VALUES, (4, 16)))
             module.ROOT['batch'], module.FISHER['batch'] = 2, 3
         command_line.run(
             module.main,

@@ -119,8 +119,6 @@ def test_extrapolation_continues_a_power_law(fits):
     [
         ([], 'arguments are required: part'),
         (['fisher'], 'Got value: fisher'),
-        (['nmf', '--full', 'true'], '--full is an option of fisher_information alone'),
-        (['fisher_information', '--backbone', 'x'], '--backbone is an option of nmf alone'),
         (['nmf', '--device', 'gpu'], 'gpu'),
         (['fisher_information', '--epochs', '0'], '--epochs is 0; give 1 or more'),
     ],

@@ -1,4 +1,4 @@
-"""Time and memory of a function, for the benchmarks."""
+"""Benchmarks: time and memory of a function, and reports of them."""
 
 from __future__ import annotations
 
@@ -8,25 +8,71 @@ import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import timm
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from timm_fisher.files import write
+
 LEAST_SECONDS = 0.2  # for each function, on average, whatever the number of repetitions
+Row = dict[str, Any]
+T = TypeVar('T')
 
 
-def environment(device: str) -> dict[str, Any]:
-    """What times depend on, apart from the code: versions, processor, threads, other processes."""
-    return {
+def report(
+    parts: Mapping[str, Callable[[], tuple[str, list[Row]]]],
+    path: Path,
+    settings: Mapping[str, Any],
+    **about: object,
+) -> list[Row]:
+    """Run the parts of a benchmark one after the other; print each, and leave all in two files.
+
+    Args:
+        parts: by name; each gives Markdown and its rows.
+        path: of the files, without `.md` and `.json`.
+        settings: of the benchmark, with `device` and `threads` (None for as many as PyTorch takes).
+        **about: what results depend on besides the machine.
+
+    Returns:
+        All rows, with the `part` that each is from.
+
+    Raises:
+        ValueError: there is no such device.
+    """
+    device = settings['device']
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # the latter from PyTorch without CUDA
+        raise ValueError(f'--device {device}: {error}') from error
+    if settings['threads']:
+        torch.set_num_threads(settings['threads'])
+    torch.manual_seed(0)
+    environment = {
         'versions': f'torch {torch.__version__}, timm {timm.__version__}',
         'device': processor(device),
         'threads': torch.get_num_threads(),
         'load before': load(),
+        **about,
     }
+    sections = ['\n'.join(f'- {key}: {value}' for key, value in environment.items())]
+    print(sections[0], flush=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows: list[Row] = []
+    for name, part in parts.items():
+        text, measured = part()
+        print(f'\n{text}', flush=True)
+        sections.append(text)
+        rows += [{'part': name, **row} for row in measured]
+        environment['load after'] = load()
+        write(path.with_suffix('.md'), '\n\n'.join(sections) + '\n')
+        record = {'environment': environment, 'options': settings, 'results': rows}
+        write(path.with_suffix('.json'), json.dumps(record, indent=1, default=str) + '\n')
+    print(f'\nAll of it is in {path.parent}.')
+    return rows
 
 
 def median_times(*runs: Callable[[], object], device: str, repetitions: int) -> list[float]:
@@ -45,12 +91,18 @@ def median_times(*runs: Callable[[], object], device: str, repetitions: int) -> 
     end = time.perf_counter() + LEAST_SECONDS * len(runs)
     while len(times[0]) < repetitions or time.perf_counter() < end:
         for run, taken in zip(runs, times, strict=True):
-            synchronize(device)
-            start = time.perf_counter()
-            run()
-            synchronize(device)
-            taken.append(time.perf_counter() - start)
+            taken.append(timed(run, device)[0])
     return [statistics.median(taken) for taken in times]
+
+
+def timed(run: Callable[[], T], device: str = 'cpu') -> tuple[float, T]:
+    """Seconds that a function takes, until its device is done, and what it returns."""
+    wait = torch.cuda.synchronize if torch.device(device).type == 'cuda' else (lambda device: None)
+    wait(device)
+    start = time.perf_counter()
+    result = run()
+    wait(device)
+    return time.perf_counter() - start, result
 
 
 def peak_memory(run: Callable[[], object], device: str) -> int:
@@ -75,12 +127,6 @@ def peak_memory(run: Callable[[], object], device: str) -> int:
         now += event['args']['Bytes']  # negative where memory is given back
         peak = max(peak, now)
     return peak
-
-
-def synchronize(device: str) -> None:
-    """Wait until a GPU is done."""
-    if torch.device(device).type == 'cuda':
-        torch.cuda.synchronize(device)
 
 
 def processor(device: str) -> str:
