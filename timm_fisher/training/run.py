@@ -13,12 +13,9 @@ from __future__ import annotations
 import json
 import math
 import os
-import shlex
 import shutil
-import sys
 import time
 import warnings
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +28,6 @@ import yaml
 from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.utils import DistributedDataParallelKwargs, send_to_device, set_seed
 from sklearn.metrics import accuracy_score, balanced_accuracy_score
-from timm.optim import create_optimizer_v2, param_groups_weight_decay
-from timm.scheduler import create_scheduler_v2
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.lr_scheduler import ReduceLROnPlateau
@@ -41,10 +36,8 @@ from tqdm.auto import tqdm
 
 import timm_fisher
 from timm_fisher import PooledModel
-from timm_fisher.files import save_png, write
-from timm_fisher.fitting.stream import BatchStream
+from timm_fisher.files import write
 from timm_fisher.hub.card import installed_versions
-from timm_fisher.registry import nearest
 from timm_fisher.training.config import Config, Stage
 from timm_fisher.training.data import (
     Cached,
@@ -56,7 +49,6 @@ from timm_fisher.training.data import (
 )
 
 matplotlib.use('Agg')
-import matplotlib.pyplot as plt
 
 AnyDataset = Images | Cached
 
@@ -510,138 +502,14 @@ class Run:
         self.load_weights(Path(folder, 'model'))
 
 
-class HeadOnly(nn.Module):
-    """The part of a model that runs on cached features: what is trained, and wrapped by DDP, while
-    the backbone is frozen."""
-
-    def __init__(self, model: PooledModel) -> None:
-        super().__init__()
-        self.head, self.head_drop, self.classifier = model.head, model.head_drop, model.classifier
-        self._model = [model]  # a list keeps the backbone out of this module's children
-
-    def forward(self, features: Tensor, head_loss: bool = False) -> Any:
-        return self._model[0].forward_head(features, head_loss=head_loss)
-
-    def train(self, mode: bool = True) -> HeadOnly:
-        super().train(mode)
-        self._model[0].train(mode)  # which leaves a frozen head in eval mode
-        return self
-
-
-class ClassifierOnly(nn.Module):
-    """The part of a model that runs on pooled vectors, while the head is frozen too."""
-
-    def __init__(self, model: PooledModel) -> None:
-        super().__init__()
-        self.head_drop, self.classifier = model.head_drop, model.classifier
-
-    def forward(self, pooled: Tensor) -> Tensor:
-        return self.classifier(self.head_drop(pooled))
-
-
-class Unsupervised(nn.Module):
-    """The own loss of a model's head, what an unsupervised stage trains; DDP wraps it.
-
-    In training mode the head first updates itself by its own rule on the mini-batch
-    (`PoolingHead.partial_fit`): the gradient that follows is that of the loss with the new
-    parameters, in what the stage trains.
-
-    Args:
-        model: of which the head is asked.
-        from_features: the input is what `model.forward_features` gives, not images.
-    """
-
-    def __init__(self, model: PooledModel, from_features: bool) -> None:
-        super().__init__()
-        self.model, self.from_features = model, from_features
-
-    def forward(self, x: Any) -> Tensor:
-        model = self.model
-        features = x if self.from_features else model.descriptors.features(model.backbone, x)
-        descriptors = model.descriptors(features)
-        if self.training:
-            for head, place in model.heads:
-                head.partial_fit(BatchStream(descriptors[place].detach()))
-        losses = [head.forward_with_loss(descriptors[place])[1] for head, place in model.heads]
-        return torch.stack(losses).sum()
-
-
-def _trained_layers(model: PooledModel, stage: Stage) -> list[nn.Module]:
-    """The modules of the backbone that a stage names."""
-    modules = dict(model.backbone.named_modules())
-    for name in stage.layers:
-        if not name or name not in modules:
-            known = [each for each in modules if each]
-            raise ValueError(f"The backbone has no layer '{name}'.{nearest(name, known)}")
-    return [modules[name] for name in stage.layers]
-
-
-def _freeze(model: PooledModel, name: str, stage: Stage) -> None:
-    """Leave only what a stage trains with gradients.
-
-    Raises:
-        ValueError: a layer that the backbone does not have, or nothing that can be trained.
-    """
-    model.requires_grad_(True)
-    model.freeze_backbone(not stage.trains_backbone)
-    layers = _trained_layers(model, stage)
-    for layer_name, layer in zip(stage.layers, layers, strict=True):
-        if not any(parameter.requires_grad for parameter in layer.parameters()):
-            raise ValueError(
-                f"Layer '{layer_name}' of the backbone has no parameters that the head depends on."
-            )
-    if layers:
-        trained = {id(parameter) for layer in layers for parameter in layer.parameters()}
-        for parameter in model.backbone.parameters():
-            parameter.requires_grad_(parameter.requires_grad and id(parameter) in trained)
-    if stage.train in ('classifier', 'backbone'):
-        model.head.requires_grad_(False)
-    if stage.train == 'backbone' or stage.unsupervised:
-        model.classifier.requires_grad_(False)
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        reasons = {
-            'backbone': 'the backbone has no parameters that the head depends on',
-            'head': 'the head has no parameters',
-        }
-        reason = reasons.get(stage.train, 'neither backbone nor head has parameters')
-        raise ValueError(f"Stage '{name}' has nothing to train: {reason}.")
-
-
-def _refuse_without_gradient(loss: Tensor, name: str, stage: Stage, config: Config) -> None:
-    if not loss.requires_grad:
-        raise ValueError(
-            f"Stage '{name}' trains nothing: the own loss of {_head_names(config)} is zero or does "
-            f'not depend on what train: {stage.train} trains.'
-        )
-
-
 def _batch_size(x: Any) -> int:
     return len(x if isinstance(x, Tensor) else x[0])
-
-
-def _peak_memory(device: torch.device) -> int:
-    """Bytes allocated on the GPU, or, on a CPU, resident of this process; 0 on Windows, which does
-    not tell."""
-    if device.type == 'cuda':
-        return torch.cuda.max_memory_allocated(device)
-    if sys.platform == 'win32':
-        return 0
-    import resource
-
-    unit = 1 if sys.platform == 'darwin' else 1024
-    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def _cpu_count() -> int:
     if hasattr(os, 'sched_getaffinity'):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-def _head_names(config: Config) -> str:
-    if isinstance(config.head, str):
-        return config.head
-    return ' + '.join(each.get('name', '?') for each in config.head)
 
 
 def create_model(config: Config, num_classes: int) -> PooledModel:
@@ -661,73 +529,8 @@ def create_model(config: Config, num_classes: int) -> PooledModel:
     )
 
 
-def command(config: Config, accelerator: Accelerator) -> str:
-    """The command that repeats a run, with whatever configuration file it was started; PATH stands
-    for the images, and a backbone's folder outside of the working directory has its name alone."""
-    settings = asdict(config)
-    for name, default in asdict(Config()).items():
-        if settings[name] == default or name in ('output', 'resume', 'cache_dir'):
-            del settings[name]
-    settings['stages'] = {
-        name: {key: value for key, value in asdict(stage).items() if value != getattr(Stage(), key)}
-        for name, stage in config.stages.items()
-    }
-    if config.data_dir:
-        settings['data_dir'] = 'PATH'
-    source, _, folder = config.backbone.partition(':')
-    if source == 'local-dir' and os.path.isabs(folder):
-        settings['backbone'] = f'local-dir:{Path(folder).name}'
-    settings['seed'] = config.seed
-    if accelerator.mixed_precision != 'no':
-        settings['mixed_precision'] = accelerator.mixed_precision
-    parts = ['accelerate launch recipes/train.py']
-    if accelerator.num_processes > 1:
-        parts = [f'accelerate launch --num_processes {accelerator.num_processes} recipes/train.py']
-    for name, value in settings.items():
-        text = value if isinstance(value, str) else json.dumps(value)
-        parts.append(f'--{name.replace("data_dir", "data-dir")} {shlex.quote(text)}')
-    return ' \\\n    '.join(parts)
-
-
-def _create_optimizer(model: PooledModel, stage: Stage) -> torch.optim.Optimizer:
-    groups = []
-    for scale, modules in (
-        (1.0, {'backbone': model.backbone}),
-        (stage.head_lr_scale, {'head': model.head, 'classifier': model.classifier}),
-    ):
-        for group in param_groups_weight_decay(
-            nn.ModuleDict(modules), stage.weight_decay, no_weight_decay_list=model.no_weight_decay()
-        ):
-            groups.append({**group, 'lr': stage.lr * scale})
-    return create_optimizer_v2(groups, opt=stage.opt, lr=stage.lr, momentum=stage.momentum)
-
-
 def _updates_per_epoch(loader: DataLoader[Any], config: Config) -> int:
     return math.ceil(len(loader) / config.grad_accum_steps)
-
-
-def _create_scheduler(optimizer: torch.optim.Optimizer, stage: Stage, updates: int) -> Any:
-    if stage.sched == 'plateau':
-        # timm's plateau schedule is deprecated, and does not save its counters.
-        return ReduceLROnPlateau(
-            optimizer,
-            factor=stage.decay_rate,
-            patience=stage.patience_epochs,
-            min_lr=stage.min_lr,
-        )
-    scheduler, _ = create_scheduler_v2(
-        optimizer,
-        stage.sched,
-        num_epochs=stage.epochs,
-        decay_epochs=stage.decay_epochs,
-        decay_rate=stage.decay_rate,
-        warmup_epochs=stage.warmup_epochs,
-        warmup_lr=0.0,
-        min_lr=stage.min_lr,
-        step_on_epochs=False,
-        updates_per_epoch=updates,
-    )
-    return scheduler
 
 
 def _prepare_output(output: Path, config: Config, main: bool) -> None:
@@ -751,27 +554,3 @@ def _prepare_output(output: Path, config: Config, main: bool) -> None:
     elif main:
         output.mkdir(parents=True, exist_ok=True)
         write(path, config.to_yaml())
-
-
-def _plot(history: list[dict[str, Any]], path: Path) -> None:
-    """Losses and, if any stage is supervised, validation accuracy by epoch; the stages are set off
-    by lines."""
-    accuracies = [100 * row.get('val_accuracy', math.nan) for row in history]
-    supervised = any(map(math.isfinite, accuracies))
-    figure, axes = plt.subplots(1, 1 + supervised, figsize=(10, 4), squeeze=False)
-    epochs = range(1, len(history) + 1)
-    for key in ('train_loss', 'val_loss'):
-        axes[0, 0].plot(epochs, [row[key] for row in history], label=key.replace('_', ' '))
-    axes[0, 0].set(xlabel='epoch', ylabel='loss', yscale='log')
-    axes[0, 0].legend()
-    if supervised:
-        axes[0, 1].plot(epochs, accuracies)
-        axes[0, 1].set(xlabel='epoch', ylabel='validation accuracy (%)')
-    for i, row in enumerate(history):
-        if row['epoch'] == 1:
-            for each in axes[0]:
-                each.axvline(i + 0.5, color='grey', linewidth=0.8, linestyle=':')
-            where = (i + 0.6, 0.02)
-            axes[0, -1].annotate(row['stage'], where, xycoords=('data', 'axes fraction'))
-    figure.tight_layout()
-    save_png(figure, path)
