@@ -1,4 +1,4 @@
-"""Images and labels in a file of arrays, FILE.npz."""
+"""Images and labels from a file of arrays, FILE.npz."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from sklearn.model_selection import train_test_split
 from torch.utils.data import Dataset
 
 from timm_fisher.training.config import Config
-from timm_fisher.training.data import Split
 
 
 class ArrayImages(Dataset[tuple[Image.Image, int]]):
@@ -26,7 +25,7 @@ class ArrayImages(Dataset[tuple[Image.Image, int]]):
     def __init__(self, pixels: np.ndarray, labels: np.ndarray) -> None:
         self.pixels, self.labels = pixels, labels
         digest = hashlib.sha256(repr(pixels.shape).encode())
-        digest.update(np.ascontiguousarray(pixels))
+        digest.update(np.ascontiguousarray(pixels).data)
         self.fingerprint = digest.digest()
 
     def __len__(self) -> int:
@@ -36,57 +35,58 @@ class ArrayImages(Dataset[tuple[Image.Image, int]]):
         return Image.fromarray(self.pixels[i]), int(self.labels[i])
 
 
-def _load_npz(config: Config) -> tuple[dict[str, Split], list[str]]:
-    """The splits 'train' and 'test' of a file of arrays, and the classes, `str` of its labels.
+def load_arrays(config: Config) -> tuple[dict[str, tuple[ArrayImages, np.ndarray]], list[str]]:
+    """The images of the splits 'train' and 'test', with the places of those that are meant; and the
+    classes, `str` of the labels.
 
-    `x_train`, `y_train`, `x_test` and `y_test`; or `x` and `y`, of which `config.test_fraction` or,
-    with `config.folds`, one fold is the test split. Images are `[n, H, W]` or `[n, H, W, C]` with
-    1, 3 or 4 channels, uint8 or floating-point from 0 to 1; uint8 images without a value above 1
-    are taken for binary. Labels are `[n]`, integers or strings; where no stage reads them they may
-    be missing.
+    The file `config.data_dir` holds `x_train`, `y_train`, `x_test` and `y_test`; or `x` and `y`, of
+    which `config.test_fraction` or, with `config.folds`, one fold is the test split. Images are
+    `[n, H, W]` or `[n, H, W, C]` with 1, 3 or 4 channels, uint8 or floating-point from 0 to 1;
+    uint8 images without a value above 1 are taken for binary. Labels are `[n]`, integers or
+    strings; where no stage reads them they may be missing.
+
+    Raises:
+        ValueError: the file cannot be read, lacks an array, or holds one that is not as above.
     """
-    arrays = _read_npz(Path(config.data_dir))
-    pairs = [('x_train', 'y_train'), ('x_test', 'y_test')]
-    own_test = 'x_train' in arrays
-    if not own_test:
-        pairs = [('x', 'y')]
-    elif config.folds:
+    arrays = _read(Path(config.data_dir))
+    has_test_split = 'x_train' in arrays
+    pairs = [('x_train', 'y_train'), ('x_test', 'y_test')] if has_test_split else [('x', 'y')]
+    if has_test_split and config.folds:
         raise ValueError(
             f"'{config.data_dir}' has a test split of its own (x_test); {config.folds} folds need "
             'a file with x and y alone.'
         )
-    elif config.test_split is None:
+    if config.test_split is None:
         pairs = pairs[:1]
     if config.unsupervised and any(y not in arrays for _, y in pairs):
         arrays |= {y: np.zeros(arrays[x].shape[:1], int) for x, y in pairs if x in arrays}
-    for pair in pairs:
-        for key in pair:
-            if key not in arrays:
-                raise ValueError(
-                    f"'{config.data_dir}' has no array '{key}', only {sorted(arrays)}. It must "
-                    'hold x_train, y_train, x_test and y_test, or x and y.'
-                )
-    where = {key: f"'{key}' in '{config.data_dir}'" for pair in pairs for key in pair}
+    for key in (key for pair in pairs for key in pair):
+        if key not in arrays:
+            raise ValueError(
+                f"'{config.data_dir}' has no array '{key}', only {sorted(arrays)}. It must hold "
+                'x_train, y_train, x_test and y_test, or x and y.'
+            )
     numeric = [arrays[x] for x, _ in pairs if arrays[x].dtype.kind in 'fiu']
-    top = max((each.max(initial=0) for each in numeric), default=0)
-    labels = {y: _check_labels(arrays[y], arrays[x].shape[:1], where[y]) for x, y in pairs}
-    names = np.unique(labels[pairs[0][1]])
-    datasets = []
+    top = max((array.max(initial=0) for array in numeric), default=0)
+    names = np.unique(arrays[pairs[0][1]])
+    images = []
     for x, y in pairs:
-        unknown = np.setdiff1d(labels[y], names)
+        labels = _check_labels(arrays[y], arrays[x].shape[:1], f"'{y}' in '{config.data_dir}'")
+        unknown = np.setdiff1d(labels, names)
         if len(unknown):
-            raise ValueError(f'{where[y]} has classes that training lacks: {unknown.tolist()}.')
-        pixels = _to_pixels(arrays[x], top, where[x])
-        datasets.append(ArrayImages(pixels, np.searchsorted(names, labels[y])))
-    splits = [Split(each, np.arange(len(each)), each.labels) for each in datasets]
-    if not own_test and config.test_split is not None:
-        everything = splits[0]
-        test = _test_part(everything.labels, config)
-        splits = [everything.take(np.flatnonzero(~test)), everything.take(np.flatnonzero(test))]
-    return dict(zip(('train', 'test'), splits, strict=False)), [str(name) for name in names]
+            raise ValueError(
+                f"'{y}' in '{config.data_dir}' has classes that training lacks: {unknown.tolist()}."
+            )
+        pixels = _to_pixels(arrays[x], top, f"'{x}' in '{config.data_dir}'")
+        images.append(ArrayImages(pixels, np.searchsorted(names, labels)))
+    parts = [(dataset, np.arange(len(dataset))) for dataset in images]
+    if not has_test_split and config.test_split is not None:
+        test = _test_part(images[0].labels, config)
+        parts = [(images[0], np.flatnonzero(~test)), (images[0], np.flatnonzero(test))]
+    return dict(zip(('train', 'test'), parts, strict=False)), [str(name) for name in names]
 
 
-def _read_npz(path: Path) -> dict[str, np.ndarray]:
+def _read(path: Path) -> dict[str, np.ndarray]:
     """The arrays of a file, without pickles."""
     if not path.is_file():
         raise ValueError(f"'{path}' is no file; --dataset npz needs --data-dir FILE.npz.")
@@ -118,10 +118,10 @@ def _to_pixels(x: np.ndarray, top: float, where: str) -> np.ndarray:
     elif x.dtype == np.uint8 and top <= 1:
         x = x * np.uint8(255)
     elif x.dtype != np.uint8:
-        found = f' from {x.min():g} to {x.max():g}' if x.dtype.kind in 'fiu' else ''
+        values = f' from {x.min():g} to {x.max():g}' if x.dtype.kind in 'fiu' else ''
         raise ValueError(
-            f'{where} is {x.dtype}{found}; images are uint8 from 0 to 255 or floating-point from 0 '
-            'to 1.'
+            f'{where} is {x.dtype}{values}; images are uint8 from 0 to 255 or floating-point from '
+            '0 to 1.'
         )
     return x[..., 0] if x.ndim == 4 and x.shape[3] == 1 else x
 
@@ -149,5 +149,3 @@ def _test_part(labels: np.ndarray, config: Config) -> np.ndarray:
             f"images of '{config.data_dir}': {error}"
         ) from error
     return np.isin(np.arange(len(labels)), chosen)
-
-

@@ -26,11 +26,15 @@ def run(
     """Call `main` with the settings of the command line; see `parse`.
 
     A mistake of the user (ValueError, OSError, LoadError, PushError) becomes a sentence and exit
-    status 2; `python -X dev` shows the traceback, too.
+    status 2, of which `python -X dev` shows the traceback, too; an interruption becomes a sentence
+    and exit status 130.
     """
     chosen = parse(settings, positional=positional, arguments=arguments)
     try:
         main(chosen)
+    except KeyboardInterrupt as error:
+        print(error or 'Interrupted.', file=sys.stderr)
+        sys.exit(130)  # as a shell says it of SIGINT
     except (LoadError, PushError, OSError, ValueError) as error:
         if sys.flags.dev_mode:
             raise
@@ -58,8 +62,8 @@ def parse(
     if positional:
         _add_positional(parser, settings, positional)
     names = [field.name for field in dataclasses.fields(settings)]  # type: ignore[arg-type]
-    given = [_with_underscores(each) for each in (sys.argv[1:] if arguments is None else arguments)]
-    parsed = parser.instantiate(parser.parse_args(given))
+    given = sys.argv[1:] if arguments is None else arguments
+    parsed = parser.instantiate(parser.parse_args([_with_underscores(word) for word in given]))
     try:
         return settings(**{name: parsed[name] for name in names})
     except ValueError as error:
@@ -80,11 +84,12 @@ class _Parser(jsonargparse.ArgumentParser):
 
 def _add_positional(parser: _Parser, settings: type[Any], name: str) -> None:
     kind = get_type_hints(settings)[name]
-    field = next(each for each in dataclasses.fields(settings) if each.name == name)
-    required = field.default is field.default_factory is dataclasses.MISSING
+    field = next(field for field in dataclasses.fields(settings) if field.name == name)
+    factory: Any = field.default_factory
+    required = field.default is factory is dataclasses.MISSING
     if get_origin(kind) is list:
         nargs, kind = ('+' if required else '*'), get_args(kind)[0]
-        default = [] if required else field.default_factory()  # type: ignore[misc]
+        default = [] if required else factory()
         parser.add_argument(name, nargs=nargs, type=kind, default=default)
     elif required:
         parser.add_argument(name, type=kind)

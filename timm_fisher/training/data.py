@@ -1,4 +1,4 @@
-"""Images for the recipes: splits, checks before training starts, and cached backbone features."""
+"""Images to train on: splits of a data set, checks before training starts, transforms."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import timm
@@ -20,7 +20,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from timm_fisher.registry import check_arguments
+from timm_fisher.training.arrays import ArrayImages, load_arrays
 from timm_fisher.training.config import Config
+
+# What a data set holds: images, a backbone's features of them, or pooled vectors.
+Gives = Literal['images', 'features', 'pooled']
 
 
 @dataclass
@@ -28,7 +32,7 @@ class Split:
     """Some images of a data set, undecoded.
 
     Attributes:
-        dataset: of timm or torchvision, a list of (image, label), or `ArrayImages`.
+        dataset: of timm or torchvision, or `ArrayImages`.
         indices: which of its images.
         labels: their classes `[len(indices)]`.
     """
@@ -43,16 +47,13 @@ class Split:
 
     def fingerprint(self) -> str:
         """Changes when the images do."""
-        reader = getattr(self.dataset, 'reader', None)
+        reader: Any = getattr(self.dataset, 'reader', None)
         digest = hashlib.sha256(self.indices.tobytes() + self.labels.tobytes())
         for path, _ in getattr(reader, 'samples', ()):
             stat = os.stat(path)
             digest.update(f'{path} {stat.st_size} {stat.st_mtime_ns}'.encode())
         if isinstance(self.dataset, ArrayImages):
             digest.update(self.dataset.fingerprint)
-        elif isinstance(self.dataset, list):
-            for image, _ in self.dataset:
-                digest.update(image.tobytes())
         elif hasattr(reader, 'dataset'):
             digest.update(reader.dataset._fingerprint.encode())
         elif reader is None:  # of torchvision, whose repr gives root and split
@@ -63,6 +64,8 @@ class Split:
 class Images(Dataset[tuple[Tensor, int]]):
     """A split through a transform. An image that cannot be decoded is an error that names it;
     timm's own data set would take the next image in its place."""
+
+    gives: Gives = 'images'
 
     def __init__(self, split: Split, transform: Callable[[Image.Image], Tensor], mode: str) -> None:
         self.split, self.transform, self.mode = split, transform, mode
@@ -98,13 +101,14 @@ def load_splits(config: Config) -> tuple[dict[str, Split], list[str]]:
     if config.dataset == 'digits':
         splits, classes = _load_digits()
     elif config.dataset == 'npz':
-        splits, classes = _load_npz(config)
+        parts, classes = load_arrays(config)
+        splits = {name: Split(x, places, x.labels[places]) for name, (x, places) in parts.items()}
     else:
         splits, classes = _load_timm(config)
-    for name, most in (('train', config.max_train), ('test', config.max_test)):
-        if most is not None and name in splits and most < len(splits[name].indices):
+    for name, limit in (('train', config.max_train), ('test', config.max_test)):
+        if limit is not None and name in splits and limit < len(splits[name].indices):
             order = np.random.default_rng(0).permutation(len(splits[name].indices))
-            splits[name] = splits[name].take(np.sort(order[:most]))
+            splits[name] = splits[name].take(np.sort(order[:limit]))
     if 'val' not in splits:
         train = splits['train']
         try:
@@ -140,17 +144,15 @@ def _load_digits() -> tuple[dict[str, Split], list[str]]:
     """scikit-learn's 1797 digits of 8 x 8: 60 % train, 15 % val, 25 % test, always the same."""
     digits = load_digits()
     pixels = (digits.images * (255 / 16)).astype(np.uint8)
-    dataset = [(Image.fromarray(p), int(y)) for p, y in zip(pixels, digits.target, strict=True)]
+    dataset = ArrayImages(pixels, digits.target)
     everything = np.arange(len(dataset))
     rest, test = train_test_split(
         everything, test_size=0.25, stratify=digits.target, random_state=0
     )
     train, val = train_test_split(rest, test_size=0.2, stratify=digits.target[rest], random_state=0)
     parts = {'train': train, 'val': val, 'test': test}
-    splits = {
-        name: Split(dataset, np.sort(part), digits.target[np.sort(part)])
-        for name, part in parts.items()
-    }
+    whole = Split(dataset, everything, digits.target)
+    splits = {name: whole.take(np.sort(part)) for name, part in parts.items()}
     return splits, [str(digit) for digit in range(10)]
 
 
@@ -164,7 +166,7 @@ def _load_timm(config: Config) -> tuple[dict[str, Split], list[str]]:
         if config.dataset:
             splits[role] = _whole(_create_dataset(config.dataset, config.data_dir, name))
         else:
-            advice = '' if role == 'train' else f'train.py goes without by --{role}_split null.'
+            advice = '' if role == 'train' else f'Training goes without by --{role}_split null.'
             splits[role] = load_folder(config.data_dir, name, class_to_index, advice=advice)
         if role == 'train':
             dataset = splits[role].dataset
@@ -222,7 +224,7 @@ def _whole(dataset: Any) -> Split:
 
 def _labels(dataset: Any) -> np.ndarray:
     """All labels of a data set, without decoding its images."""
-    reader = getattr(dataset, 'reader', None)
+    reader: Any = getattr(dataset, 'reader', None)
     if hasattr(reader, 'samples'):
         return np.array([label for _, label in reader.samples])
     if hasattr(reader, 'dataset'):

@@ -1,4 +1,5 @@
-"""Features of a frozen backbone, computed once and kept in memory-mapped files."""
+"""What a frozen part of a model gives for each image, computed once and kept in files: features of
+the backbone, and pooled vectors."""
 
 from __future__ import annotations
 
@@ -21,33 +22,30 @@ from tqdm.auto import tqdm
 
 from timm_fisher import PooledModel
 from timm_fisher.training.config import Config
-from timm_fisher.training.data import Images
+from timm_fisher.training.data import Gives, Images
 
 
-class Cached(Dataset[tuple[Any, int]]):
-    """What a frozen part of a model gives for each image of a data set, memory-mapped from files.
+class Cached(Dataset[tuple[list[Tensor], int]]):
+    """Lists of tensors, memory-mapped from files, and labels.
 
     Args:
-        paths: one file of arrays for each tensor that it gives.
+        paths: one file of arrays for each tensor of the list.
         labels: of the images.
-        as_list: a list of tensors, as features of several heads are, instead of one tensor.
-        pooled: they are pooled vectors, not features of the backbone.
+        gives: 'features' of the backbone, one tensor for each stage that the model pools; or
+            'pooled', one vector.
     """
 
-    def __init__(
-        self, paths: Sequence[Path], labels: np.ndarray, *, as_list: bool, pooled: bool
-    ) -> None:
-        self.as_list = as_list
+    def __init__(self, paths: Sequence[Path], labels: np.ndarray, gives: Gives) -> None:
         self.arrays = [np.load(path, mmap_mode='r', allow_pickle=False) for path in paths]
         self.labels = labels
-        self.pooled = pooled
+        self.gives = gives
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, i: int) -> tuple[Any, int]:
+    def __getitem__(self, i: int) -> tuple[list[Tensor], int]:
         tensors = [torch.from_numpy(np.array(array[i])) for array in self.arrays]
-        return tensors if self.as_list else tensors[0], int(self.labels[i])
+        return tensors, int(self.labels[i])
 
 
 def cache_features(
@@ -57,18 +55,24 @@ def cache_features(
     weights, images and transform are there already.
 
     All ranks must see one `config.cache_dir`.
+
+    Raises:
+        OSError: there is no space for the files.
     """
     model.to(accelerator.device).eval()
-    paths = _write_once(
-        Path(config.cache_dir, _cache_key(model, dataset, accelerator)),
-        model.forward_features,
-        dataset,
-        config,
-        accelerator,
-        what='cache features',
-        count=len(model.descriptors),
-    )
-    return Cached(paths, dataset.split.labels, as_list=True, pooled=False)
+    stem = Path(config.cache_dir, _cache_key(model, dataset, accelerator))
+    paths = [stem.with_name(f'{stem.name}-{i}.npy') for i in range(len(model.descriptors))]
+    # The main process decides for all: another run may publish the same files at any moment.
+    if not broadcast_object_list([all(path.exists() for path in paths)])[0]:
+        _write(
+            paths,
+            lambda images: model.descriptors.features(model.backbone, images),
+            dataset,
+            config,
+            accelerator,
+            what='cache features',
+        )
+    return Cached(paths, dataset.split.labels, 'features')
 
 
 def cache_pooled(
@@ -76,76 +80,69 @@ def cache_pooled(
 ) -> Cached:
     """Pool cached features once, for a stage that trains the classifier alone.
 
-    The files are new each time, for the head may have been trained meanwhile. All ranks must see
-    one `config.output`.
+    The files are written anew each time, for the head may have been trained meanwhile. All ranks
+    must see one `config.output`.
     """
-    folder = Path(config.output, 'pooled')
-    if accelerator.is_main_process:
-        for path in folder.glob(f'{name}-*'):
-            path.unlink()
-    accelerator.wait_for_everyone()
     model.to(accelerator.device).eval()
-    paths = _write_once(
-        folder / name,
-        lambda x: model.forward_head(x, pre_logits=True),
+    path = Path(config.output, 'pooled', f'{name}.npy')
+    _write(
+        [path],
+        lambda features: [model.forward_head(features, pre_logits=True)],
         features,
         config,
         accelerator,
         what=f'pool {name}',
     )
-    return Cached(paths, features.labels, as_list=False, pooled=True)
+    return Cached([path], features.labels, 'pooled')
 
 
 @torch.no_grad()
-def _write_once(
-    stem: Path,
-    function: Callable[[Any], Any],
+def _write(
+    paths: list[Path],
+    function: Callable[[Any], list[Any]],
     dataset: Images | Cached,
     config: Config,
     accelerator: Accelerator,
     *,
     what: str,
-    count: int = 1,
-) -> list[Path]:
-    """Files `STEM-0.npy`, ... of what a function of a batch gives, one tensor or several."""
-    device = accelerator.device
+) -> None:
+    """Write what a function of a batch gives, a list of tensors, one file for each of them."""
+    device, main = accelerator.device, accelerator.is_main_process
 
     def call(batch: Any) -> list[Tensor]:
         with accelerator.autocast():
-            found = function(send_to_device(batch, device))
-        return [found] if isinstance(found, Tensor) else list(found)
+            return function(send_to_device(batch, device))
 
-    # The main process decides for all: another run may publish the same files at any moment.
-    paths = [stem.with_name(f'{stem.name}-{i}.npy') for i in range(count)]
-    plan = [all(path.exists() for path in paths), uuid.uuid4().hex]
-    there, token = broadcast_object_list(plan)
-    if not there:
-        partial = [path.with_suffix(f'.{token}.partial') for path in paths]
-        if accelerator.is_main_process:
-            sample = default_collate([dataset[0][0]])
-            _allocate(partial, [(len(dataset), *each.shape[1:]) for each in call(sample)])
+    token = broadcast_object_list([uuid.uuid4().hex])[0]
+    partial = [path.with_suffix(f'.{token}.partial') for path in paths]
+    try:
+        if main:
+            sample = call(default_collate([dataset[0][0]]))
+            _allocate(partial, [(len(dataset), *tensor.shape[1:]) for tensor in sample])
         accelerator.wait_for_everyone()
         arrays = [np.lib.format.open_memmap(path, mode='r+') for path in partial]
         share = range(accelerator.process_index, len(dataset), accelerator.num_processes)
         # Small batches stay in a CPU's cache: twice as fast as 64 images at a time.
-        on_cpu = accelerator.device.type == 'cpu'
-        batch_size = min(4, config.batch_size) if on_cpu else config.batch_size
-        workers = 0 if isinstance(dataset, Cached) else config.workers
+        batch_size = min(4, config.batch_size) if device.type == 'cpu' else config.batch_size
+        workers = config.workers if dataset.gives == 'images' else 0
         loader = DataLoader(Subset(dataset, share), batch_size, num_workers=workers)
         start = 0
-        for batch, labels in tqdm(loader, what, disable=not accelerator.is_main_process or None):
+        for batch, labels in tqdm(loader, what, disable=not main or None):
             rows = list(share[start : start + len(labels)])
-            for array, found in zip(arrays, call(batch), strict=True):
-                array[rows] = found.float().cpu().numpy()
+            for array, tensor in zip(arrays, call(batch), strict=True):
+                array[rows] = tensor.float().cpu().numpy()
             start += len(labels)
         for array in arrays:
             array.flush()
         accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
+        if main:
             for beside, path in zip(partial, paths, strict=True):
                 os.replace(beside, path)
         accelerator.wait_for_everyone()
-    return paths
+    except BaseException:
+        for path in partial:  # gigabytes that nobody would find
+            path.unlink(missing_ok=True)
+        raise
 
 
 def _allocate(paths: list[Path], shapes: list[tuple[int, ...]]) -> None:
@@ -158,8 +155,6 @@ def _allocate(paths: list[Path], shapes: list[tuple[int, ...]]) -> None:
                 with open(path, 'r+b') as file:
                     os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
     except OSError as error:
-        for path in paths:
-            path.unlink(missing_ok=True)
         size = sum(4 * math.prod(shape) for shape in shapes)
         raise OSError(
             f'{size / 2**30:.1f} GiB of features do not fit into {paths[0].parent}: {error}. '
