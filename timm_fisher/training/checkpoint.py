@@ -87,7 +87,7 @@ class Checkpoints:
         return latest_checkpoint(self.output)
 
     def save(self, progress: Progress, scheduler: Any, *, ends_stage: bool) -> None:
-        """Write log and checkpoint, at the end of a stage the curve, too; delete older checkpoints."""
+        """Write log, checkpoint and, after a stage, curve; then delete older checkpoints."""
         accelerator, output = self.accelerator, self.output
         final = output / f'checkpoint-{len(progress.history):04d}'
         partial = output / f'{final.name}.partial'
