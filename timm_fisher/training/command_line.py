@@ -55,8 +55,9 @@ def parse(
         positional: field whose value, or list of values, is given without a name.
         arguments: None for those of this process.
     """
-    parser = _Parser(description=(settings.__doc__ or '').partition('\n')[0])
-    parser.known = _names(settings)
+    # jsonargparse makes parsers of nested settings from the class of this one.
+    parser_class: type[_Parser] = type('_Parser', (_Parser,), {'known': _names(settings)})
+    parser = parser_class(description=(settings.__doc__ or '').partition('\n')[0])
     parser.add_argument('--config', action='config', help='YAML file of these options')
     parser.add_class_arguments(settings, skip={positional} if positional else set())
     if positional:

@@ -1,0 +1,74 @@
+"""Two processes compute what one does."""
+
+from __future__ import annotations
+
+import distributed_checks
+import pytest
+import torch
+from conftest import TINY
+from PIL import Image
+from runs import (
+    TWO_STAGES,
+    UNSUPERVISED,
+    check_run,
+    finish,
+    read_metrics,
+    unsupervised_loss_by_plain_timm,
+)
+
+
+def test_recipe_on_two_processes(launch, images, tmp_path):
+    """51 test images in batches of 2 x 16: some are seen twice, each is counted once."""
+    stages = {'own': {**UNSUPERVISED, 'epochs': 1}, **TWO_STAGES}
+    options = {**TINY, 'data_dir': images, 'stages': stages, 'head': 'sparse_fisher'}
+    options |= {'output': tmp_path / 'run', 'cache_dir': tmp_path / 'cache'}
+    finish(launch(processes=2, **options))
+    check_run(tmp_path / 'run', images, head='sparse_fisher', stages=stages, processes=2)
+
+
+@pytest.mark.slow
+def test_unsupervised_run_on_two_processes(launch, images, tmp_path):
+    """Through the network, too, where DDP finds parameters that the own loss does not reach."""
+    stages = {'own': {**UNSUPERVISED, 'train': 'all'}}
+    options = {**TINY, 'data_dir': images, 'stages': stages, 'head': 'sparse_fisher'}
+    finish(launch(processes=2, output=tmp_path / 'run', **options))
+    expected = unsupervised_loss_by_plain_timm(tmp_path / 'run/model', images, 'test')
+    found = read_metrics(tmp_path / 'run')
+    assert found['test'] == {'unsupervised_loss': pytest.approx(expected, rel=1e-5), 'samples': 51}
+    assert found['processes'] == 2
+    with Image.open(tmp_path / 'run/curve.png') as curve:
+        curve.load()
+
+
+@pytest.fixture(scope='module')
+def ranks(launch, tmp_path_factory):
+    """What distributed_checks.py computes on each of two ranks."""
+    torch.set_num_threads(1)
+    output = tmp_path_factory.mktemp('ranks')
+    finish(launch('tests/distributed_checks.py', processes=2, output=output))
+    results = [torch.load(output / f'rank{rank}.pt') for rank in range(2)]
+    assert [each['world_size'] for each in results] == [2, 2]
+    return results
+
+
+@pytest.mark.parametrize('head', distributed_checks.HEADS)
+def test_fit_on_two_ranks_equals_the_fit_on_one(ranks, head):
+    expected = distributed_checks.fitted(head)
+    for rank in ranks:
+        torch.testing.assert_close(rank['fit'][head], expected, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize('head', distributed_checks.HEADS)
+def test_gradients_on_two_ranks_equal_those_on_one(ranks, head):
+    expected = distributed_checks.gradients(distributed_checks.create(head))
+    assert {'classifier.weight', 'backbone.conv1.0.weight'} <= set(expected)
+    for rank in ranks:
+        torch.testing.assert_close(rank['gradients'][head], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_own_update_on_two_ranks_equals_that_on_the_whole_batch(ranks):
+    expected = distributed_checks.updated()
+    for rank in ranks:
+        torch.testing.assert_close(rank['updated'], expected, atol=1e-6, rtol=1e-6)
+    alone = distributed_checks.updated(0, 2)  # of half of the images, without the other rank
+    assert (alone['basis'] - expected['basis']).abs().max() > 0.01
