@@ -19,7 +19,7 @@ from runs import (
 
 def test_recipe_on_two_processes(launch, images, tmp_path):
     """51 test images in batches of 2 x 16: some are seen twice, each is counted once."""
-    stages = {'own': {**UNSUPERVISED, 'epochs': 1}, **TWO_STAGES}
+    stages = {'first': {**UNSUPERVISED, 'epochs': 1}, **TWO_STAGES}
     options = {**TINY, 'data_dir': images, 'stages': stages, 'head': 'sparse_fisher'}
     options |= {'output': tmp_path / 'run', 'cache_dir': tmp_path / 'cache'}
     finish(launch(processes=2, **options))
@@ -28,8 +28,8 @@ def test_recipe_on_two_processes(launch, images, tmp_path):
 
 @pytest.mark.slow
 def test_unsupervised_run_on_two_processes(launch, images, tmp_path):
-    """Through the network, too, where DDP finds parameters that the own loss does not reach."""
-    stages = {'own': {**UNSUPERVISED, 'train': 'all'}}
+    """Through the network, too, where DDP finds parameters that the loss does not reach."""
+    stages = {'first': {**UNSUPERVISED, 'train': 'all'}}
     options = {**TINY, 'data_dir': images, 'stages': stages, 'head': 'sparse_fisher'}
     finish(launch(processes=2, output=tmp_path / 'run', **options))
     expected = unsupervised_loss_by_plain_timm(tmp_path / 'run/model', images, 'test')

@@ -21,6 +21,7 @@ from runs import (
 )
 
 import timm_fisher
+from timm_fisher.descriptors import StageDescriptors
 from timm_fisher.training.data import Images, load_splits
 from timm_fisher.training.features import cache_features
 
@@ -69,10 +70,10 @@ def test_cache_is_used_again(recipe, few_images, tmp_path, monkeypatch):
     options = {'data_dir': few_images, 'stages': HEAD_ONLY, 'test_split': None}
     first = recipe(output=tmp_path / 'first', **options)
 
-    def refuse(model, x):
+    def refuse(*arguments):
         raise AssertionError('the backbone runs although its features are there')
 
-    monkeypatch.setattr(timm_fisher.PooledModel, 'forward_features', refuse)
+    monkeypatch.setattr(StageDescriptors, 'features', refuse)
     second = recipe(output=tmp_path / 'second', **options)
     assert read_metrics(first) == read_metrics(second)
     with pytest.raises(AssertionError, match='the backbone runs'):

@@ -135,13 +135,13 @@ def stop(recipe, tmp_path, monkeypatch):
     [
         slow({}, (2, 8, 14, 24)),
         ({'stages': UNSUPERVISED_FIRST}, (5, 8)),
-        ({'stages': {'own': UNSUPERVISED}}, (5,)),
+        ({'stages': {'first': UNSUPERVISED}}, (5,)),
         # A head with a rule of its own; one that is trained through its forward.
         (
             {
                 'head': 'gsnmf',
                 'head_kwargs': {'components': 8},
-                'stages': {'own': {**UNSUPERVISED, 'train': 'backbone'}},
+                'stages': {'first': {**UNSUPERVISED, 'train': 'backbone'}},
             },
             (5,),
         ),
@@ -154,7 +154,7 @@ def stop(recipe, tmp_path, monkeypatch):
             (5,),
         ),
     ],
-    ids=['memory', 'own and tune', 'own', 'gsnmf', 'dbm_idfk'],
+    ids=['memory', 'unsupervised first', 'unsupervised', 'gsnmf', 'dbm_idfk'],
 )
 def test_run_stopped_at_a_step_resumes_exactly(recipe, stop, few_images, tmp_path, change, steps):
     """Before any checkpoint, in the first stage, in the first and in the last epoch of the second:

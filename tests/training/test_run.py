@@ -82,14 +82,14 @@ def test_config(recipe, few_images, config):
 
 
 def test_run_without_labels(recipe, images):
-    """It ends with the last epoch, without a classifier; its result is the own loss."""
-    stages = {'own': {**UNSUPERVISED, 'epochs': 3}}
+    """It ends with the last epoch, without a classifier; its result is the unsupervised loss."""
+    stages = {'first': {**UNSUPERVISED, 'epochs': 3}}
     run = recipe(data_dir=images, head='sparse_fisher', head_kwargs={'code_dim': 4}, stages=stages)
     log, metrics = read_log(run), read_metrics(run)
     losses = [row['val_loss'] for row in log]
     assert losses == sorted(losses, reverse=True)
     assert [set(row) for row in log] == [{'stage', 'epoch', 'lr', 'train_loss', 'val_loss'}] * 3
-    assert metrics['best'] == {'stage': 'own', 'epoch': 3, 'val_loss': losses[-1]}
+    assert metrics['best'] == {'stage': 'first', 'epoch': 3, 'val_loss': losses[-1]}
     for folder in ('model', 'last'):
         expected = unsupervised_loss_by_plain_timm(run / folder, images, 'test')
         assert metrics['test']['unsupervised_loss'] == pytest.approx(expected, rel=1e-5)
@@ -117,7 +117,7 @@ def test_labels_decide_once_they_are_read(recipe, images):
 def test_no_label_is_read(recipe, few_images, tmp_path, monkeypatch):
     """Whatever the labels are, and with images of one class: the same model."""
     options = {'data_dir': few_images, 'test_split': None, 'head': 'sparse_fisher'}
-    options |= {'stages': {'own': UNSUPERVISED}, 'val_split': None, 'val_fraction': 0.2}
+    options |= {'stages': {'first': UNSUPERVISED}, 'val_split': None, 'val_fraction': 0.2}
     expected = recipe(output=tmp_path / 'expected', **options)
     load_timm = data._load_timm
     for labels in ('garbage', 'one class'):
@@ -138,7 +138,7 @@ def test_run_on_arrays_without_labels(recipe, tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (40, 32, 32), dtype=np.uint8)
     np.savez(tmp_path / 'images.npz', x=pixels)
     options = {'dataset': 'npz', 'data_dir': tmp_path / 'images.npz', 'head': 'sparse_fisher'}
-    run = recipe(**options, stages={'own': UNSUPERVISED})
+    run = recipe(**options, stages={'first': UNSUPERVISED})
     assert read_metrics(run)['test']['samples'] == 10
     with pytest.raises(ValueError, match="has no array 'y'"):
         recipe(**options, output=tmp_path / 'labelled', stages=UNSUPERVISED_FIRST)
@@ -161,7 +161,7 @@ def test_loss_that_is_not_finite(recipe, images, tmp_path):
 
 @pytest.mark.parametrize('epochs', [1, 2])
 def test_weights_that_the_last_step_of_an_epoch_ruins(recipe, few, tmp_path, epochs):
-    """One step per epoch: its own loss is fine, what it leaves is not."""
+    """One step per epoch: the step's loss is fine, what it leaves is not."""
     stages = {
         'burn': {'train': 'all', 'epochs': epochs, 'opt': 'sgd', 'lr': 1e38, 'sched': 'constant'}
     }

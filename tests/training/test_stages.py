@@ -42,14 +42,14 @@ def test_unsupervised_fine_tuning_of_gsnmf(recipe, few_images, tmp_path):
 @pytest.mark.parametrize(('batch_size', 'steps'), [(10, 2), (24, 1), (30, 1)])
 def test_own_rule_sees_whole_batches(recipe, few_images, batch_size, steps):
     """24 images; where they are too few for one batch, they are the batch."""
-    stages = {'own': {**UNSUPERVISED, 'epochs': 1}}
+    stages = {'first': {**UNSUPERVISED, 'epochs': 1}}
     options = {'data_dir': few_images, 'test_split': None, 'head': 'sparse_fisher'}
     run = recipe(**options, stages=stages, batch_size=batch_size)
     assert read_metrics(run)['steps'] == steps
 
 
 class Centre(timm_fisher.PoolingHead):
-    """Its own rule sets a centre; its own loss is the squared distance from it."""
+    """Its own rule sets a centre; its unsupervised loss is the squared distance from it."""
 
     def __init__(self, in_features):
         super().__init__()
@@ -77,14 +77,13 @@ def test_own_rule_comes_before_the_gradient(composed):
     head = [{'name': 'avg'}, {'name': 'gem', 'stage': -4}] if composed else 'avg'
     torch.manual_seed(0)
     model = timm_fisher.create_model('test_resnet', head, num_classes=0)
-    widths = [each.in_features for each in model.head] if composed else [model.num_features]
-    centres = [Centre(width) for width in widths]
+    centres = [Centre(head.in_features) for head, _ in model.heads]
     model.head = ConcatHeads(centres, model.head.places) if composed else centres[0]
     images, labels = torch.randn(6, 3, 32, 32), torch.zeros(6)
     module = Unsupervised(model, Stage(), 'images').eval()
-    features = model.forward_features(images)
+    features = model.descriptors.features(model.backbone, images)
     descriptors = model.descriptors(features)
-    parts = [descriptors[place] for place in model.head.places] if composed else [descriptors]
+    parts = [descriptors[place] for _, place in model.heads]
     far = sum(part.square().sum(-1).mean() for part in parts)
     torch.testing.assert_close(module(images, labels), far)
     assert not any(centre.centre.any() for centre in centres)
@@ -99,7 +98,11 @@ def test_own_rule_comes_before_the_gradient(composed):
 @pytest.mark.parametrize(
     ('head', 'stage', 'message'),
     [
-        ('avg', {'unsupervised': True}, "Stage 'only' trains nothing: the own loss of avg is zero"),
+        (
+            'avg',
+            {'unsupervised': True},
+            "Stage 'only' trains nothing: the unsupervised loss of",
+        ),
         (
             'sparse_fisher',
             {'train': 'backbone', 'unsupervised': True},

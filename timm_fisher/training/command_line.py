@@ -33,7 +33,7 @@ def run(
     try:
         main(chosen)
     except KeyboardInterrupt as error:
-        print(error or 'Interrupted.', file=sys.stderr)
+        print(str(error) or 'Interrupted.', file=sys.stderr)
         sys.exit(130)  # as a shell says it of SIGINT
     except (LoadError, PushError, OSError, ValueError) as error:
         if sys.flags.dev_mode:
