@@ -10,6 +10,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -84,6 +85,13 @@ def accuracy_by_plain_timm(folder, images, split):
     with torch.no_grad():
         right = [model(x).argmax(1) == y for x, y in DataLoader(dataset, batch_size=17)]
     return torch.cat(right).double().mean().item()
+
+
+def cross_entropy_by_plain_timm(folder, images, split):
+    model, dataset = by_plain_timm(folder, images, split)
+    with torch.no_grad():
+        losses = [F.cross_entropy(model(x[None]), torch.tensor([y])) for x, y in dataset]
+    return torch.stack(losses).double().mean().item()
 
 
 def unsupervised_loss_by_plain_timm(folder, images, split):

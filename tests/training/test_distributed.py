@@ -2,28 +2,67 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
+from pathlib import Path
+
 import distributed_checks
 import pytest
 import torch
 from conftest import TINY
 from PIL import Image
+
 from runs import (
     TWO_STAGES,
     UNSUPERVISED,
     check_run,
+    check_same_runs,
+    cross_entropy_by_plain_timm,
     finish,
+    read_log,
     read_metrics,
     unsupervised_loss_by_plain_timm,
 )
 
 
-def test_recipe_on_two_processes(launch, images, tmp_path):
-    """51 test images in batches of 2 x 16: some are seen twice, each is counted once."""
+def test_run_on_two_processes(launch, images, tmp_path):
+    """51 test images, 26 of them on one rank: each is counted once, with rank 0's batch norms."""
     stages = {'first': {**UNSUPERVISED, 'epochs': 1}, **TWO_STAGES}
     options = {**TINY, 'data_dir': images, 'stages': stages, 'head': 'sparse_fisher'}
     options |= {'output': tmp_path / 'run', 'cache_dir': tmp_path / 'cache'}
-    finish(launch(processes=2, **options))
+    finish(launch('-m timm_fisher.training', processes=2, **options))
     check_run(tmp_path / 'run', images, head='sparse_fisher', stages=stages, processes=2)
+    loss = cross_entropy_by_plain_timm(tmp_path / 'run/last', images, 'val')
+    assert read_log(tmp_path / 'run')[-1]['val_loss'] == pytest.approx(loss, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_signal_to_one_rank_ends_both(launch, few_images, tmp_path):
+    """They stop at the same step, and resume exactly."""
+    stages = {'long': {'train': 'head', 'epochs': 30, 'lr': 0.001}}
+    options = {**TINY, 'data_dir': few_images, 'stages': stages, 'test_split': None, 'cache': False}
+    expected, run = tmp_path / 'expected', tmp_path / 'run'
+    finish(launch(processes=2, output=expected, **options))
+    process = launch(processes=2, output=run, **options)
+    while not (run / 'log.jsonl').exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    ranks = [int(path.name) for path in Path('/proc').glob('[0-9]*') if parent(path) == process.pid]
+    os.kill(max(ranks), signal.SIGTERM)  # the second one
+    text, _ = process.communicate(timeout=240)
+    assert process.returncode != 0
+    assert f"The run in '{run}' was stopped by a signal. With --resume true it continues" in text
+    finish(launch(processes=2, output=run, resume=True, **options))
+    check_same_runs(run, expected)
+
+
+def parent(process):
+    """Of one in /proc; None if it has ended."""
+    try:
+        return int((process / 'stat').read_text().rpartition(')')[2].split()[1])
+    except OSError:
+        return None
 
 
 @pytest.mark.slow
@@ -33,9 +72,10 @@ def test_unsupervised_run_on_two_processes(launch, images, tmp_path):
     options = {**TINY, 'data_dir': images, 'stages': stages, 'head': 'sparse_fisher'}
     finish(launch(processes=2, output=tmp_path / 'run', **options))
     expected = unsupervised_loss_by_plain_timm(tmp_path / 'run/model', images, 'test')
-    found = read_metrics(tmp_path / 'run')
-    assert found['test'] == {'unsupervised_loss': pytest.approx(expected, rel=1e-5), 'samples': 51}
-    assert found['processes'] == 2
+    metrics = read_metrics(tmp_path / 'run')
+    assert metrics['test']['unsupervised_loss'] == pytest.approx(expected, rel=1e-5)
+    assert metrics['test']['samples'] == 51
+    assert metrics['processes'] == 2
     with Image.open(tmp_path / 'run/curve.png') as curve:
         curve.load()
 
