@@ -7,7 +7,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from runs import (
+from run_checks import (
     parse_config,
 )
 
@@ -88,7 +88,7 @@ def test_folds_are_a_partition(npz, folds):
         assert max(counts) - min(counts) <= 1
     splits, _ = load_npz(path, folds=folds, fold=1, val_fraction=0.1)
     assert np.array_equal(splits['test'].indices, tests[1])
-    assert len(np.unique(np.concatenate([each.indices for each in splits.values()]))) == 90
+    assert len(np.unique(np.concatenate([split.indices for split in splits.values()]))) == 90
 
 
 @pytest.mark.parametrize(
@@ -216,8 +216,8 @@ def test_no_more_images_than_wanted(npz):
     assert {n: len(s.indices) for n, s in splits.items()} == {'train': 30, 'val': 10, 'test': 12}
     other, _ = load_npz(path, max_train=40, max_test=12, val_fraction=0.25, seed=1)
     both, carved = (
-        set(np.concatenate([each['train'].indices, each['val'].indices]))
-        for each in (splits, other)
+        set(np.concatenate([parts['train'].indices, parts['val'].indices]))
+        for parts in (splits, other)
     )
     assert both == carved
     assert np.array_equal(splits['test'].indices, other['test'].indices)

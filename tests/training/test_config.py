@@ -6,7 +6,7 @@ import json
 
 import pytest
 import yaml
-from runs import (
+from run_checks import (
     parse_config,
 )
 

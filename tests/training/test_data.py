@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import write_images
 from PIL import Image
-from runs import (
+from run_checks import (
     parse_config,
 )
 

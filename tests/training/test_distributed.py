@@ -12,8 +12,7 @@ import pytest
 import torch
 from conftest import TINY
 from PIL import Image
-
-from runs import (
+from run_checks import (
     TWO_STAGES,
     UNSUPERVISED,
     check_run,
@@ -87,7 +86,7 @@ def ranks(launch, tmp_path_factory):
     output = tmp_path_factory.mktemp('ranks')
     finish(launch('tests/distributed_checks.py', processes=2, output=output))
     results = [torch.load(output / f'rank{rank}.pt') for rank in range(2)]
-    assert [each['world_size'] for each in results] == [2, 2]
+    assert [result['world_size'] for result in results] == [2, 2]
     return results
 
 

@@ -10,7 +10,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from runs import (
+from run_checks import (
     COMPOSED,
     parse_config,
     read_log,

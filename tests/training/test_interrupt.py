@@ -11,7 +11,7 @@ import time
 
 import pytest
 from conftest import ENVIRONMENT, ROOT, TINY, command_line
-from runs import TWO_STAGES, check_same_runs
+from run_checks import TWO_STAGES, check_same_runs
 
 import timm_fisher
 from timm_fisher.training import run

@@ -13,7 +13,7 @@ import torch
 import yaml
 from conftest import TINY, write_images
 from PIL import Image
-from runs import parse_config
+from run_checks import parse_config
 
 from timm_fisher.training.config import Config
 from timm_fisher.training.report import command, draw_curve, without_paths

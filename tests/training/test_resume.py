@@ -17,7 +17,7 @@ import pytest
 import torch
 from conftest import TINY
 from PIL import Image
-from runs import (
+from run_checks import (
     TWO_STAGES,
     UNSUPERVISED,
     UNSUPERVISED_FIRST,
@@ -52,7 +52,7 @@ MEMORY = {
 
 
 def kill_after(process, run, epochs):
-    """SIGKILL to launcher, recipe and workers, at a random moment after so many epochs."""
+    """SIGKILL to launcher, recipe and workers, at a random moment after an epoch."""
     log, delay = run / 'log.jsonl', random.uniform(0, 0.4)
     while process.poll() is None and not (
         log.exists() and len(log.read_text().splitlines()) >= epochs

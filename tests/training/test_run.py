@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT, TINY
-from runs import (
+from run_checks import (
     COMPOSED,
     HEADS,
     TWO_STAGES,
@@ -130,8 +130,8 @@ def test_no_label_is_read(recipe, few_images, tmp_path, monkeypatch):
 
         monkeypatch.setattr(data, '_load_timm', load)
         run = recipe(output=tmp_path / labels, **options)
-        found, weights = read_weights(run / 'model'), read_weights(expected / 'model')
-        assert all(torch.equal(found[name], weights[name]) for name in weights)
+        trained, weights = read_weights(run / 'model'), read_weights(expected / 'model')
+        assert all(torch.equal(trained[name], weights[name]) for name in weights)
 
 
 def test_run_on_arrays_without_labels(recipe, tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import write_images
-from runs import (
+from run_checks import (
     UNSUPERVISED,
     read_log,
     read_metrics,
@@ -245,7 +245,7 @@ def test_clip_grad(step, accumulate):
 
     def length(**stage):
         change = parameters_of(step(options, lr=1.0, start=start, **stage), '')
-        return torch.cat([each.flatten() for each in change.values()]).norm().item()
+        return torch.cat([tensor.flatten() for tensor in change.values()]).norm().item()
 
     assert length() > 0.1
     assert length(clip_grad=0.01) == pytest.approx(0.01, rel=1e-2)

@@ -19,12 +19,7 @@ from typing import Any
 import timm
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
-from accelerate.utils import (
-    DistributedDataParallelKwargs,
-    broadcast,
-    send_to_device,
-    set_seed,
-)
+from accelerate.utils import DistributedDataParallelKwargs, broadcast, send_to_device, set_seed
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm.auto import tqdm
@@ -78,10 +73,10 @@ def train(config: Config) -> dict[str, Any]:
         say(f'{len(classes)} classes; {sizes} images at {data_config["input_size"]}')
         say(f'{head_names(config)} on {config.backbone}: {model.head_hidden_size} pooled features')
 
+        # Fit
         run = Run(config, accelerator, model, images, classes, data_config, interruption)
         checkpoint = run.checkpoints.latest
         if checkpoint is None:
-            # Fit
             run.fit()
             say(f'fit: {run.progress.seconds["fit"]:.1f} s')
         else:
@@ -93,9 +88,11 @@ def train(config: Config) -> dict[str, Any]:
             if name not in run.progress.finished:
                 run.train_stage(name, stage)
 
-        # Evaluate the best epoch, and save
+        # Evaluate the best epoch
         split = 'test' if 'test' in images else 'val'
         result = run.evaluate_best(split)
+
+        # Save
         metrics = run.save_metrics(split, result)
         say(f'{split} {_summary(result)} of {result["samples"]} images -> {output}')
     accelerator.end_training()
@@ -183,9 +180,9 @@ class Run:
         with self.interruption.at_steps():
             for epoch in range(done, stage.epochs):
                 self._run_epoch(trainer, objective, epoch, datasets['val'])
+            if accelerator.is_main_process:
+                shutil.rmtree(self.output / 'pooled', ignore_errors=True)
         accelerator.free_memory()
-        if accelerator.is_main_process:
-            shutil.rmtree(self.output / 'pooled', ignore_errors=True)
 
     def _run_epoch(
         self, trainer: Trainer, objective: Objective, epoch: int, val: Images | Cached
@@ -291,8 +288,7 @@ class Run:
         """Results of an objective on a data set, each image counted once, on all ranks."""
         accelerator = self.accelerator
         objective.to(accelerator.device).eval()
-        # DDP gives rank 0's batch-norm statistics to the others at its next step, which is too
-        # late.
+        # DDP gives rank 0's batch-norm statistics to the others only at its next step.
         broadcast([*self.model.buffers()])
         with accelerator.autocast():
             return objective.evaluate(self._batches(dataset, name))
