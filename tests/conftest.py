@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -58,14 +58,6 @@ def load_script(name: str) -> ModuleType:
     sys.modules[module.__name__] = module
     spec.loader.exec_module(module)
     return module
-
-
-@pytest.fixture(scope='session')
-def recipes() -> SimpleNamespace:
-    """Module of the training run."""
-    from timm_fisher.training import run
-
-    return SimpleNamespace(train=run)
 
 
 def command_line(options: dict[str, Any]) -> list[str]:

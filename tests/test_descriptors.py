@@ -3,16 +3,15 @@ family and then all of them with `pytest -m slow`."""
 
 from __future__ import annotations
 
-import importlib.util
 import warnings
-from pathlib import Path
 
 import pytest
 import timm
 import torch
+from conftest import load_script
 
 from timm_fisher import PooledModel
-from timm_fisher.model import is_ours
+from timm_fisher.backbone import is_ours
 
 # The quickest of each family on the meta device, as of timm 1.0.31.
 FAMILIES = """
@@ -56,11 +55,7 @@ GRIDS = {
 
 @pytest.fixture(scope='module')
 def sweep():
-    path = Path(__file__).parent.parent / 'recipes/maintenance/sweep_backbones.py'
-    spec = importlib.util.spec_from_file_location('sweep_backbones', path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script('maintenance/sweep_backbones')
 
 
 @pytest.mark.parametrize(
@@ -82,7 +77,7 @@ def test_number_of_descriptors_is_the_grids(name):
         warnings.simplefilter('ignore')
         model = PooledModel(name, num_classes=2)
         size = timm.models.get_model_input_config(model.backbone)['input_size']
-        descriptors = model.descriptors(model.forward_features(torch.empty(2, *size)))
+        (descriptors,) = model.descriptors([model.forward_features(torch.empty(2, *size))])
     assert descriptors.shape == (2, GRIDS[name], model.num_features)
 
 
@@ -96,7 +91,9 @@ def test_descriptors_are_where_the_image_says(name):
     changed = image.clone()
     changed[..., :16, :16] += 1
     with torch.no_grad():
-        before, after = (model.descriptors(model.forward_features(x)) for x in (image, changed))
+        before, after = (
+            model.descriptors([model.forward_features(x)])[0] for x in (image, changed)
+        )
     assert (after - before).norm(dim=2)[0].argmax() == 0
 
 

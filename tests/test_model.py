@@ -54,7 +54,7 @@ def test_head_loss_is_a_second_result_on_request():
     model, x = create(head='sparse_fisher', code_dim=4), images()
     logits, loss = model(x, head_loss=True)
     assert torch.equal(logits, model(x))
-    descriptors = model.descriptors(model.forward_features(x))
+    (descriptors,) = model.descriptors([model.forward_features(x)])
     assert torch.equal(loss, model.head.forward_with_loss(descriptors)[1])
     assert loss.ndim == 0
     assert loss > 0
@@ -93,7 +93,7 @@ def test_names_in_pretrained_cfg_resolve(backbone):
 
 def test_print_shows_parts_in_order_of_use():
     text = repr(create(head='sparse_fisher', code_dim=7))
-    order = ['(backbone): ResNet', '(descriptors): Desc', '(head): SparseFisher', '(classifier): L']
+    order = ['(backbone): ResNet', '(descriptors): StageDesc', '(head): SparseFisher', '(classifier): L']
     places = [text.index(part) for part in order]
     assert places == sorted(places)
     assert '128 x 7' in text or '96 x 7' in text

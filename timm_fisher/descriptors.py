@@ -102,7 +102,7 @@ class StageDescriptors(nn.ModuleList):
 
     def features(self, backbone: Any, x: Tensor) -> list[Tensor]:
         """One plain tensor for each stage, for images `[B, 3, H, W]`."""
-        *stages, final = (each.stage for each in self)
+        *stages, final = (reader.stage for reader in self)
         if final != -1:
             return _intermediates(backbone, x, [*stages, final])
         if self.one_pass:
@@ -160,17 +160,17 @@ def find_descriptors(
     """
     if class_token not in CLASS_TOKEN_MODES:
         raise ValueError(f'{class_token=} is not one of {", ".join(CLASS_TOKEN_MODES)}.')
-    found, features, ran = [], [], set()
+    readers, features, ran = [], [], set()
     with torch.enable_grad():
         for stage in sorted(set(stages)):
             mode = class_token if stage == -1 or -1 not in stages else 'drop'
             descriptors, tensor, names = _find_stage(backbone, image, stage, mode)
-            found.append(descriptors)
+            readers.append(descriptors)
             features.append(tensor)
             ran |= names
         unused = _unused_parts(backbone, features, ran)
-        one_pass = _gives_output(backbone, image, found, features[-1])
-    return StageDescriptors(found, one_pass=one_pass), *unused
+        one_pass = _gives_output(backbone, image, readers, features[-1])
+    return StageDescriptors(readers, one_pass=one_pass), *unused
 
 
 def _find_stage(
@@ -210,12 +210,12 @@ def _find_stage(
 
 
 def _gives_output(
-    backbone: Any, image: Tensor, found: Sequence[Descriptors], output: Tensor
+    backbone: Any, image: Tensor, readers: Sequence[Descriptors], output: Tensor
 ) -> bool:
     """Whether `forward_intermediates` gives the output beside earlier maps: the same shape,
     computed by the same operations from the same parameters."""
-    stages = [each.stage for each in found if each.stage != -1]
-    if not stages or found[-1].stage != -1 or found[-1].intermediate:
+    stages = [reader.stage for reader in readers if reader.stage != -1]
+    if not stages or readers[-1].stage != -1 or readers[-1].intermediate:
         return False
     try:
         beside, _ = backbone.forward_intermediates(image, indices=stages, output_fmt='NCHW')

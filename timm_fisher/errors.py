@@ -14,11 +14,13 @@ class LoadError(RuntimeError):
 
 
 class PushError(RuntimeError):
-    """A model cannot be pushed to the Hub. The files that were there are still there."""
+    """A model cannot be pushed to the Hub. The repository is unchanged."""
 
 
 @contextmanager
-def clear_errors(doing: str, kind: type[LoadError] | type[PushError] = LoadError) -> Iterator[None]:
+def explain_errors(
+    doing: str, kind: type[LoadError] | type[PushError] = LoadError
+) -> Iterator[None]:
     """Turn what huggingface_hub raises into one sentence that says what to do."""
     expected: tuple[type[Exception], ...] = (HTTPError, hub_errors.HFValidationError, OSError)
     if kind is PushError:

@@ -1,42 +1,28 @@
-"""`PooledModel`: a timm backbone whose global pool is a pooling head, and how to create one."""
+"""`PooledModel`: a timm backbone whose global pool is a pooling head."""
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import timm
 import torch
-from safetensors.torch import load_file
 from timm.data.loader import adapt_to_chs
 from timm.layers.helpers import to_2tuple
-from timm.models import (
-    get_model_input_config,
-    group_parameters,
-    model_entrypoint,
-    register_model,
-    resolve_pretrained_cfg,
-)
+from timm.models import get_model_input_config, group_parameters
 from torch import Tensor, nn
 
+from timm_fisher.backbone import can_resize, create_backbone, describe_weights
 from timm_fisher.compose import ConcatHeads
-from timm_fisher.descriptors import StageDescriptors, find_descriptors, remove_unused
-from timm_fisher.errors import LoadError
+from timm_fisher.descriptors import StageDescriptors
 from timm_fisher.head import PoolingHead
-from timm_fisher.hub import config as saved_config
-from timm_fisher.hub import weights as checkpoint
-from timm_fisher.registry import check_arguments, create_head, get_head, nearest
+from timm_fisher.registry import create_head
 
 # What a pretrained_cfg says about images; the rest of it is about the backbone's own weights.
 _DATA_KEYS = (
     'input_size', 'test_input_size', 'min_input_size', 'fixed_input_size', 'interpolation',
     'crop_pct', 'test_crop_pct', 'crop_mode', 'mean', 'std', 'license',
 )  # fmt: skip
-# Arguments that no saved model has.
-_OF_THE_CALLER = ('pretrained', 'pretrained_cfg_overlay', 'cache_dir')
-_FOR_LOADING = ('backbone_weights', 'any_backbone')
 
 
 class PooledModel(nn.Module):
@@ -98,80 +84,66 @@ class PooledModel(nn.Module):
         cache_dir: str | Path | None = None,
     ) -> None:
         super().__init__()
-        check_backbone(backbone)
-        heads = _parse_heads(head, head_kwargs, stage)
-        arguments: dict[str, Any] = dict(
-            backbone_kwargs or {},
-            num_classes=0,
-            cache_dir=cache_dir,
-            pretrained_cfg_overlay=pretrained_cfg_overlay,
+        heads = parse_heads(head, head_kwargs, stage)
+        stages = sorted({place for _, place, _ in heads})
+        built = create_backbone(
+            backbone,
+            {
+                'cache_dir': cache_dir,
+                'pretrained_cfg_overlay': pretrained_cfg_overlay,
+                **(backbone_kwargs or {}),
+                'in_chans': in_chans,
+                'drop_path_rate': drop_path_rate,
+            },
+            img_size=img_size,
+            stages=stages,
+            class_token=class_token,
+            last_stride=last_stride,
+            pretrained=pretrained,
         )
-        requested = {'in_chans': in_chans, 'drop_path_rate': drop_path_rate}
-        arguments |= {key: value for key, value in requested.items() if value is not None}
-
-        with torch.inference_mode(False), torch.device('meta'):
-            twin = timm.create_model(backbone, **arguments).eval()
-            if isinstance(twin, PooledModel):
-                raise ValueError(
-                    f"'{backbone}' is a whole timm_fisher model, not a backbone. Load it by "
-                    f"timm.create_model('{backbone}', pretrained=True)."
-                )
-            shape = get_model_input_config(twin)
-            if img_size is not None and shape['fixed_input_size']:
-                arguments['img_size'] = img_size
-                twin = timm.create_model(backbone, **arguments).eval()
-            input_size = shape['input_size'][:1] + to_2tuple(img_size or shape['input_size'][1:])
-            image = torch.empty(1, *input_size)
-            if last_stride is not None:
-                _keep_last_stride(twin, last_stride)
-            stages = [each_stage for _, each_stage, _ in heads]
-            found, idle, dead = find_descriptors(
-                twin, image, stages=stages, class_token=class_token
-            )
-
-        self.backbone = timm.create_model(backbone, pretrained=pretrained, **arguments)
-        if last_stride is not None:
-            _keep_last_stride(self.backbone, last_stride)
-        remove_unused(self.backbone, idle, dead)
-        own_channels = self.backbone.pretrained_cfg['input_size'][0]
-        adapted = 'img_size' in arguments or input_size[0] != own_channels
-        self.backbone_weights: dict[str, Any] | None = None
+        self.backbone = built.module
+        self.backbone_weights: dict[str, str | None] | None = None
         if pretrained:
-            self.backbone_weights = checkpoint.describe_backbone(
-                self.backbone, adapted=adapted, cache_dir=cache_dir
-            )
+            self.backbone_weights = describe_weights(self.backbone, cache_dir)
         self._always_frozen = [
             name for name, p in self.backbone.named_parameters() if not p.requires_grad
         ]
-        places = [sorted(set(stages)).index(each_stage) for each_stage in stages]
-        channels = [each.num_features for each in found]
+        self.descriptors = built.descriptors
+        places = [stages.index(place) for _, place, _ in heads]
+        channels = [reader.num_features for reader in self.descriptors]
         made = [
             create_head(name, channels[place], **options)
             for (name, _, options), place in zip(heads, places, strict=True)
         ]
-        self.descriptors = found
         self.head = made[0] if isinstance(head, str) else ConcatHeads(made, places)
         self.head_drop = nn.Dropout(drop_rate)
 
-        self.in_chans = input_size[0]
+        self.in_chans = built.input_size[0]
         self.num_features: int = channels[-1]
         self.head_hidden_size = self.head.out_features
         if class_token == 'append':
             self.head_hidden_size += self.num_features
         self.num_classes = num_classes
         self.classifier = _create_classifier(self.head_hidden_size, num_classes)
-        self.pretrained_cfg = _wrap_cfg(self.backbone, input_size, num_classes)
-        # What timm needs to build this model again; its factory records the rest.
-        recorded: dict[str, Any] = {
-            'backbone': backbone,
-            'head': head,
-            'head_kwargs': head_kwargs,
+        self.pretrained_cfg = _wrap_cfg(self.backbone, built.input_size, num_classes)
+        # What the caller gave, for timm's factory to build this model again. A backbone from a
+        # folder or a repository is recorded as what it turned out to be: the saved model must not
+        # need that place again.
+        self._built_args = dict(self.backbone._model_args)
+        if ':' in backbone:
+            backbone = self.backbone.pretrained_cfg['architecture']
+            backbone_kwargs = {**built.arguments, **(backbone_kwargs or {})}
+            img_size = img_size or self._built_args.get('img_size')
+        given: dict[str, Any] = {
+            'head_kwargs': head_kwargs or None,
+            'backbone_kwargs': backbone_kwargs or None,
             'img_size': img_size,
-            'stage': stage,
-            'class_token': class_token,
+            'stage': stage if stage != -1 else None,
+            'class_token': class_token if class_token != 'drop' else None,
             'last_stride': last_stride,
         }
-        self._recorded_args = {key: value for key, value in recorded.items() if value is not None}
+        given = {key: value for key, value in given.items() if value is not None}
+        self._given: dict[str, Any] = {'backbone': backbone, 'head': head, **given}
 
     @property
     def heads(self) -> list[tuple[PoolingHead, int]]:
@@ -198,7 +170,7 @@ class PooledModel(nn.Module):
         Args:
             x: what `forward_features` gives.
             pre_logits: stop before the classifier, at `[B, head_hidden_size]`.
-            head_loss: give the head's own loss, a scalar, as a second result.
+            head_loss: give the heads' unsupervised loss, a scalar, as a second result.
 
         Returns:
             Logits `[B, num_classes]`.
@@ -220,8 +192,8 @@ class PooledModel(nn.Module):
     def forward(self, x: Tensor, head_loss: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """Logits `[B, num_classes]` of images `[B, 3, H, W]`.
 
-        With `head_loss`, the head's own loss is the second result. It comes through here so that
-        `DistributedDataParallel` sees it.
+        With `head_loss`, the heads' unsupervised loss is the second result. It comes through here
+        so that `DistributedDataParallel` sees it.
         """
         return self.forward_head(self.forward_features(x), head_loss=head_loss)
 
@@ -283,14 +255,14 @@ class PooledModel(nn.Module):
         """
         built = get_model_input_config(self.backbone)
         if built['fixed_input_size'] and to_2tuple(img_size) != built['input_size'][1:]:
-            if not _can_resize(self.backbone):
+            if not can_resize(self.backbone):
                 raise ValueError(
                     f'{type(self.backbone).__name__} was built for images {built["input_size"]} '
                     f'and cannot change to {img_size=}. Create it for that size.'
                 )
             self.backbone.set_input_size(img_size)
         _set_input_size(self.pretrained_cfg, (self.in_chans, *to_2tuple(img_size)))
-        self._recorded_args['img_size'] = img_size
+        self._given['img_size'] = img_size
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Trade the backbone's activations for a second forward pass."""
@@ -314,228 +286,31 @@ class PooledModel(nn.Module):
 
     @property
     def _model_args(self) -> dict[str, Any]:
-        """What timm's factory needs to build this model again.
-
-        The backbone's part comes from the backbone, where timm keeps account of what a resize
-        changed. A backbone that came from a folder or a repository is recorded as the architecture
-        that it turned out to be: the saved model must not need that place again.
-        """
-        arguments, built = dict(self._recorded_args), dict(self.backbone._model_args)
-        if ':' in arguments['backbone']:
-            arguments['backbone'] = self.backbone.pretrained_cfg['architecture']
-        size = built.pop('img_size', None)
-        if size is not None:
-            arguments['img_size'] = size
-        for key in ('num_classes', 'in_chans', 'drop_path_rate'):
-            built.pop(key, None)
-        arguments['backbone_kwargs'] = built
+        """What timm's factory needs to build this model again: what the caller gave, and what a
+        resize has changed in the backbone since."""
+        arguments, now = dict(self._given), self.backbone._model_args
+        changed = {key: now[key] for key in now if now[key] != self._built_args.get(key)}
+        changed.pop('img_size', None)
+        if changed:
+            arguments['backbone_kwargs'] = {**arguments.get('backbone_kwargs', {}), **changed}
         if self.backbone_weights is not None:
             arguments['backbone_weights'] = self.backbone_weights
         return arguments
 
     @_model_args.setter
     def _model_args(self, arguments: dict[str, Any]) -> None:
-        # timm's factory adds what it was called with. What the model was built with stands: a
-        # preset merges the caller's arguments with its own.
-        arguments = {k: v for k, v in arguments.items() if k not in _FOR_LOADING}
-        self._recorded_args = {**arguments, **self._recorded_args}
+        """Nothing: timm's factory adds what it was called with, which this model knows already."""
 
 
-def create_model(
-    backbone: str,
-    head: str | Sequence[dict[str, Any]] = 'avg',
-    *,
-    pretrained: bool = False,
-    **arguments: Any,
-) -> PooledModel:
-    """`timm.create_model('timm_fisher', ...)` with the head's arguments beside the model's.
-
-    ```python
-    create_model('resnet50', head='sparse_fisher', code_dim=100, num_classes=67)
-    ```
-
-    Args:
-        backbone: any name that `timm.create_model` takes.
-        head: name of an installed head, or several heads as `PooledModel` takes them.
-        pretrained: load the backbone's pretrained weights.
-        **arguments: those of `PooledModel` and of a single head.
-
-    Raises:
-        ValueError: an unknown backbone, head, stage or class-token mode.
-        TypeError: an argument that neither model nor head has; the nearest ones are named.
-    """
-    of_model = set(inspect.signature(PooledModel).parameters)
-    of_head = set()
-    if isinstance(head, str):
-        of_head = set(inspect.signature(get_head(head)).parameters) - {'in_features'}
-    for key in arguments:
-        if key not in of_model | of_head:
-            raise TypeError(
-                f"Neither the model nor the head '{head}' has an argument '{key}'."
-                f'{nearest(key, of_model | of_head)}'
-            )
-    for key in of_model & of_head & set(arguments):
-        raise TypeError(
-            f"Both the model and the head '{head}' have an argument '{key}'. Create the model by "
-            f"timm.create_model('timm_fisher', ..., head_kwargs=dict({key}=...))."
-        )
-    for_head = {key: arguments.pop(key) for key in of_head - of_model if key in arguments}
-    head_kwargs = (arguments.pop('head_kwargs', None) or {}) | for_head
-    if head_kwargs or isinstance(head, str):
-        arguments['head_kwargs'] = head_kwargs
-    return cast(
-        PooledModel,
-        timm.create_model(
-            'timm_fisher',
-            pretrained=pretrained,
-            backbone=backbone,
-            head=head,
-            **arguments,
-        ),
-    )
-
-
-@register_model
-def timm_fisher(
-    pretrained: bool = False,
-    pretrained_cfg: Any = None,
-    pretrained_cfg_overlay: dict[str, Any] | None = None,
-    cache_dir: str | Path | None = None,
-    pretrained_model_args: dict[str, Any] | None = None,
-    any_backbone: bool = False,
-    **arguments: Any,
-) -> PooledModel:
-    """timm's entry point for a `PooledModel`; the arguments are those of the class.
-
-    `pretrained=True` on the plain name loads the backbone's weights; on `hf-hub:` or `local-dir:`
-    it loads everything that was saved. What was saved as an adapter, head and classifier alone,
-    takes the weights of its backbone from the Hub, or from where `backbone` says, such as
-    'local-dir:FOLDER'; `any_backbone` takes them even if they are not those trained with.
-
-    Raises:
-        LoadError: what was saved is damaged, not of this model, or refused; or the Hub cannot be
-            reached. Nothing is loaded then.
-    """
-    if isinstance(pretrained_cfg, dict) and pretrained_cfg.get('source') in saved_config.SOURCES:
-        return _load(
-            arguments,
-            pretrained_model_args or {},
-            dict(pretrained_cfg, **(pretrained_cfg_overlay or {})),
-            pretrained=pretrained,
-            any_backbone=any_backbone,
-            cache_dir=cache_dir,
-        )
-    check_arguments('timm_fisher', PooledModel, arguments, given=_OF_THE_CALLER)
-    return PooledModel(
-        **arguments,
-        pretrained=pretrained,
-        pretrained_cfg_overlay=pretrained_cfg_overlay,
-        cache_dir=cache_dir,
-    )
-
-
-def _load(
-    arguments: dict[str, Any],
-    saved: dict[str, Any],
-    cfg: dict[str, Any],
-    *,
-    pretrained: bool,
-    any_backbone: bool,
-    cache_dir: str | Path | None,
-) -> PooledModel:
-    """A saved model, in the order: check its configuration and weights, build, load.
-
-    Args:
-        arguments: of the model that is wanted.
-        saved: of the model that was saved.
-        cfg: its pretrained configuration, which says where the weights are.
-        pretrained: load them.
-        any_backbone: of an adapter, take other weights of the backbone than it was trained with.
-        cache_dir: of downloads.
-    """
-    where = cfg['hf_hub_id'] if cfg['source'] == 'hf-hub' else cfg['file']
-    saveable = set(inspect.signature(PooledModel).parameters) - set(_OF_THE_CALLER)
-    saved_config.check_config(saved, saveable | {'backbone_weights'}, where)
-    cfg = saved_config.check_images(cfg, saved, where)
-    origin = arguments.pop('backbone_weights', None)
-    source = arguments['backbone'] if arguments['backbone'] != saved['backbone'] else None
-    arguments['backbone'] = saved['backbone']
-    check_arguments('timm_fisher', PooledModel, arguments, given=_OF_THE_CALLER)
-    path = None
-    if pretrained:
-        path = checkpoint.find_file(checkpoint.WEIGHTS, cfg['source'], where, cache_dir)
-    shapes = checkpoint.read_shapes(path, where) if path else {}
-    adapter = checkpoint.is_adapter(shapes) if origin else False
-    if source is not None and not adapter:
-        raise LoadError(
-            f"'{where}' holds its backbone ({saved['backbone']}); backbone='{source}' is for a "
-            'model that holds head and classifier alone.'
-        )
-    # Saved weights are loaded at their own input size; the backbone then resamples positions.
-    size, saved_size = arguments.get('img_size'), saved.get('img_size')
-    resize = size != saved_size
-    # The saved number of classes is bounded, the caller's is his own.
-    num_classes, saved_classes = arguments.get('num_classes', 1000), saved.get('num_classes', 1000)
-
-    try:
-        cfg = resolve_pretrained_cfg('timm_fisher', cfg).to_dict()  # type: ignore[no-untyped-call]
-        check_backbone(saved['backbone'])
-        with saved_config.bounded() as plain_size:
-            plain = timm.create_model(saved['backbone'], num_classes=0)
-        allowed = saved_config.allowed_size(plain_size, shapes)
-        timed = saved_config.may_take_long(saved)
-        bounded_arguments = {**arguments, 'num_classes': saved_classes}
-        with saved_config.bounded(allowed, timed=timed):
-            twin = PooledModel(**{**bounded_arguments, 'img_size': saved_size if path else size})
-        if path and resize and not _can_resize(twin.backbone):
-            saved_size = size  # the weights may not depend on it
-            with saved_config.bounded(allowed, timed=timed):
-                twin = PooledModel(**bounded_arguments)
-        if adapter:
-            checkpoint.check_size(twin.backbone, plain, where)
-        if num_classes != saved_classes:
-            with torch.device('meta'):
-                twin.reset_classifier(num_classes)
-        if path:
-            of_backbone = twin.backbone.state_dict()
-            given = {f'backbone.{key}': tuple(value.shape) for key, value in of_backbone.items()}
-            checkpoint.check_shapes({**given, **shapes} if adapter else shapes, twin, cfg, where)
-        model = PooledModel(**{**arguments, 'img_size': saved_size if path else size})
-        cfg |= {key: model.pretrained_cfg[key] for key in ('classifier', 'first_conv')}
-        if path:
-            weights = load_file(path)
-            if adapter:
-                weights |= checkpoint.fetch_backbone(
-                    list(of_backbone),
-                    origin,
-                    saved,
-                    source=source,
-                    fixed_size=get_model_input_config(plain)['fixed_input_size'],
-                    any_backbone=any_backbone,
-                    cache_dir=cache_dir,
-                    where=where,
-                )
-                found = {name: tuple(value.shape) for name, value in weights.items()}
-                checkpoint.check_shapes(found, model, cfg, where)
-            checkpoint.load_weights(model, weights, cfg)
-    except LoadError:
-        raise
-    except Exception as error:
-        raise LoadError(
-            f"No model can be built from the config.json of '{where}': "
-            f'{type(error).__name__}: {error}'
-        ) from error
-    model.pretrained_cfg = cfg
-    model.backbone_weights = None if any_backbone or not path else origin
-    if resize and size is not None:
-        model.set_input_size(size)
-    return model
-
-
-def _parse_heads(
+def parse_heads(
     head: str | Sequence[dict[str, Any]], head_kwargs: dict[str, Any] | None, stage: int
 ) -> list[tuple[str, int, dict[str, Any]]]:
-    """Name, stage and arguments of each head of a model."""
+    """Name, stage and arguments of each head of a model.
+
+    Raises:
+        TypeError: several heads that are not a list of dicts with names, or `head_kwargs` for them.
+        ValueError: an empty list.
+    """
     if isinstance(head, str):
         return [(head, stage, head_kwargs or {})]
     if head_kwargs:
@@ -544,60 +319,20 @@ def _parse_heads(
             "dict: head=[dict(name='avg', normalize=True), ...]."
         )
     heads = []
-    for each in [head] if isinstance(head, dict) else head:
-        if head is each or not isinstance(each, dict) or not isinstance(each.get('name'), str):
+    for given in head if isinstance(head, list | tuple) else [None]:
+        if not isinstance(given, dict) or not isinstance(given.get('name'), str):
             raise TypeError(
                 f'Several heads are given as a list of dicts with a name, such as [dict(name='
-                f"'gmm_fisher', stage=-2, components=64), ...]; got {each!r}."
+                f"'gmm_fisher', stage=-2, components=64), ...]; got {head!r:.200}."
             )
-        arguments = dict(each)
-        name, its_stage = arguments.pop('name'), arguments.pop('stage', stage)
-        if not isinstance(its_stage, int):
-            raise TypeError(f"stage={its_stage!r} of the head '{name}' is not a number like -2.")
-        heads.append((name, its_stage, arguments))
+        arguments = dict(given)
+        name, own_stage = arguments.pop('name'), arguments.pop('stage', stage)
+        if not isinstance(own_stage, int):
+            raise TypeError(f"stage={own_stage!r} of the head '{name}' is not a number like -2.")
+        heads.append((name, own_stage, arguments))
     if not heads:
         raise ValueError('head is an empty list; give one head or more.')
     return heads
-
-
-def _keep_last_stride(backbone: Any, last_stride: int) -> None:
-    """Stride 1 in the last stage of a ResNet, in place; see `PooledModel`."""
-    if last_stride != 1:
-        raise ValueError(f'{last_stride=} is not 1, or None for the backbone as it is.')
-    last = getattr(backbone, 'layer4', nn.Identity())
-    layers = [each for each in last.modules() if not any(each.children())]
-    strided = [each for each in layers if getattr(each, 'stride', 1) not in (1, (1, 1))]
-    if not strided or not all(isinstance(each, nn.Conv2d) for each in strided):
-        raise ValueError(
-            f'{last_stride=} needs a last stage that only convolutions make smaller, as that of '
-            f'resnet50; {type(backbone).__name__} has none here.'
-        )
-    for each in strided:
-        each.stride = (1, 1)
-    backbone.feature_info[-1]['reduction'] //= 2
-
-
-def check_backbone(name: str) -> None:
-    """Refuse a name that timm does not know, with the nearest ones (ValueError)."""
-    source, architecture = timm.models.parse_model_name(name)
-    architecture = timm.models.get_arch_name(architecture)
-    if source is None and (not timm.is_model(architecture) or is_ours(architecture)):
-        known = [known for known in timm.list_models() if not is_ours(known)]
-        raise ValueError(
-            f"Unknown backbone '{name}'.{nearest(architecture, known)} "
-            'timm.list_models() lists all of them.'
-        )
-
-
-def is_ours(architecture: str) -> bool:
-    """Whether a name of `timm.list_models()` is a whole model of this package, not a backbone."""
-    return model_entrypoint(architecture).__module__ in (__name__, 'timm_fisher.presets')
-
-
-def _can_resize(backbone: Any) -> bool:
-    """Whether a backbone that was built for one input size takes another."""
-    fixed = get_model_input_config(backbone)['fixed_input_size']
-    return not fixed or hasattr(backbone, 'set_input_size')
 
 
 def _set_input_size(cfg: dict[str, Any], input_size: tuple[int, ...]) -> None:

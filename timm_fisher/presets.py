@@ -17,7 +17,8 @@ from typing import Any
 
 from timm.models import register_model
 
-from timm_fisher.model import PooledModel, timm_fisher
+from timm_fisher.factory import timm_fisher
+from timm_fisher.model import PooledModel
 
 # "Deep Global Generalized Gaussian Networks", section 3.3: reduction to 256, no downsampling in the
 # last stage (14 x 14 descriptors of 224 px), 3 blocks, 5 iterations; section 3.2.1: lambda = 1. The

@@ -1,10 +1,10 @@
 """Time and memory of heads' fits, against the usual way to the same result.
 
-    python recipes/benchmark_fits.py nmf --data features.npz --threads 2
-    python recipes/benchmark_fits.py fisher_information --data usps.npz --threads 2
-    python recipes/benchmark_fits.py fisher_information --data usps.npz --threads 2 --full
+    python recipes/benchmarks/fits.py nmf --data features.npz --threads 2
+    python recipes/benchmarks/fits.py fisher_information --data usps.npz --threads 2
+    python recipes/benchmarks/fits.py fisher_information --data usps.npz --threads 2 --full true
 
-Parts, one at a time, for each takes minutes:
+Parts, one at a time, because each takes minutes:
 - nmf: the fit of gsnmf against scikit-learn's NMF, in seconds to the objective at which that ends;
 - fisher_information: the fit of dbm_idfk, hidden layers of 40 and 80 units, with its peak memory;
   and the leading axes of its Fisher information F, which it takes without forming F, against
@@ -20,7 +20,6 @@ OUTPUT/benchmark_fits.json.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import resource
@@ -28,14 +27,14 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
-from benchmark import positive
 from sklearn.decomposition import NMF
 from threadpoolctl import threadpool_limits
 from torch import Tensor
@@ -46,9 +45,11 @@ from timm_fisher.files import write
 from timm_fisher.heads.dbm_idfk import DBMFisher
 from timm_fisher.heads.gsnmf import factorize
 from timm_fisher.numerics.clustering import leading_axes
+from timm_fisher.training.command_line import run
 from timm_fisher.training.config import Config, Stage
 from timm_fisher.training.data import load_splits
-from timm_fisher.training.measure import digits, load, processor, synchronize, table
+from timm_fisher.training.measure import environment, load, synchronize
+from timm_fisher.training.tables import table, three_digits
 
 FACTORIZE = dict(images=10_000, channels=1280, components=256, rounds=300)
 IMAGES = dict(images=7291, pixels=256)  # as USPS has
@@ -60,84 +61,90 @@ COMPARED = 50  # eigenvalues
 Row = dict[str, Any]
 
 
-def main() -> None:
-    args = parse()
-    if args.threads:
-        torch.set_num_threads(args.threads)
+# Options that one part alone has.
+OPTIONS = {'nmf': ('device', 'backbone'), 'fisher_information': ('epochs', 'full')}
+
+
+@dataclass
+class Settings:
+    """Time and memory of heads' fits, against the usual way to the same result.
+
+    Args:
+        part: what is measured.
+        data: for nmf an .npz with features x [n, C], none negative, or a folder of images, which go
+            through the pretrained backbone; null for random ones of low rank, and noise. For
+            fisher_information an .npz of images, x_train or x, as train.py reads it, where a pixel
+            is on above a quarter; null for random binary images of low rank, and noise.
+        output: folder of results; null for runs/benchmark_fits/PART.
+        threads: of PyTorch on the CPU; null for as many as it chooses.
+        device: of nmf: cpu, cuda, cuda:1, ...; scikit-learn has the CPU.
+        backbone: of nmf: any timm architecture.
+        epochs: of fisher_information: of training each layer, and all.
+        full: of fisher_information: form and decompose F at the full size too.
+    """
+
+    part: Literal['nmf', 'fisher_information']
+    data: Path | None = None
+    output: Path | None = None
+    threads: int | None = None
+    device: str = 'cpu'
+    backbone: str = 'resnet50'
+    epochs: int = 30
+    full: bool = False
+
+    def __post_init__(self) -> None:
+        for part, names in OPTIONS.items():
+            for name in names:
+                if part != self.part and getattr(self, name) != getattr(Settings, name):
+                    raise ValueError(f'--{name} is an option of {part} alone.')
+        for name in ('threads', 'epochs'):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f'--{name} is {value}; give 1 or more.')
+        try:
+            torch.empty(1, device=self.device)
+        except Exception as error:  # a device that is not there
+            raise ValueError(str(error)) from error
+
+
+def main(settings: Settings) -> None:
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
     torch.manual_seed(0)
-    about: dict[str, Any] = {
-        'versions': f'torch {torch.__version__}, timm {timm.__version__}',
-        'device': processor(args.device),
-        'threads': torch.get_num_threads(),
-        'data': args.data or 'random',
-        'load before': load(),
-    }
+    about = {**environment(settings.device), 'data': settings.data or 'random'}
     head = '\n'.join(f'- {key}: {value}' for key, value in about.items())
     print(head, flush=True)
-    args.output.mkdir(parents=True, exist_ok=True)
-    text, rows = PARTS[args.part](args)
+    text, rows = PARTS[settings.part](settings)
     print(f'\n{text}')
     about['load after'] = load()
-    record = {'environment': about, 'options': vars(args), 'results': rows}
-    write(args.output / 'benchmark_fits.md', f'{head}\n\n{text}\n')
-    write(args.output / 'benchmark_fits.json', json.dumps(record, indent=1, default=str) + '\n')
-    print(f'\nAll of it is in {args.output}.')
-
-
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parts = parser.add_subparsers(dest='part', required=True, metavar='PART')
-    for name in PARTS:
-        add = parts.add_parser(name, help=f'its options: {name} --help').add_argument
-        add('--output', type=Path, default=Path('runs/benchmark_fits', name), help='folder')
-        add('--threads', type=positive, help='of PyTorch on the CPU; default: as it chooses')
-        if name == 'nmf':
-            add('--device', default='cpu', help='cpu, cuda, cuda:1, ...; scikit-learn has the CPU')
-            add('--backbone', default='resnet50', help='any timm architecture')
-            add(
-                '--data', type=Path,
-                help='an .npz with features x [n, C], none negative, or a folder of images, which '
-                'go through the pretrained --backbone; default: random ones of low rank, and noise',
-            )  # fmt: skip
-        else:
-            add(
-                '--data', type=Path,
-                help='an .npz of images, x_train or x, as train.py reads it; a pixel is on above '
-                f'{THRESHOLD}; default: random binary images of low rank, and noise',
-            )  # fmt: skip
-            add('--epochs', type=positive, default=30, help='of training each layer, and all')
-            add('--full', action='store_true', help='form and decompose F at the full size too')
-    args = parser.parse_args()
-    args.device = getattr(args, 'device', 'cpu')
-    try:
-        torch.empty(1, device=args.device)
-    except Exception as error:  # a device that is not there
-        parser.error(str(error))
-    return args
+    record = {'environment': about, 'options': asdict(settings), 'results': rows}
+    output = settings.output or Path('runs/benchmark_fits', settings.part)
+    output.mkdir(parents=True, exist_ok=True)
+    write(output / 'benchmark_fits.md', f'{head}\n\n{text}\n')
+    write(output / 'benchmark_fits.json', json.dumps(record, indent=1, default=str) + '\n')
+    print(f'\nAll of it is in {output}.')
 
 
 # The parts: each gives its Markdown text and its rows
 
 
-def measure_nmf(args: argparse.Namespace) -> tuple[str, list[Row]]:
+def measure_nmf(settings: Settings) -> tuple[str, list[Row]]:
     """Both in float32, without penalties, from NNDSVD, which is part of the time."""
-    x = F.normalize(nmf_features(args), dim=1)
+    x = F.normalize(nmf_features(settings), dim=1)
     components, rounds = FACTORIZE['components'], FACTORIZE['rounds']
 
     def objective(w: Tensor, h: Tensor) -> float:
         return 0.5 * (x.double() - h.double().T @ w.double().T).square().sum().item()
 
-    def run(rounds: int) -> tuple[float, tuple[Tensor, Tensor, list[float]]]:
-        rows = x.to(args.device)
-        synchronize(args.device)
+    def fit(rounds: int) -> tuple[float, tuple[Tensor, Tensor, list[float]]]:
+        rows = x.to(settings.device)
+        synchronize(settings.device)
         start = time.perf_counter()
-        found = factorize(rows, components, rounds=rounds, tolerance=0)
-        synchronize(args.device)
-        return time.perf_counter() - start, found
+        factors = factorize(rows, components, rounds=rounds, tolerance=0)
+        synchronize(settings.device)
+        return time.perf_counter() - start, factors
 
-    history = run(rounds)[1][2]
+    history = fit(rounds)[1][2]
     rows: list[Row] = []
     for solver in ('mu', 'cd'):
         model = NMF(components, init='nndsvd', solver=solver, max_iter=200, random_state=0)
@@ -149,27 +156,27 @@ def measure_nmf(args: argparse.Namespace) -> tuple[str, list[Row]]:
         target = objective(torch.from_numpy(model.components_).T, torch.from_numpy(codes).T)
         # All rounds where the objective is not reached: the table then shows a higher one.
         needed = next((k for k, value in enumerate(history, 1) if value <= target), rounds)
-        ours, (w, h, _) = run(needed)
+        ours, (w, h, _) = fit(needed)
         rows.append({
             'solver': solver, 'iterations': model.n_iter_, 'seconds': theirs, 'objective': target,
             'gsnmf rounds': needed, 'gsnmf seconds': ours,
             'gsnmf objective': objective(w.cpu(), h.cpu()), 'times faster': theirs / ours,
         })  # fmt: skip
-    lines = [[v if isinstance(v, str) else digits(v) for v in row.values()] for row in rows]
+    lines = [[v if isinstance(v, str) else three_digits(v) for v in row.values()] for row in rows]
     title = (
         f"### gsnmf's fit to the objective of scikit-learn's NMF: {len(x)} x {x.shape[1]}, "
         f'{components} components, float32, {torch.get_num_threads()} threads\n\n'
     )
     note = (
         f'The objective is 1/2 |X - W H|^2, of rows of unit length. After {len(history)} rounds '
-        f'gsnmf has {digits(history[-1])}.'
+        f'gsnmf has {three_digits(history[-1])}.'
     )
     return title + table(list(rows[0]), lines) + f'\n\n{note}', rows
 
 
-def nmf_features(args: argparse.Namespace) -> Tensor:
-    """Features `[n, C]` of --data, float32; or random sparse parts in random sparse mixtures."""
-    if args.data is None:
+def nmf_features(settings: Settings) -> Tensor:
+    """Features `[n, C]` of `data`, float32; or random sparse parts in random sparse mixtures."""
+    if settings.data is None:
         n, c, components, _ = FACTORIZE.values()
         codes, parts = torch.rand(n, components), torch.rand(components, c)
         codes, parts = (
@@ -178,25 +185,29 @@ def nmf_features(args: argparse.Namespace) -> Tensor:
         )
         x = codes @ parts
         return (x + 0.3 * x.mean() * torch.randn_like(x)).relu()
-    if args.data.suffix == '.npz':
-        with np.load(args.data) as arrays:
+    if settings.data.suffix == '.npz':
+        with np.load(settings.data) as arrays:
             return torch.from_numpy(arrays['x']).float()
-    model = timm.create_model(args.backbone, pretrained=True, num_classes=0).eval().to(args.device)
+    model = (
+        timm.create_model(settings.backbone, pretrained=True, num_classes=0)
+        .eval()
+        .to(settings.device)
+    )
     transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model))
-    images = timm.data.create_dataset('', root=args.data, transform=transform)
+    images = timm.data.create_dataset('', root=str(settings.data), transform=transform)
     with torch.no_grad():
-        batches = [model(x.to(args.device)).relu().cpu() for x, _ in DataLoader(images, 64)]
+        batches = [model(x.to(settings.device)).relu().cpu() for x, _ in DataLoader(images, 64)]
     return torch.cat(batches)
 
 
 def measure_fisher_information(
-    args: argparse.Namespace, hidden: Sequence[tuple[int, int]] = HIDDEN, rank: int = RANK
+    settings: Settings, hidden: Sequence[tuple[int, int]] = HIDDEN, rank: int = RANK
 ) -> tuple[str, list[Row]]:
     """Sizes `hidden` of the layers: the last is the full one, the others are smaller."""
     *smaller, full = hidden
-    x = binary_images(args.data)
+    x = binary_images(settings.data)
     before = peak_resident()
-    head = DBMFisher(x.shape[1], hidden=full, rank=rank, squash=False, epochs=args.epochs)
+    head = DBMFisher(x.shape[1], hidden=full, rank=rank, squash=False, epochs=settings.epochs)
     start = time.perf_counter()
     head.fit(ListStream([x]))
     seconds = time.perf_counter() - start
@@ -210,7 +221,7 @@ def measure_fisher_information(
         small = DBMFisher(x.shape[1], hidden=sizes, whiten=False, squash=False, epochs=1)
         small.fit(ListStream([x]))
         rows.append(against_forming(small, x, rank, forming=True))
-    rows.append(against_forming(head, x, rank, forming=args.full))
+    rows.append(against_forming(head, x, rank, forming=settings.full))
     fitted['leading_axes s'] = rows[-1]['leading_axes s']
     estimate: Row = {
         'what': 'extrapolation', 'd': head.score_features, 'growth': {},
@@ -228,14 +239,21 @@ def measure_fisher_information(
     def line(row: Row, name: str) -> list[str]:
         keys = ('product s', 'decomposition s', 'both s', 'leading_axes s', 'times faster')
         difference = f'{row["difference"]:.0e}' if 'difference' in row else ''
-        return [name, *(digits(row[key]) for key in keys), difference]
+        return [name, *(three_digits(row[key]) for key in keys), difference]
 
     growth = estimate['growth']
     small, large = (row['d'] for row in rows[: len(smaller)][-2:])
     values = [fitted[key] for key in ('seconds', 'leading_axes s', 'peak GB')]
     first = table(
         ['hidden layers', 'd', 'r', 'whole fit, s', 'leading axes alone, s', 'peak, GB'],
-        [[' x '.join(map(str, full)), str(fitted['d']), str(fitted['r']), *map(digits, values)]],
+        [
+            [
+                ' x '.join(map(str, full)),
+                str(fitted['d']),
+                str(fitted['r']),
+                *map(three_digits, values),
+            ]
+        ],
     )
     header = ['d', 'product, s', 'decomposition, s', 'both, s', 'leading axes, s', 'times faster']
     second = table(
@@ -246,10 +264,11 @@ def measure_fisher_information(
         ],
     )
     text = (
-        f"### dbm_idfk's fit: {len(x)} images of {x.shape[1]} pixels, {args.epochs} epochs, "
+        f"### dbm_idfk's fit: {len(x)} images of {x.shape[1]} pixels, {settings.epochs} epochs, "
         f'float32, {torch.get_num_threads()} threads\n\n{first}\n\n'
         'The peak is the resident memory of the whole process, in 10^9 bytes, with Python, PyTorch '
-        f'and other libraries; before the fit, images loaded, it was {digits(before / 1e9)}.\n\n'
+        f'and other libraries; before the fit, images loaded, it was '
+        f'{three_digits(before / 1e9)}.\n\n'
         f'### {rank} leading axes, against forming F (d x d) and decomposing it, float32\n\n'
         f'{second}\n\n'
         'The product makes F in one pass over the scores, which are computed anew in each pass; '
@@ -277,7 +296,7 @@ def binary_images(path: Path | None) -> Tensor:
 
 def random_images(images: int, pixels: int, rank: int = 10) -> Tensor:
     """Random binary images `[images, pixels]`: mixtures of a few patterns, and noise."""
-    x = torch.randn(images, rank) @ torch.randn(rank, pixels) / rank**0.5
+    x: Tensor = torch.randn(images, rank) @ torch.randn(rank, pixels) / rank**0.5
     return (x + 0.3 * torch.randn_like(x) > 0.7).float()
 
 
@@ -328,16 +347,16 @@ def extrapolate(points: Sequence[tuple[int, float]], size: int) -> tuple[float, 
 
 
 def peak_resident() -> int:
-    """Bytes of memory that this process has held at most so far."""
+    """Most bytes of memory that this process has held at a time so far."""
     unit = 1 if sys.platform == 'darwin' else 1024
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-PARTS: dict[str, Callable[[argparse.Namespace], tuple[str, list[Row]]]] = {
+PARTS: dict[str, Callable[[Settings], tuple[str, list[Row]]]] = {
     'nmf': measure_nmf,
     'fisher_information': measure_fisher_information,
 }
 
 
 if __name__ == '__main__':
-    main()
+    run(main, Settings, positional='part')

@@ -1,8 +1,8 @@
 """Time and memory of every installed head, against `avg`.
 
-    python recipes/benchmark.py                              # all of it, some minutes on 2 cores
-    python recipes/benchmark.py --parts descriptors --heads sparse_fisher 3g --threads 1
-    python recipes/benchmark.py --device cuda --precision amp --batch 64 --model-batch 64
+    python recipes/benchmarks/heads.py                       # all of it, some minutes on 2 cores
+    python recipes/benchmarks/heads.py sparse_fisher 3g --parts '[descriptors]' --threads 1
+    python recipes/benchmarks/heads.py --device cuda --precision amp --batch 64 --model-batch 64
 
 Parts:
 - descriptors: heads alone, on the same descriptors, for several N;
@@ -24,28 +24,30 @@ and the cost against N, d and K in OUTPUT/benchmark.png.
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import ctypes.util
 import inspect
 import json
 from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib
-import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import timm_fisher
 from timm_fisher import create_head, get_head, list_heads
+from timm_fisher.files import save_png, write
 from timm_fisher.heads.gmm_fisher import GMMFisher
 from timm_fisher.heads.three_g import EPS
 from timm_fisher.numerics.linalg import gram_root, matrix_root
-from timm_fisher.training.measure import digits, load, median_times, peak_memory, processor, table
+from timm_fisher.training.command_line import run
+from timm_fisher.training.measure import environment, load, median_times, peak_memory
+from timm_fisher.training.tables import table, three_digits
 
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt
@@ -64,83 +66,92 @@ FISHER = dict(batch=32, number=196, d=64, components=32)
 Row = dict[str, Any]
 
 
-def main() -> None:
-    args = parse()
-    if args.threads:
-        torch.set_num_threads(args.threads)
+Part = Literal['descriptors', 'sizes', 'model', 'newton_schulz', 'fisher']
+
+
+@dataclass
+class Settings:
+    """Time and memory of every installed head, against `avg`.
+
+    Args:
+        heads: names; all that are installed if none is given.
+        parts: of the benchmark.
+        output: folder of results.
+        device: cpu, cuda, cuda:1, ...
+        precision: amp is autocast to bfloat16.
+        threads: of PyTorch on the CPU; null for as many as it chooses.
+        repetitions: at least this many.
+        batch: images, for heads alone.
+        channels: C of the descriptors.
+        numbers: N of the descriptors.
+        backbone: any timm architecture.
+        img_sizes: sides of the images, inside a model.
+        model_batch: images, inside a model.
+    """
+
+    heads: list[str] = field(default_factory=list_heads)
+    parts: list[Part] = field(
+        default_factory=lambda: ['descriptors', 'sizes', 'model', 'newton_schulz', 'fisher']
+    )
+    output: Path = Path('runs/benchmark')
+    device: str = 'cpu'
+    precision: Literal['float32', 'float64', 'bfloat16', 'amp'] = 'float32'
+    threads: int | None = None
+    repetitions: int = 3
+    batch: int = 8
+    channels: int = 2048
+    numbers: list[int] = field(default_factory=lambda: [49, 196, 784])
+    backbone: str = 'resnet50'
+    img_sizes: list[int] = field(default_factory=lambda: [224, 448])
+    model_batch: int = 2
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            numbers = value if isinstance(value, list) else [value]
+            if any(isinstance(number, int) and number < 1 for number in numbers):
+                raise ValueError(f'--{name} is {value}; give 1 or more.')
+        try:
+            for name in self.heads:
+                get_head(name)
+            torch.empty(1, device=self.device)
+        except Exception as error:  # an unknown head, a broken plug-in, a device that is not there
+            raise ValueError(str(error)) from error
+        self.heads = ['avg', *(name for name in dict.fromkeys(self.heads) if name != 'avg')]
+
+
+def main(settings: Settings) -> None:
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
     torch.manual_seed(0)
-    about: dict[str, Any] = {
-        'versions': f'torch {torch.__version__}, timm {timm.__version__}',
-        'device': processor(args.device),
-        'threads': torch.get_num_threads(),
-        'precision': args.precision,
-        'load before': load(),
-    }
+    about = {**environment(settings.device), 'precision': settings.precision}
     sections = ['\n'.join(f'- {key}: {value}' for key, value in about.items())]
     print(sections[0], flush=True)
-    args.output.mkdir(parents=True, exist_ok=True)
+    settings.output.mkdir(parents=True, exist_ok=True)
     rows: list[Row] = []
-    for part in args.parts:
-        text, found = PARTS[part](args)
+    for part in settings.parts:
+        text, measured = PARTS[part](settings)
         print(f'\n{text}', flush=True)
         sections.append(text)
-        rows += [{'part': part, **row} for row in found]
+        rows += [{'part': part, **row} for row in measured]
         about['load after'] = load()
-        (args.output / 'benchmark.md').write_text('\n\n'.join(sections) + '\n')
-        record = {'environment': about, 'options': vars(args), 'results': rows}
+        write(settings.output / 'benchmark.md', '\n\n'.join(sections) + '\n')
+        record = {'environment': about, 'options': asdict(settings), 'results': rows}
         text = json.dumps(record, indent=1, default=str) + '\n'
-        (args.output / 'benchmark.json').write_text(text)
-    if any(part in args.parts for part in ('descriptors', 'sizes')):
-        plot(rows, args.output / 'benchmark.png')
-    print(f'\nAll of it is in {args.output}.')
+        write(settings.output / 'benchmark.json', text)
+    if {'descriptors', 'sizes'} & set(settings.parts):
+        plot(rows, settings.output / 'benchmark.png')
+    print(f'\nAll of it is in {settings.output}.')
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add('--parts', nargs='+', default=list(PARTS), choices=PARTS, metavar='PART')
-    add('--heads', nargs='+', default=list_heads(), metavar='HEAD', help='default: all installed')
-    add('--output', type=Path, default=Path('runs/benchmark'), help='folder')
-    add('--device', default='cpu', help='cpu, cuda, cuda:1, ...')
-    precisions = ['float32', 'float64', 'bfloat16', 'amp']
-    add('--precision', default='float32', choices=precisions, help='amp: autocast to bfloat16')
-    add('--threads', type=positive, help='of PyTorch on the CPU; default: as it chooses')
-    add('--repetitions', type=positive, default=3, help='at least')
-    add('--batch', type=positive, default=8, help='images, for heads alone')
-    add('--channels', type=positive, default=2048, help='C of the descriptors')
-    add('--numbers', type=positive, nargs='+', default=[49, 196, 784], help='N of the descriptors')
-    add('--backbone', default='resnet50', help='any timm architecture')
-    add('--img-sizes', type=positive, nargs='+', default=[224, 448])
-    add('--model-batch', type=positive, default=2, help='images, inside a model')
-    args = parser.parse_args()
-    try:
-        for name in args.heads:
-            get_head(name)
-        torch.empty(1, device=args.device)
-    except Exception as error:  # an unknown head, a broken plug-in, a device that is not there
-        parser.error(str(error))
-    args.heads = ['avg', *(name for name in dict.fromkeys(args.heads) if name != 'avg')]
-    return args
-
-
-def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f'{value} is less than 1')
-    return value
-
-
-def costs(args: argparse.Namespace, modules: list[Any], x: Tensor) -> list[Row]:
+def costs(settings: Settings, modules: list[Any], x: Tensor) -> list[Row]:
     """Milliseconds per image and MiB per batch of each module: a forward pass, and a step."""
-    device = torch.device(args.device)
-    amp = args.precision == 'amp'
-    dtype = torch.float32 if amp else getattr(torch, args.precision)
+    device = torch.device(settings.device)
+    amp = settings.precision == 'amp'
+    dtype = torch.float32 if amp else getattr(torch, settings.precision)
     modules, x = [module.to(device, dtype) for module in modules], x.to(device, dtype)
     x.requires_grad_(x.ndim == 3)  # descriptors come from a backbone, images from nowhere
 
-    def forward(module: nn.Module) -> Tensor:
+    def forward(module: nn.Module) -> Any:
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
             return module(x)
 
@@ -152,15 +163,15 @@ def costs(args: argparse.Namespace, modules: list[Any], x: Tensor) -> list[Row]:
 
     rows: list[Row] = [{} for _ in modules]
     for name, function in (('forward', torch.no_grad()(forward)), ('step', step)):
-        runs = [partial(function, module.train(name == 'step')) for module in modules]
-        for row, run, seconds in zip(rows, runs, times(args, *runs), strict=True):
+        calls = [partial(function, module.train(name == 'step')) for module in modules]
+        for row, call, seconds in zip(rows, calls, times(settings, *calls), strict=True):
             row[f'{name} ms'] = 1e3 * seconds / len(x)
-            row[f'{name} MiB'] = peak_memory(run, args.device) / 2**20
+            row[f'{name} MiB'] = peak_memory(call, settings.device) / 2**20
     return rows
 
 
-def times(args: argparse.Namespace, *runs: Callable[[], object]) -> list[float]:
-    return median_times(*runs, device=args.device, repetitions=args.repetitions)
+def times(settings: Settings, *calls: Callable[[], object]) -> list[float]:
+    return median_times(*calls, device=settings.device, repetitions=settings.repetitions)
 
 
 def descriptors(batch: int, number: int, channels: int) -> Tensor:
@@ -171,123 +182,130 @@ def descriptors(batch: int, number: int, channels: int) -> Tensor:
 # The parts: each gives its Markdown text and its rows
 
 
-def measure_descriptors(args: argparse.Namespace) -> tuple[str, list[Row]]:
+def measure_descriptors(settings: Settings) -> tuple[str, list[Row]]:
     rows, text = [], []
-    for number in args.numbers:
-        heads = [create_head(name, args.channels) for name in args.heads]
-        found = costs(args, heads, descriptors(args.batch, number, args.channels))
-        found = [
+    for number in settings.numbers:
+        heads = [create_head(name, settings.channels) for name in settings.heads]
+        measured = costs(settings, heads, descriptors(settings.batch, number, settings.channels))
+        measured = [
             {'head': name, 'N': number, 'output': head.out_features, **row}
-            for name, head, row in zip(args.heads, heads, found, strict=True)
+            for name, head, row in zip(settings.heads, heads, measured, strict=True)
         ]
-        rows += found
+        rows += measured
         text.append(
-            f'### Heads alone, {args.batch} images of N = {number} descriptors, '
-            f'C = {args.channels}\n\n' + against_avg(found)
+            f'### Heads alone, {settings.batch} images of N = {number} descriptors, '
+            f'C = {settings.channels}\n\n' + against_avg(measured)
         )
     return '\n\n'.join(text), rows
 
 
-def measure_model(args: argparse.Namespace) -> tuple[str, list[Row]]:
+def measure_model(settings: Settings) -> tuple[str, list[Row]]:
     rows, text = [], []
-    for size in args.img_sizes:
+    for size in settings.img_sizes:
         models = [
-            timm_fisher.create_model(args.backbone, head=name, num_classes=CLASSES, img_size=size)
-            for name in args.heads
+            timm_fisher.create_model(
+                settings.backbone, head=name, num_classes=CLASSES, img_size=size
+            )
+            for name in settings.heads
         ]
-        found = costs(args, models, torch.randn(args.model_batch, models[0].in_chans, size, size))
-        found = [
+        measured = costs(
+            settings, models, torch.randn(settings.model_batch, models[0].in_chans, size, size)
+        )
+        measured = [
             {'head': name, 'image': size, 'output': model.head_hidden_size, **row}
-            for name, model, row in zip(args.heads, models, found, strict=True)
+            for name, model, row in zip(settings.heads, models, measured, strict=True)
         ]
-        rows += found
+        rows += measured
         text.append(
-            f'### Inside {args.backbone}, {args.model_batch} images of {size} x {size}, '
-            f'{CLASSES} classes\n\n' + against_avg(found)
+            f'### Inside {settings.backbone}, {settings.model_batch} images of {size} x {size}, '
+            f'{CLASSES} classes\n\n' + against_avg(measured)
         )
     return '\n\n'.join(text), rows
 
 
-def measure_sizes(args: argparse.Namespace) -> tuple[str, list[Row]]:
+def measure_sizes(settings: Settings) -> tuple[str, list[Row]]:
     rows: list[Row] = []
-    number = sorted(args.numbers)[len(args.numbers) // 2]
-    x = descriptors(args.batch, number, args.channels)
-    for name in args.heads:
+    number = sorted(settings.numbers)[len(settings.numbers) // 2]
+    x = descriptors(settings.batch, number, settings.channels)
+    for name in settings.heads:
         for argument in inspect.signature(get_head(name)).parameters:
             letter, values = SIZES.get(argument, ('', ()))
-            values = [v for v in values if letter != 'd' or v <= args.channels]
-            heads = [create_head(name, args.channels, **{argument: v}) for v in values]
-            found = costs(args, heads, x) if heads else []
-            for value, head, row in zip(values, heads, found, strict=True):
+            sizes = [v for v in values if letter != 'd' or v <= settings.channels]
+            heads = [create_head(name, settings.channels, **{argument: v}) for v in sizes]
+            measured = costs(settings, heads, x) if heads else []
+            for value, head, row in zip(sizes, heads, measured, strict=True):
                 rows.append({'head': name, letter: value, 'output': head.out_features, **row})
     text = []
     for letter, values in (('d', DIMENSIONS), ('K', COMPONENTS)):
         cells: dict[str, dict[int, str]] = {}
         for row in rows:
             if letter in row:
-                cell = f'{digits(row["step ms"])} ({digits(row["step MiB"])})'
+                cell = f'{three_digits(row["step ms"])} ({three_digits(row["step MiB"])})'
                 cells.setdefault(row['head'], {})[row[letter]] = cell
         lines = [[f'`{name}`', *(row.get(v, '') for v in values)] for name, row in cells.items()]
         text.append(
-            f'### As {letter} grows: step, ms per image (MiB), {args.batch} images, N = {number}, '
-            f'C = {args.channels}\n\n'
+            f'### As {letter} grows: step, ms per image (MiB), {settings.batch} images, '
+            f'N = {number}, C = {settings.channels}\n\n'
             + table(['head', *(f'{letter} = {v}' for v in values)], lines)
         )
     return '\n\n'.join(text), rows
 
 
-def measure_newton_schulz(args: argparse.Namespace) -> tuple[str, list[Row]]:
+def measure_newton_schulz(settings: Settings) -> tuple[str, list[Row]]:
     b, n, d, iterations = ROOT.values()
-    x = descriptors(b, n, d).to(args.device)
+    x = descriptors(b, n, d).to(settings.device)
     x = ((x - x.mean(1, keepdim=True)) * n**-0.5).requires_grad_()
-    cotangent = torch.randn(b, d, d, device=args.device)
+    cotangent = torch.randn(b, d, d, device=settings.device)
 
-    def step(root: Callable[..., Tensor], eps: float) -> tuple[Tensor, ...]:
+    def step(root: Callable[..., Tensor], eps: float) -> Any:
         return torch.autograd.grad(root(x, iterations, eps), x, cotangent)
 
-    def forward(root: Callable[..., Tensor], eps: float) -> tuple[Tensor, ...]:
+    def forward(root: Callable[..., Tensor], eps: float) -> Any:
         with torch.no_grad():
             return (root(x, iterations, eps),)
 
     rows = []
     for name, eps in (('isqrt_cov', 0.0), ('3g', EPS)):
-        for label, run in (('forward', forward), ('step', step)):
-            small, large = partial(run, gram_root, eps), partial(run, matrix_root, eps)
+        for label, function in (('forward', forward), ('step', step)):
+            small, large = partial(function, gram_root, eps), partial(function, matrix_root, eps)
             (theirs,), (ours,) = large(), small()
             difference = ((ours - theirs).norm() / theirs.norm()).item()
-            seconds = times(args, small, large)
+            seconds = times(settings, small, large)
             row: Row = {'head': name, 'pass': label}
-            for side, taken, run in zip(('N x N', 'd x d'), seconds, (small, large), strict=True):
+            for side, taken, call in zip(('N x N', 'd x d'), seconds, (small, large), strict=True):
                 row |= {f'{side} ms': 1e3 * taken}
-                row |= {f'{side} MiB': peak_memory(run, args.device) / 2**20}
+                row |= {f'{side} MiB': peak_memory(call, settings.device) / 2**20}
             row |= {'times faster': seconds[1] / seconds[0], 'relative difference': difference}
             rows.append(row)
-    lines = [[v if isinstance(v, str) else digits(v) for v in row.values()] for row in rows]
+    lines = [[v if isinstance(v, str) else three_digits(v) for v in row.values()] for row in rows]
     title = f'### Newton-Schulz on the smaller side: {b} images, N = {n}, d = {d}, float32\n\n'
     return title + table(list(rows[0]), lines), rows
 
 
-def measure_fisher(args: argparse.Namespace) -> tuple[str, list[Row]]:
+def measure_fisher(settings: Settings) -> tuple[str, list[Row]]:
     b, n, d, k = FISHER.values()
     head = GMMFisher(d, reduce_dim=None, components=k, l2_descriptors=False)
-    head.to(args.device).eval()
-    x = torch.randn(b, n, d, device=args.device) / d**0.5
+    head.to(settings.device).eval()
+    x = torch.randn(b, n, d, device=settings.device) / d**0.5
     with torch.no_grad():  # an identity, which VLFeat does not have, but some mixture
         head.reduce.weight.copy_(torch.eye(d))
         head.log_weights.add_(0.3 * torch.randn_like(head.log_weights))
         head.log_stds.add_(0.2 * torch.randn_like(head.log_stds))
-    posteriors = torch.randn(b, n, k, device=args.device)
+    posteriors = torch.randn(b, n, k, device=settings.device)
 
     def products() -> None:
         F.linear(x, head.means), F.linear(x, head.means)
         _ = posteriors.mT @ x, posteriors.mT @ x
 
-    named = {'gmm_fisher': partial(head, x), 'its four matrix products': products}
+    named: dict[str, Callable[[], Any]] = {
+        'gmm_fisher': partial(head, x),
+        'its four matrix products': products,
+    }
     library = ctypes.util.find_library('vl')
-    if library and args.device == 'cpu':
+    if library and settings.device == 'cpu':
         named['VLFeat'] = vlfeat_encoder(library, head, x)
     with torch.no_grad():
-        seconds = times(args, *named.values())
+        seconds = times(settings, *named.values())
         vector = head(x)
     rows: list[Row] = [
         {'what': what, 'ms': 1e3 * s, 'gmm_fisher takes': seconds[0] / s}
@@ -303,8 +321,8 @@ def measure_fisher(args: argparse.Namespace) -> tuple[str, list[Row]]:
         f'### gmm_fisher, encoding: {b} images, N = {n}, D = {d}, K = {k}, float32, '
         f'{torch.get_num_threads()} threads\n\n'
     )
-    lines = [[r['what'], digits(r['ms']), digits(r['gmm_fisher takes'])] for r in rows]
-    header = ['what', 'ms', 'gmm_fisher takes so many times as long']
+    lines = [[r['what'], three_digits(r['ms']), three_digits(r['gmm_fisher takes'])] for r in rows]
+    header = ['what', 'ms', 'gmm_fisher takes, times as long']
     note += ' The time of gmm_fisher includes the product with its reduction, which the rest lacks.'
     return title + table(header, lines) + f'\n\n{note}', rows
 
@@ -342,7 +360,7 @@ def vlfeat_encoder(library: str, head: GMMFisher, x: Tensor) -> Callable[[], Ten
     return encode
 
 
-PARTS = {
+PARTS: dict[str, Callable[[Settings], tuple[str, list[Row]]]] = {
     'descriptors': measure_descriptors,
     'sizes': measure_sizes,
     'model': measure_model,
@@ -360,7 +378,11 @@ def against_avg(rows: list[Row]) -> str:
         header += [f'{name}, ms per image', 'times avg', 'MiB']
         for row, line in zip(rows, lines, strict=True):
             ms = row[f'{name} ms']
-            line += [digits(ms), digits(ms / rows[0][f'{name} ms']), digits(row[f'{name} MiB'])]
+            line += [
+                three_digits(ms),
+                three_digits(ms / rows[0][f'{name} ms']),
+                three_digits(row[f'{name} MiB']),
+            ]
     return table(header, lines)
 
 
@@ -377,8 +399,11 @@ def plot(rows: list[Row], path: Path) -> None:
     ):
         for axis, key in zip(axes[:, column], ('step ms', 'step MiB'), strict=True):
             for name in dict.fromkeys(row['head'] for row in rows if letter in row):
-                found = [row for row in rows if row.get('head') == name and letter in row]
-                points = sorted((row[letter], row[key]) for row in found)
+                points = sorted(
+                    (row[letter], row[key])
+                    for row in rows
+                    if row.get('head') == name and letter in row
+                )
                 axis.plot(*zip(*points, strict=True), 'o-', color=colours[name], label=name)
             axis.set(xscale='log', yscale='log', xlabel=title)
             values = sorted({row[letter] for row in rows if letter in row})
@@ -389,9 +414,8 @@ def plot(rows: list[Row], path: Path) -> None:
     axes[1, 0].set_ylabel('step, peak MiB of the batch')
     drawn = {line.get_label(): line for axis in axes[0] for line in axis.lines}
     figure.legend(drawn.values(), drawn.keys(), loc='outside right upper')
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    save_png(figure, path)
 
 
 if __name__ == '__main__':
-    main()
+    run(main, Settings, positional='heads')

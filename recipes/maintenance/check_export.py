@@ -1,7 +1,7 @@
 """Whether every installed head compiles and exports, as a Markdown table.
 
-    python recipes/check_export.py                                  # all, some minutes
-    python recipes/check_export.py --heads 3g gem --ways onnx --backbone resnet18
+    python recipes/maintenance/check_export.py                                  # some minutes
+    python recipes/maintenance/check_export.py 3g gem --ways '[onnx]' --backbone resnet18
 
 Each head is tried inside a small model with random weights, in eval mode, and what comes out is
 compared with the model itself:
@@ -16,13 +16,14 @@ The exit status is 1 if a head with its default arguments fails.
 
 from __future__ import annotations
 
-import argparse
 import logging
 import sys
 import tempfile
 import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +31,8 @@ from tqdm.auto import tqdm
 
 import timm_fisher
 from timm_fisher import get_head, list_heads
-from timm_fisher.training.measure import table
+from timm_fisher.training.command_line import run
+from timm_fisher.training.tables import table
 
 # Options that take another way through a head's mathematics.
 OPTIONS: dict[str, list[dict[str, Any]]] = {
@@ -41,41 +43,55 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
 }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+@dataclass
+class Settings:
+    """Whether every installed head compiles and exports, as a Markdown table.
+
+    Args:
+        heads: names; all that are installed if none is given.
+        ways: that are tried.
+        backbone: any timm architecture.
+        tolerance: largest relative difference that is ok.
+    """
+
+    heads: list[str] = field(default_factory=list_heads)
+    ways: list[Literal['compile', 'export', 'onnx']] = field(
+        default_factory=lambda: ['compile', 'export', 'onnx']
     )
-    parser.add_argument('--heads', nargs='+', default=list_heads(), help='default: all installed')
-    parser.add_argument('--ways', nargs='+', default=list(WAYS), choices=WAYS)
-    parser.add_argument('--backbone', default='test_resnet', help='any timm architecture')
-    parser.add_argument('--tolerance', type=float, default=1e-4, help='relative difference')
-    args = parser.parse_args()
-    try:
-        for name in args.heads:
-            get_head(name)
-    except Exception as error:  # an unknown head, or a broken plug-in
-        parser.error(str(error))
+    backbone: str = 'test_resnet'
+    tolerance: float = 1e-4
+
+    def __post_init__(self) -> None:
+        try:
+            for name in self.heads:
+                get_head(name)
+        except Exception as error:  # an unknown head, or a broken plug-in
+            raise ValueError(str(error)) from error
+
+
+def main(settings: Settings) -> None:
     warnings.filterwarnings('ignore')
     logging.disable(logging.WARNING)
-
     lines, failed = [], False
-    cases = [(name, options) for name in args.heads for options in [{}, *OPTIONS.get(name, [])]]
+    cases = [(name, options) for name in settings.heads for options in [{}, *OPTIONS.get(name, [])]]
     for name, options in tqdm(cases, disable=None):
         torch.manual_seed(0)
-        model = timm_fisher.create_model(args.backbone, head=name, num_classes=0, **options).eval()
+        model = timm_fisher.create_model(settings.backbone, head=name, num_classes=0, **options)
+        model.eval()
         images = torch.randn(5, *model.pretrained_cfg['input_size'])
         line = [', '.join([f'`{name}`', *(f'`{key}={value}`' for key, value in options.items())])]
-        for way in args.ways:
-            works, cell = check(way, model, images, args.tolerance)
+        for way in settings.ways:
+            works, cell = check(way, model, images, settings.tolerance)
             failed |= not works and not options
             line.append(cell)
         lines.append(line)
-    print(table(['head', *args.ways], lines))
-    sys.exit(failed)
+    print(table(['head', *settings.ways], lines))
+    if failed:
+        sys.exit(1)
 
 
 def check(way: str, model: nn.Module, images: Tensor, tolerance: float) -> tuple[bool, str]:
-    """Whether it works, and what to say about it."""
+    """Whether a model comes through unchanged, and the cell that says so."""
     try:
         expected = model(images)
         difference = (WAYS[way](model, images) - expected).abs().max() / expected.abs().max()
@@ -89,20 +105,20 @@ def check(way: str, model: nn.Module, images: Tensor, tolerance: float) -> tuple
 
 
 def reason(error: BaseException) -> str:
-    """The first sentence of what began it."""
+    """The first sentence of the error that caused all others."""
     while error.__cause__ is not None:
         error = error.__cause__
     sentence = str(error).strip().partition('\n')[0].partition('. ')[0]
     return f'{type(error).__name__}: {sentence}'.replace('|', '/')[:120]
 
 
-def compiled(model: nn.Module, images: Tensor) -> Tensor:
+def compiled(model: nn.Module, images: Tensor) -> Any:
     torch.compiler.reset()
     with torch.no_grad():
         return torch.compile(model, fullgraph=True)(images)
 
 
-def exported(model: nn.Module, images: Tensor) -> Tensor:
+def exported(model: nn.Module, images: Tensor) -> Any:
     shapes = ({0: torch.export.Dim('batch')},)
     program = torch.export.export(model, (images[:2],), dynamic_shapes=shapes)
     return program.module()(images)
@@ -122,8 +138,12 @@ def onnx(model: nn.Module, images: Tensor) -> Tensor:
     return torch.from_numpy(out)
 
 
-WAYS = {'compile': compiled, 'export': exported, 'onnx': onnx}
+WAYS: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
+    'compile': compiled,
+    'export': exported,
+    'onnx': onnx,
+}
 
 
 if __name__ == '__main__':
-    main()
+    run(main, Settings, positional='heads')

@@ -1,39 +1,62 @@
 """Train a released model, and write its folder of hub_cards: weights, card and figures.
 
-    python recipes/release.py trashnet-sparse-fisher --data-dir PATH
+    python recipes/maintenance/release.py trashnet-sparse-fisher --data-dir PATH
 
-recipes/configs/release.yaml says how. Runs recipes/train.py by `accelerate launch` for each seed; a
-run that is finished is kept, one that was interrupted goes on. The weights are those of the first
-seed. At last the folder is loaded again, and measured on the images of the test split: only if that
-is what the run had measured, it takes the place of an earlier one.
+recipes/configs/release.yaml says how. Trains once for each seed; a run that is finished is kept,
+one that was interrupted goes on. The weights are those of the first seed. At last the folder is
+loaded again, and measured on the images of the test split: only if that is what the run had
+measured, it takes the place of an earlier one.
 """
 
 from __future__ import annotations
 
-import argparse
 import inspect
 import json
-import os
 import shutil
-import subprocess
-import sys
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
-from evaluate import evaluate
 
 import timm_fisher
-from timm_fisher.files import keep_settings
+from timm_fisher.hub.load import CHECKOUT, HUB_USER
+from timm_fisher.training.command_line import run
 from timm_fisher.training.config import Config
 from timm_fisher.training.data import load_splits
+from timm_fisher.training.evaluate import evaluate
+from timm_fisher.training.launch import launch
 
-RECIPES = Path(__file__).parent
 SEEDS = (0, 1, 2)
 TOLERANCE = 0.0005  # of the accuracy, between the run and the folder
 LARGEST = 10  # MB of a folder
+
+
+@dataclass
+class Settings:
+    """Train a released model, and write its folder.
+
+    Args:
+        name: of the model.
+        data_dir: folder of images, or FILE.npz.
+        models: file that says how the models are made.
+        runs: folder of the runs.
+        output: folder of the models' folders.
+    """
+
+    name: str
+    data_dir: str
+    models: Path = Path(__file__).parent.parent / 'configs/release.yaml'
+    runs: Path = Path('runs/release')
+    output: Path = CHECKOUT
+
+    def __post_init__(self) -> None:
+        released = timm_fisher.list_pretrained()
+        if self.name not in released:
+            raise ValueError(f"'{self.name}' is no released model: {', '.join(released)}.")
+        if not Path(self.data_dir).exists():
+            raise ValueError(f"--data-dir '{self.data_dir}' does not exist.")
 
 
 @dataclass
@@ -53,35 +76,22 @@ class Release:
     float16: list[str] = field(default_factory=list)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description='Train a released model, and write its folder.')
-    parser.add_argument('name', choices=timm_fisher.list_pretrained())
-    parser.add_argument('--data-dir', required=True, help='folder of images, or FILE.npz')
-    parser.add_argument('--config', type=Path, default=RECIPES / 'configs/release.yaml')
-    parser.add_argument('--runs', type=Path, default=Path('runs/release'), help='folder of runs')
-    parser.add_argument('--output', type=Path, default=RECIPES.parent / 'hub_cards')
-    args = parser.parse_args()
-
-    if not Path(args.data_dir).exists():
-        parser.error(f"--data-dir '{args.data_dir}' does not exist.")
-    runs, folder = args.runs / args.name, args.output / args.name
-    try:
-        release = read_release(args.config, args.name)
-        settings = {**release.train, 'data_dir': args.data_dir}
-        # Before the settings are kept: they bind all later calls.
-        load_splits(Config(**{key: settings[key] for key in settings if key != 'stages'}))
-        keep_settings(runs, settings)
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        parser.error(str(error))
-    metrics = [train(runs, release.train['head'], seed) for seed in SEEDS]
-    seeds = {str(seed): each['test']['accuracy'] for seed, each in zip(SEEDS, metrics, strict=True)}
+def main(settings: Settings) -> None:
+    runs, folder = settings.runs / settings.name, settings.output / settings.name
+    release = read_release(settings.models, settings.name)
+    options = {**release.train, 'data_dir': settings.data_dir}
+    # A mistaken folder of images is found before a run binds later calls to these options.
+    load_splits(Config(**{key: value for key, value in options.items() if key != 'stages'}))
+    metrics = [train(options, seed, runs / f's{seed}') for seed in SEEDS]
+    seeds = {
+        str(seed): result['test']['accuracy'] for seed, result in zip(SEEDS, metrics, strict=True)
+    }
     print(f'test accuracy of seeds {seeds}')
 
-    backbone = release.train['backbone'] if release.backbone_id else None
-    model = timm_fisher.from_pretrained(str(runs / f's{SEEDS[0]}/model'))
-    args.output.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=args.output, prefix='.checking-') as beside:
-        checked = Path(beside, args.name)
+    model = timm_fisher.from_pretrained(runs / f's{SEEDS[0]}/model')
+    settings.output.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=settings.output, prefix='.checking-') as beside:
+        checked = Path(beside, settings.name)
         if Path(folder, 'README.md').exists():  # with what was edited there
             checked.mkdir()
             shutil.copy(folder / 'README.md', checked)
@@ -93,9 +103,10 @@ def main() -> None:
             adapter=release.backbone_id is not None,
             backbone_id=release.backbone_id,
             float16=release.float16,
-            card={'repo_id': f'{timm_fisher.hub.HUB_USER}/{args.name}', **release.card},
+            card={'repo_id': f'{HUB_USER}/{settings.name}', **release.card},
         )
-        check(checked, backbone, args.data_dir)
+        backbone = release.train['backbone'] if release.backbone_id else None
+        check(checked, backbone, settings.data_dir)
         if folder.exists():
             folder.rename(Path(beside, 'earlier'))
         checked.rename(folder)
@@ -107,53 +118,36 @@ def read_release(path: Path, name: str) -> Release:
     config = yaml.safe_load(path.read_text())
     if name not in config['models']:
         raise ValueError(f"'{path}' says nothing of '{name}', only of {list(config['models'])}.")
-    own = config['models'][name]
-    shared = config['data'][own['data']]
+    entry = config['models'][name]
+    shared = config['data'][entry['data']]
     card = {
         **shared['card'],
-        'description': own['description'],
-        'limits': [*own.get('limits', []), *shared['limits']],
+        'description': entry['description'],
+        'limits': [*entry.get('limits', []), *shared['limits']],
         'commands': [
             '\n'.join(shared['prepare']),
             f'# PATH: {shared["path"]}.\n'
             '# All seeds, and the folder of this model:\n'
-            f'python recipes/release.py {name} --data-dir PATH',
+            f'python recipes/maintenance/release.py {name} --data-dir PATH',
             f'# The figures above, by the weights here:\n'
             f'python recipes/evaluate.py --model {name} --data-dir PATH',
         ],
     }
     return Release(
-        {**shared['train'], **own['train']},
+        {**shared['train'], **entry['train']},
         card,
         shared.get('backbone_id'),
-        own.get('float16', []),
+        entry.get('float16', []),
     )
 
 
-def train(runs: Path, head: str, seed: int) -> dict[str, Any]:
+def train(options: dict[str, Any], seed: int, output: Path) -> dict[str, Any]:
     """Metrics of the run of one seed, from before if it has been run."""
-    output = runs / f's{seed}'
-    metrics = output / 'metrics.json'
-    if not metrics.exists():
-        print(f'\n== {output}', flush=True)
-        resume = str((output / 'config.yaml').exists()).lower()
-        # A head may have a seed of its own.
-        seeded = 'seed' in inspect.signature(timm_fisher.get_head(head)).parameters
-        subprocess.run(
-            [
-                *(sys.executable, '-m', 'accelerate.commands.launch'),
-                # What `accelerate launch` would otherwise say that it assumes.
-                *('--num_processes', '1', '--num_machines', '1'),
-                *('--mixed_precision', 'no', '--dynamo_backend', 'no'),
-                *('--num_cpu_threads_per_process', str(os.cpu_count())),
-                *(str(RECIPES / 'train.py'), '--config', str(runs / 'config.yaml')),
-                *('--seed', str(seed), '--output', str(output), '--resume', resume),
-                *(('--head_kwargs.seed', str(seed)) if seeded else ()),
-            ],
-            check=True,
-        )
-    found: dict[str, Any] = json.loads(metrics.read_text())
-    return found
+    options = {**options, 'seed': seed}
+    if 'seed' in inspect.signature(timm_fisher.get_head(options['head'])).parameters:
+        options['head_kwargs'] = {**options.get('head_kwargs', {}), 'seed': seed}
+    print(f'\n== {output}', flush=True)
+    return launch(options, output)
 
 
 def check(folder: Path, backbone: str | None, data_dir: str) -> None:
@@ -167,13 +161,13 @@ def check(folder: Path, backbone: str | None, data_dir: str) -> None:
             f"'{folder}' takes {size(folder):.1f} MB, more than {LARGEST}. Name large tensors in "
             'float16, or make the head smaller.'
         )
-    model = timm_fisher.from_pretrained(str(folder), backbone=backbone)
-    found = evaluate(model, data_dir, 'test')['accuracy']
+    model = timm_fisher.from_pretrained(folder, backbone=backbone)
+    measured = evaluate(model, data_dir, 'test')['accuracy']
     claimed = json.loads((folder / 'metrics.json').read_text())['test']['accuracy']
-    print(f'test accuracy of the folder {found:.4%}, of the run {claimed:.4%}')
-    if abs(found - claimed) > TOLERANCE:
+    print(f'test accuracy of the folder {measured:.4%}, of the run {claimed:.4%}')
+    if abs(measured - claimed) > TOLERANCE:
         raise ValueError(
-            f"'{folder}' has a test accuracy of {found:.2%}, but its run had {claimed:.2%}."
+            f"'{folder}' has a test accuracy of {measured:.2%}, but its run had {claimed:.2%}."
         )
 
 
@@ -190,4 +184,4 @@ def row(folder: Path) -> str:
 
 
 if __name__ == '__main__':
-    main()
+    run(main, Settings, positional='name')

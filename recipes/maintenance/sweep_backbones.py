@@ -1,7 +1,7 @@
 """How the local descriptors of every timm architecture are read, as a Markdown table.
 
-    python recipes/sweep_backbones.py                 # all of timm.list_models(), half an hour
-    python recipes/sweep_backbones.py 'resnet*' vit_tiny_patch16_224
+    python recipes/maintenance/sweep_backbones.py                 # all, half an hour
+    python recipes/maintenance/sweep_backbones.py 'resnet*' vit_tiny_patch16_224
 
 Nothing is downloaded and nothing computed: models are built on torch.device('meta'). The exit
 status is 1 if an architecture is refused.
@@ -9,11 +9,12 @@ status is 1 if an architecture is refused.
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 import warnings
 from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import Any
 
 import timm
 import torch
@@ -21,69 +22,80 @@ from timm.layers import to_2tuple
 from tqdm.auto import tqdm
 
 from timm_fisher import PooledModel
-from timm_fisher.model import is_ours
+from timm_fisher.backbone import is_ours
+from timm_fisher.explain import grids
+from timm_fisher.training.command_line import run
+from timm_fisher.training.tables import table
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description='Try every timm architecture as a backbone.')
-    parser.add_argument('patterns', nargs='*', default=['*'], help='names or wildcards')
-    patterns = parser.parse_args().patterns
+@dataclass
+class Settings:
+    """Try every timm architecture as a backbone.
+
+    Args:
+        patterns: names of architectures, or wildcards.
+    """
+
+    patterns: list[str] = field(default_factory=lambda: ['*'])
+
+
+def main(settings: Settings) -> None:
     warnings.filterwarnings('ignore')
-
-    names = [name for name in timm.list_models(patterns) if not is_ours(name)]
-    rules: dict[str, list[str]] = defaultdict(list)
-    refused: list[tuple[str, str]] = []
+    names = [name for name in timm.list_models(settings.patterns) if not is_ours(name)]
+    rules: dict[tuple[str, str], list[str]] = defaultdict(list)
+    refused: list[str] = []
     for name in tqdm(names, disable=None):
         try:
             rules[try_backbone(name)].append(name)
-        except Exception as error:  # whatever a third-party model raises belongs in the table
-            refused.append((name, f'{type(error).__name__}: {error}'))
+        except Exception as error:  # whatever a third-party model raises belongs in the list
+            refused.append(f'- refused: `{name}`: {type(error).__name__}: {error}')
 
-    print('| read by | layout | architectures | for example |')
-    print('|---|---|---:|---|')
-    for rule, found in sorted(rules.items(), key=lambda item: -len(item[1])):
-        print(f'| {rule} | {len(found)} | {", ".join(f"`{name}`" for name in found[:3])} |')
-    print(f'\n{len(names) - len(refused)} of {len(names)} architectures work.')
-    for name, reason in refused:
-        print(f'- refused: `{name}`: {reason}')
-    sys.exit(bool(refused))
+    lines = [
+        [rule, layout, str(len(read)), ', '.join(f'`{name}`' for name in read[:3])]
+        for (rule, layout), read in sorted(rules.items(), key=lambda item: -len(item[1]))
+    ]
+    print(table(['read by', 'layout', 'architectures', 'for example'], lines))
+    works = f'{len(names) - len(refused)} of {len(names)} architectures work.'
+    print('', works, *refused, sep='\n')
+    if refused:
+        sys.exit(1)
 
 
-def try_backbone(name: str) -> str:
-    """The rule by which a backbone is read.
+def try_backbone(name: str) -> tuple[str, str]:
+    """The rule by which a backbone is read, and the layout of what it gives.
 
     Raises:
         Exception: whatever goes wrong; a ValueError where the number of descriptors is not that of
-            a grid.
+            a grid of the image.
     """
     with torch.device('meta'):
         model = PooledModel(name, 'avg', num_classes=7).eval()
         image = torch.empty(1, *timm.models.get_model_input_config(model.backbone)['input_size'])
-        features = model.forward_features(image)
-        number = model.descriptors(features).shape[1]
-        logits = model.forward_head(features)
+        features: Any = model.forward_features(image)
+        (descriptors,) = model.descriptors([features])
+        logits: Any = model.forward_head(features)
     if logits.shape != (1, 7):
         raise ValueError(f'logits of shape {tuple(logits.shape)}')
-    info = model.backbone.feature_info[-1]
-    channels = info['num_chs'] if model.descriptors.intermediate else model.backbone.num_features
+    (stage,), info = model.descriptors, model.backbone.feature_info[-1]
+    channels = info['num_chs'] if stage.intermediate else model.backbone.num_features
     if model.num_features != channels:
         raise ValueError(f'{model.num_features} channels, not {channels}')
-    strides = to_2tuple(info['reduction'])
-    sides = [size / stride for size, stride in zip(image.shape[2:], strides, strict=True)]
-    if name.startswith('mobilenetv5'):  # fuses its last stages on a grid of always the same size
-        sides = [16.0, 16.0]
-    if model.descriptors.layout == 'NLC':
-        right = number in {math.prod(map(rounded, sides)) for rounded in (math.floor, math.ceil)}
-    else:
-        grid = features.shape[1:3] if model.descriptors.layout == 'NHWC' else features.shape[2:]
+    size = image.shape[2:]
+    (grid,) = grids(model, [features], size)  # refuses tokens that do not fill one
+    if descriptors.shape[1] != math.prod(grid):
+        raise ValueError(f'{descriptors.shape[1]} descriptors on a grid of {grid}')
+    if stage.layout != 'NLC':
+        strides = to_2tuple(info['reduction'])
+        sides = [side / stride for side, stride in zip(size, strides, strict=True)]
+        if name.startswith('mobilenetv5'):  # fuses its last stages on a grid of always this size
+            sides = [16.0, 16.0]
         # Convolutions without padding, as Inception's, cost up to two rows.
-        right = all(side - 2 < n < side + 1 for side, n in zip(sides, grid, strict=True))
-    if not right:
-        raise ValueError(f'{number} descriptors, but the grid is {sides}')
-    rule = 'forward_intermediates' if model.descriptors.intermediate else 'forward_features'
-    prefix = ', prefix tokens dropped' if model.descriptors.num_prefix_tokens else ''
-    return f'`{rule}` | {model.descriptors.layout}{prefix}'
+        if not all(side - 2 < n < side + 1 for side, n in zip(sides, grid, strict=True)):
+            raise ValueError(f'a grid of {grid}, where the strides give {sides}')
+    rule = 'forward_intermediates' if stage.intermediate else 'forward_features'
+    prefix = ', prefix tokens dropped' if stage.num_prefix_tokens else ''
+    return f'`{rule}`', f'{stage.layout}{prefix}'
 
 
 if __name__ == '__main__':
-    main()
+    run(main, Settings, positional='patterns')

@@ -1,6 +1,6 @@
 """Improved deep Fisher kernel (IDFK) against the kernels without Fisher information: DFK, FK.
 
-    python recipes/kernel.py --config recipes/configs/kernel_usps.yaml --data-dir usps.npz \
+    python recipes/papers/kernel.py --config recipes/configs/kernel_usps.yaml --data-dir usps.npz \
         --output runs/kernel_usps
 
 For each seed, and each fold if there are any, `dbm_idfk` is fitted to the training split, as a DBM
@@ -29,43 +29,38 @@ Improve Object Classification".
 from __future__ import annotations
 
 import json
-import sys
-import time
 from dataclasses import asdict, dataclass, field
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-import jsonargparse
-import matplotlib
 import numpy as np
-import timm
-import torch
 from accelerate import Accelerator
-from cluster import create, load, parse
-from compare import percent
-from scipy import sparse
+from matplotlib.figure import Figure
 from sklearn.linear_model import SGDClassifier
-from sklearn.manifold import TSNE
-from sklearn.preprocessing import normalize
 from sklearn.svm import LinearSVC
-from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 import timm_fisher
-from timm_fisher import PooledModel
 from timm_fisher.files import keep_settings, save_png, write
+from timm_fisher.training import command_line
+from timm_fisher.training.boltzmann_kernels import BoltzmannKernel
+from timm_fisher.training.classifiers import nearest_labels, stack
 from timm_fisher.training.config import Config
-from timm_fisher.training.data import Cached, cache_features, create_datasets, load_splits
+from timm_fisher.training.data import load_splits
+from timm_fisher.training.embeddings import (
+    cache_splits,
+    create_embedder,
+    parse_options,
+    preprocessing,
+)
+from timm_fisher.training.tables import percent, table
+from timm_fisher.training.tsne import plot_tsne
 
-matplotlib.use('Agg')
-import matplotlib.pyplot as plt
-
-SHOWN = 2000  # images in tsne.png
 EPOCHS = 30  # of SGD in sgd.png
 TOP = 3  # features of each sign and class in features.png
-CHUNK = 1024  # images at a time
 METHODS = ('IDFK', 'DFK', 'FK')
+CLASSIFIERS = ('svm', '1nn')
 
 
 @dataclass
@@ -74,9 +69,9 @@ class Kernels:
 
     Args:
         output: folder of all results.
-        data_dir: as train.py takes it; a file FILE.npz with `dataset: npz` in `train`.
+        data_dir: as recipes/train.py takes it; a file FILE.npz with `dataset: npz` in `train`.
         seeds: of the repetitions; the first chooses the settings.
-        train: options of train.py: data, backbone, and `head_kwargs` of the DBM.
+        train: options of training: data, backbone, and `head_kwargs` of the DBM.
         rbm: `head_kwargs` of the RBM in place of those of the DBM.
         ranks: to choose from; the largest is computed.
         ridges: to choose from.
@@ -94,27 +89,28 @@ class Kernels:
     svm_c: list[float] = field(default_factory=lambda: [1.0, 10.0, 100.0])
     search_images: int = 10_000
 
+    def __post_init__(self) -> None:
+        for key in ('seeds', 'ranks', 'ridges', 'svm_c'):
+            values = getattr(self, key)
+            if not values or len(set(values)) < len(values):
+                raise ValueError(f'{key} is {values}; give one or more, all different.')
+        self.train = {**self.train, 'head': 'dbm_idfk'}
+        if self.data_dir:
+            self.train['data_dir'] = self.data_dir
 
-def main() -> None:
-    parser = jsonargparse.ArgumentParser(description='Compare Fisher kernels on one data set.')
-    parser.add_argument('--config', action='config', help='YAML file of these options')
-    parser.add_class_arguments(Kernels)
-    arguments = [a.replace('--data-dir', '--data_dir') for a in sys.argv[1:]]
-    parsed = parser.instantiate(parser.parse_args(arguments))
-    kernels = Kernels(**{key: parsed[key] for key in Kernels.__dataclass_fields__})
-    for key in ('seeds', 'ranks', 'ridges', 'svm_c'):
-        values = getattr(kernels, key)
-        if not values or len(set(values)) < len(values):
-            parser.error(f'{key} is {values}; give one or more, all different.')
-    if kernels.data_dir:
-        kernels.train['data_dir'] = kernels.data_dir
-    kernels.train['head'] = 'dbm_idfk'
+    def config(self, seed: int, fold: int) -> Config:
+        """The configuration of the DBM with the largest rank."""
+        head_kwargs = {**self.train.get('head_kwargs', {}), 'rank': max(self.ranks)}
+        return parse_options({**self.train, 'head_kwargs': head_kwargs, 'seed': seed, 'fold': fold})
+
+
+def main(kernels: Kernels) -> None:
     output = Path(kernels.output)
     settings = {k: v for k, v in asdict(kernels).items() if k not in ('output', 'seeds')}
     settings['first_seed'] = kernels.seeds[0]  # which chooses
     keep_settings(output, settings)
 
-    folds = range(max(1, parse(kernels.train, kernels.seeds[0], output).folds))
+    folds = range(max(1, kernels.config(kernels.seeds[0], 0).folds))
     results = []
     for seed, fold in (progress := tqdm(list(product(kernels.seeds, folds)), disable=None)):
         progress.set_description(f'seed {seed}, fold {fold}')
@@ -128,8 +124,8 @@ def main() -> None:
             if (seed, fold) == (kernels.seeds[0], 0):
                 vectors.save(chosen['IDFK']['svm'], output / 'model')
                 figures(vectors, chosen, output)
-            found = measure(vectors, chosen, seed)
-            write(path, json.dumps({'fold': fold, **found}, indent=2) + '\n')
+            result = measure(vectors, chosen, seed)
+            write(path, json.dumps({'fold': fold, **result}, indent=2) + '\n')
         results.append(json.loads(path.read_text()))
         write_results(results, kernels, output)
     print((output / 'table.md').read_text())
@@ -139,135 +135,37 @@ class Vectors:
     """Fisher vectors of the images of one seed and fold: of 'train', 'val' and 'test'.
 
     Attributes:
+        classes: names.
         labels: `[n]` of each split.
-        phi: of the DBM (DFK) and of the RBM (FK): CSR `[n, d]` of each split.
-        seconds: of the fits.
-        saturated: share of posteriors within 0.05 of 0 or 1, for each layer, DBM and RBM.
+        machines: the fitted DBM (DFK) and RBM (FK).
     """
 
     def __init__(self, kernels: Kernels, seed: int, fold: int, output: Path) -> None:
-        accelerator = Accelerator()
-        options = {**kernels.train, 'fold': fold}
-        options['head_kwargs'] = {**options.get('head_kwargs', {}), 'rank': max(kernels.ranks)}
-        config = parse(options, seed, output)
+        self.config = config = kernels.config(seed, fold)
         splits, self.classes = load_splits(config)
         if 'test' not in splits:
             raise ValueError(f"'{config.data_dir or config.dataset}' must have a test split.")
         self.labels = {name: split.labels for name, split in splits.items()}
-        self.phi: dict[str, dict[str, sparse.csr_matrix]] = {}
-        self.seconds: dict[str, float] = {}
-        self.saturated: dict[str, list[float]] = {}
-        machines = {
-            'DFK': {'whiten': True, 'seed': seed},
-            'FK': {**kernels.rbm, 'whiten': False, 'seed': seed},
-        }
-        features: dict[str, Cached] = {}
-        for name, of_head in machines.items():
-            model = create(config, **of_head)
-            if not features:
-                shape = {'img_size': config.img_size, 'crop_pct': config.crop_pct}
-                data_config = timm.data.resolve_input_data_config(model, shape)
-                datasets = create_datasets(config, splits, data_config)
-                features = {
-                    split: cache_features(model, datasets[split], config, accelerator)
-                    for split in splits
-                }
-            folder = None
-            if fold == 0:  # the others would fill a disk
-                folder = output / ('rbm' if name == 'FK' else 'dbm') / f's{seed}'
-            self.seconds[name] = fit(model, features['train'], folder, config, data_config)
-            self.saturated[name] = saturated(model, features['train'])
-            self.phi[name] = {split: score(model, each) for split, each in features.items()}
-            if name == 'DFK':
-                self.model, self.config, self.data_config = model, config, data_config
-        axes = self.model.head.axes.cpu().numpy()
-        mean = np.asarray(self.phi['DFK']['train'].mean(0)) @ axes
-        self._rotated = {split: each @ axes - mean for split, each in self.phi['DFK'].items()}
+        features = cache_splits(create_embedder(config), splits, config, Accelerator())
+        self.machines = {}
+        for name, folder, head_kwargs in (
+            ('DFK', 'dbm', {'whiten': True, 'seed': seed}),
+            ('FK', 'rbm', {**kernels.rbm, 'whiten': False, 'seed': seed}),
+        ):
+            # The models of all folds would fill a disk.
+            kept = output / folder / f's{seed}' if fold == 0 else None
+            self.machines[name] = BoltzmannKernel(config, features, kept, **head_kwargs)
 
     def get(self, method: str, setting: dict[str, Any]) -> dict[str, Any]:
         """Vectors of unit length `[n, d]` of each split; dense for IDFK."""
-        if method != 'IDFK':
-            return self.phi[method]
-        rank, self.model.head.ridge = setting['rank'], setting['ridge']
-        scale = self.model.head.inverse_root(torch.float32).cpu().numpy()[:rank]
-        return {split: normalize(z[:, :rank] * scale) for split, z in self._rotated.items()}
+        if method == 'IDFK':
+            return self.machines['DFK'].whitened(setting['rank'], setting['ridge'])
+        return self.machines[method].vectors
 
     def save(self, setting: dict[str, Any], folder: Path) -> None:
         """The DBM with a rank and a ridge of its own, as a model without classifier."""
-        rank, ridge = setting['rank'], setting['ridge']
-        model = create(self.config, rank=rank, ridge=ridge)
-        state = self.model.state_dict()
-        state['head.axes'] = state['head.axes'][:, :rank].contiguous()
-        state['head.variances'] = state['head.variances'][:rank]
-        model.load_state_dict(state)
-        timm_fisher.save_model(model, folder, data_config=self.data_config)
-
-
-def fit(
-    model: PooledModel,
-    features: Cached,
-    folder: Path | None,
-    config: Config,
-    data_config: dict[str, Any],
-) -> float:
-    """Fit a model's head and save it, or load it if that was done before; seconds it took then."""
-    taken = folder / 'seconds.json' if folder else None
-    if taken and folder and taken.exists():
-        load(model, folder)
-        return float(json.loads(taken.read_text()))
-    start = time.perf_counter()
-    loader = DataLoader(features, config.batch_size)
-    timm_fisher.fit(model.to(Accelerator().device), loader, from_features=True)
-    seconds = round(time.perf_counter() - start, 2)
-    if taken and folder:
-        timm_fisher.save_model(model, folder, data_config=data_config)
-        write(taken, json.dumps(seconds))
-    return seconds
-
-
-@torch.no_grad()
-def score(model: PooledModel, features: Cached) -> sparse.csr_matrix:
-    """phi `[n, d]` of cached features. Sparse: where a pixel is off, so are its products."""
-    device = next(model.parameters()).device
-    return sparse.vstack(
-        [
-            sparse.csr_matrix(
-                model.head.normalized_score(model.descriptors(x.to(device))).cpu().numpy()
-            )
-            for x, _ in DataLoader(features, CHUNK)
-        ],
-        format='csr',
-    )
-
-
-@torch.no_grad()
-def saturated(model: PooledModel, features: Cached) -> list[float]:
-    """Share of posteriors within 0.05 of 0 or 1, for each layer, over 1024 images."""
-    x, _ = next(iter(DataLoader(features, CHUNK)))
-    x = model.descriptors(x.to(next(model.parameters()).device))
-    return [((mu - 0.5).abs() > 0.45).float().mean().item() for mu in model.head.posteriors(x)]
-
-
-def nearest(train: Any, labels: np.ndarray, queries: Any) -> np.ndarray:
-    """Label of the nearest training vector, once all are centred and of unit length."""
-    mean = np.asarray(train.mean(0), np.float32).reshape(1, -1)
-
-    def prepared(part: Any) -> torch.Tensor:
-        return torch.from_numpy(normalize(dense(part) - mean))
-
-    best = np.full(queries.shape[0], -np.inf, np.float32)
-    found = np.zeros(queries.shape[0], labels.dtype)
-    asked = prepared(queries)
-    for start in range(0, train.shape[0], CHUNK):
-        similarity, where = (asked @ prepared(train[start : start + CHUNK]).T).max(1)
-        closer = similarity.numpy() > best
-        best[closer] = similarity.numpy()[closer]
-        found[closer] = labels[start + where.numpy()[closer]]
-    return found
-
-
-def dense(x: Any) -> np.ndarray:
-    return np.asarray(x.todense() if sparse.issparse(x) else x, dtype=np.float32)
+        model = self.machines['DFK'].truncated(setting['rank'], setting['ridge'])
+        timm_fisher.save_model(model, folder, data_config=preprocessing(model, self.config))
 
 
 def svm(c: float, seed: int) -> LinearSVC:
@@ -284,20 +182,20 @@ def search(kernels: Kernels, vectors: Vectors, seed: int) -> dict[str, Any]:
         if method == 'IDFK':
             pairs = product(kernels.ranks, kernels.ridges)
             grid = [{'rank': rank, 'ridge': ridge} for rank, ridge in pairs]
-        tried: dict[str, list[tuple[float, dict[str, Any]]]] = {'svm': [], '1nn': []}
+        tried: dict[str, list[tuple[float, dict[str, Any]]]] = {key: [] for key in CLASSIFIERS}
         for setting in grid:
             z = vectors.get(method, setting)
             train, val = z['train'][some], z['val']
             for c in kernels.svm_c:
-                found = float(svm(c, seed).fit(train, y[some]).score(val, truth))
-                tried['svm'].append((found, {**setting, 'C': c}))
-            found = float((nearest(train, y[some], val) == truth).mean())
-            tried['1nn'].append((found, setting))
+                accuracy = float(svm(c, seed).fit(train, y[some]).score(val, truth))
+                tried['svm'].append((accuracy, {**setting, 'C': c}))
+            accuracy = float((nearest_labels(train, y[some], val) == truth).mean())
+            tried['1nn'].append((accuracy, setting))
         chosen[method] = {'tried': tried}
-        for classifier, each in tried.items():
-            best = max(each, key=lambda pair: pair[0])  # the first of equals
-            chosen[method] |= {classifier: best[1], f'{classifier}_validation': best[0]}
-            print(f'{method}, {classifier}: validation {best[0]:.2%} with {best[1]}', flush=True)
+        for classifier, candidates in tried.items():
+            accuracy, best = max(candidates, key=lambda pair: pair[0])  # the first of equals
+            chosen[method] |= {classifier: best, f'{classifier}_validation': accuracy}
+            print(f'{method}, {classifier}: validation {accuracy:.2%} with {best}', flush=True)
     return chosen
 
 
@@ -308,115 +206,86 @@ def measure(vectors: Vectors, chosen: dict[str, Any], seed: int) -> dict[str, An
     rows: dict[str, Any] = {}
     for method in METHODS:
         rows[method] = {}
-        for classifier in ('svm', '1nn'):
+        for classifier in CLASSIFIERS:
             setting = chosen[method][classifier]
             z = vectors.get(method, setting)
-            train = join(z['train'], z['val'])
+            train = stack(z['train'], z['val'])
             if classifier == 'svm':
                 predicted = svm(setting['C'], seed).fit(train, y).predict(z['test'])
             else:
-                predicted = nearest(train, y, z['test'])
+                predicted = nearest_labels(train, y, z['test'])
             rows[method][classifier] = {
                 'accuracy': float((predicted == truth).mean()),
                 'dimensions': int(z['test'].shape[1]),
                 **setting,
             }
         print(f'seed {seed}, {method}: {rows[method]}', flush=True)
-    images = {name: len(labels) for name, labels in vectors.labels.items()}
-    about = {'seed': seed, 'images': images, 'classes': len(vectors.classes)}
-    return {**about, 'seconds': vectors.seconds, 'saturated': vectors.saturated, 'rows': rows}
-
-
-def join(first: Any, second: Any) -> Any:
-    if sparse.issparse(first):
-        return sparse.vstack([first, second], format='csr')
-    return np.concatenate([first, second])
+    return {
+        'seed': seed,
+        'images': {name: len(labels) for name, labels in vectors.labels.items()},
+        'classes': len(vectors.classes),
+        'seconds': {name: machine.seconds for name, machine in vectors.machines.items()},
+        'saturated': {name: machine.saturated for name, machine in vectors.machines.items()},
+        'rows': rows,
+    }
 
 
 def write_results(results: list[dict[str, Any]], kernels: Kernels, output: Path) -> None:
     """table.md and results.json of what there is so far."""
-    write(output / 'table.md', table(results))
+    write(output / 'table.md', report(results))
     everything = {'settings': asdict(kernels), 'results': results}
     write(output / 'results.json', json.dumps(everything, indent=2) + '\n')
 
 
-def table(results: list[dict[str, Any]]) -> str:
+def report(results: list[dict[str, Any]]) -> str:
     """Markdown; mean and standard deviation over the seeds, of means over folds, in per cent."""
-    seeds = sorted({each['seed'] for each in results})
-    lines = [
-        '| Fisher vectors | linear SVM | 1-NN | fit | settings of the SVM | of 1-NN |',
-        '|---|---:|---:|---:|---|---|',
-    ]
+    seeds = sorted({result['seed'] for result in results})
+    lines = []
     for method in METHODS:
-        cells, settings = [], []
-        for classifier in ('svm', '1nn'):
-            found = [(each['seed'], each['rows'][method][classifier]) for each in results]
-            of_seed = [[row['accuracy'] for s, row in found if s == seed] for seed in seeds]
-            cells.append(percent([float(np.mean(part)) for part in of_seed], digits=2))
-            names = [key for key in found[0][1] if key != 'accuracy']
-            values = {key: sorted({row[key] for _, row in found}) for key in names}
+        shares, settings = [], []
+        for classifier in CLASSIFIERS:
+            rows = [(result['seed'], result['rows'][method][classifier]) for result in results]
+            of_seed = [[row['accuracy'] for s, row in rows if s == seed] for seed in seeds]
+            shares.append(percent([float(np.mean(part)) for part in of_seed], digits=2))
+            values = {key: sorted({row[key] for _, row in rows}) for key in rows[0][1]}
+            del values['accuracy']
             settings.append(
                 ', '.join(
-                    f'{key} {" or ".join(f"{v:g}" for v in each)}' for key, each in values.items()
+                    f'{key} {" or ".join(f"{value:g}" for value in different)}'
+                    for key, different in values.items()
                 )
             )
         machine = 'FK' if method == 'FK' else 'DFK'
-        seconds = float(np.median([each['seconds'][machine] for each in results]))
-        lines.append(
-            f'| {method} | {" | ".join(cells)} | {seconds:.0f} s | {" | ".join(settings)} |'
-        )
-    shares = {
-        machine: np.mean([each['saturated'][machine] for each in results], 0)
-        for machine in ('DFK', 'FK')
-    }
-    text = '; '.join(
-        f'{machine} {", ".join(f"{100 * share:.0f} %" for share in each)}'
-        for machine, each in shares.items()
-    )
-    folds = len({each['fold'] for each in results})
+        seconds = float(np.median([result['seconds'][machine] for result in results]))
+        lines.append([method, *shares, f'{seconds:.0f} s', *settings])
+    header = ['Fisher vectors', 'linear SVM', '1-NN', 'fit', 'settings of the SVM', 'of 1-NN']
+    saturated = []
+    for machine in ('DFK', 'FK'):
+        layers = np.mean([result['saturated'][machine] for result in results], 0)
+        saturated.append(f'{machine} {", ".join(f"{100 * share:.0f} %" for share in layers)}')
+    folds = len({result['fold'] for result in results})
     images = ', '.join(f'{count} {name}' for name, count in results[0]['images'].items())
-    lines += [
-        '',
+    return (
+        f'{table(header, lines)}\n\n'
         f'Mean and standard deviation over seeds {", ".join(map(str, seeds))}'
         f'{f" of the mean over {folds} folds" if folds > 1 else ""}; {images} images, of which '
         'validation images join the training once settings are chosen. Saturated posteriors: '
-        f'{text}.',
-    ]
-    return '\n'.join(lines) + '\n'
+        f'{"; ".join(saturated)}.\n'
+    )
 
 
 def figures(vectors: Vectors, chosen: dict[str, Any], output: Path) -> None:
     """The paper's figures 2 to 4."""
     setting, dfk = chosen['IDFK'], vectors.get('DFK', {})
-    # t-SNE looks at neighbours.
+    # t-SNE looks at neighbours. Where there are few test images, it shows training images, too.
+    names = ['test', 'train'] if len(vectors.labels['test']) < 500 else ['test']
     near = {'IDFK': vectors.get('IDFK', setting['1nn']), 'DFK': dfk}
-    plot_tsne(near, vectors, output / 'tsne.png')
+    panels = {method: stack(*(z[name] for name in names)) for method, z in near.items()}
+    labels = np.concatenate([vectors.labels[name] for name in names])
+    plot_tsne(panels, labels, vectors.classes, output / 'tsne.png')
     linear = {'IDFK': vectors.get('IDFK', setting['svm']), 'DFK': dfk}
     plot_features(linear['IDFK'], vectors, setting['svm']['C'], output / 'features.png')
     plot_sgd(linear, vectors, chosen, output / 'sgd.png')
-
-
-def plot_tsne(pair: dict[str, dict[str, Any]], vectors: Vectors, path: Path) -> None:
-    """Test images, and training images where there are few of them, side by side."""
-    few = len(vectors.labels['test']) < 500
-    names = ['test', 'train'] if few else ['test']
-    y = np.concatenate([vectors.labels[name] for name in names])
-    shown = np.random.default_rng(0).permutation(len(y))[:SHOWN]
-    figure, axes = plt.subplots(1, 2, figsize=(12, 6))
-    last = max(1, len(vectors.classes) - 1)
-    for ax, (method, z) in zip(axes, pair.items(), strict=True):
-        points = join(z['test'], z['train']) if few else z['test']
-        spread = TSNE(random_state=0).fit_transform(dense(points[shown]))
-        for index, name in enumerate(vectors.classes):
-            part = spread[y[shown] == index]
-            ax.scatter(*part.T, s=6, color=plt.cm.turbo(index / last), label=name)
-        ax.set(title=method, xticks=[], yticks=[])
-    columns = 1 if len(vectors.classes) <= 20 else 2
-    axes[1].legend(
-        markerscale=2, fontsize=7, ncols=columns, loc='center left', bbox_to_anchor=(1, 0.5)
-    )
-    figure.tight_layout()
-    save_png(figure, path)
 
 
 def plot_features(z: dict[str, np.ndarray], vectors: Vectors, c: float, path: Path) -> None:
@@ -435,7 +304,8 @@ def plot_features(z: dict[str, np.ndarray], vectors: Vectors, c: float, path: Pa
     of_class = dict(zip(machine.classes_, weights, strict=True))
     present = [k for k in of_class if (vectors.labels['test'] == k).any()]
     rows = -(-len(present) // 5)
-    figure, axes = plt.subplots(rows, 5, figsize=(14, 2.3 * rows), squeeze=False)
+    figure = Figure(figsize=(14, 2.3 * rows))
+    axes = figure.subplots(rows, 5, squeeze=False)
     for ax in axes.flat[len(present) :]:
         ax.set_axis_off()
     for ax, k in zip(axes.flat, present, strict=False):
@@ -456,7 +326,8 @@ def plot_sgd(
     pair: dict[str, dict[str, Any]], vectors: Vectors, chosen: dict[str, Any], path: Path
 ) -> None:
     """Accuracy of a linear SVM trained by SGD, by epoch, with and without Fisher information."""
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharex=True)
+    figure = Figure(figsize=(10, 4))
+    axes = figure.subplots(1, 2, sharex=True)
     some = np.random.default_rng(0).permutation(len(vectors.labels['train']))[:10_000]
     y = vectors.labels['train'][some]
     for method, z in pair.items():
@@ -480,4 +351,4 @@ def plot_sgd(
 
 
 if __name__ == '__main__':
-    main()
+    command_line.run(main, Kernels)

@@ -1,15 +1,19 @@
-"""The card of a saved model: what it says, and what becomes of an edited one."""
+"""The card of a saved model: what it says, and how it shows text of somebody else."""
 
 import json
-import warnings
+import subprocess
+import sys
 
 import pytest
 import timm
 import torch
 from huggingface_hub import ModelCard
+from torch.utils.flop_counter import FlopCounterMode
 
 import timm_fisher
-from timm_fisher.hub.card import count_macs, merge_cards, seal
+from timm_fisher.hub.card import MOST_LABELS_SHOWN, count_macs, make_card
+from timm_fisher.hub.readme import BEGIN
+from timm_fisher.hub.text import code_block, escape_markdown
 
 METRICS = {
     'test': {'accuracy': 0.51234, 'balanced_accuracy': 0.4, 'samples': 10},
@@ -33,8 +37,8 @@ def card(folder, model=None, **arguments):
 
 def test_figures_of_a_run(tmp_path):
     (tmp_path / 'metrics.json').write_text(json.dumps(METRICS))
-    found = card(tmp_path, metrics=tmp_path / 'metrics.json', label_names=['ash', 'elm|oak'])
-    accuracy, balanced = found.data.eval_results
+    loaded = card(tmp_path, metrics=tmp_path / 'metrics.json', label_names=['ash', 'elm|oak'])
+    accuracy, balanced = loaded.data.eval_results
     assert (accuracy.dataset_name, accuracy.dataset_split) == ('Leaves', 'test')
     assert (accuracy.metric_type, accuracy.metric_value) == ('accuracy', 51.23)
     assert (balanced.metric_type, balanced.metric_value) == ('balanced_accuracy', 40.0)
@@ -45,32 +49,32 @@ def test_figures_of_a_run(tmp_path):
         METRICS['command'],
         'those after epoch 3 of the stage `warmup`, the best on the validation split.',
         'Versions: torch 1.2.3.',
-        '| classes | ash, elm/oak |',
+        '| classes | ash, elm\\|oak |',
     ):
-        assert line in found.text, line
-    assert timm_fisher.heads.gem.__doc__.splitlines()[0] in found.text
+        assert line in loaded.text, line
+    assert timm_fisher.heads.gem.__doc__.splitlines()[0] in loaded.text
     assert json.loads((tmp_path / 'metrics.json').read_text()) == METRICS
 
 
 def test_without_figures_or_classes(tmp_path):
-    found = card(tmp_path / 'a')
-    assert 'None were given when this card was written' in found.text
-    assert found.data.eval_results is None
-    assert found.data.pipeline_tag == 'image-classification'
+    loaded = card(tmp_path / 'a')
+    assert 'No metrics were given when this card was written' in loaded.text
+    assert loaded.data.eval_results is None
+    assert loaded.data.pipeline_tag == 'image-classification'
 
-    found = card(tmp_path / 'b', create(num_classes=0, in_chans=1))
-    assert found.data.pipeline_tag == 'image-feature-extraction'
-    assert 'A feature extractor' in found.text
-    assert "convert('L')" in found.text
-    assert 'probabilities' not in found.text
+    loaded = card(tmp_path / 'b', create(num_classes=0, in_chans=1))
+    assert loaded.data.pipeline_tag == 'image-feature-extraction'
+    assert 'A feature extractor' in loaded.text
+    assert "convert('L')" in loaded.text
+    assert 'probabilities' not in loaded.text
 
 
 def test_card_says_how_the_model_is_built(tmp_path):
     heads = [{'name': 'avg', 'normalize': True}, {'name': 'gmm_fisher', 'components': 2}]
-    found = card(tmp_path, create(heads, stage=-2))
-    assert '| head | `gmm_fisher`, components 2 |' in found.text
-    assert '| stage | -2, an earlier one |' in found.text
-    assert {'avg', 'gmm_fisher'} < set(found.data.tags)
+    loaded = card(tmp_path, create(heads, stage=-2))
+    assert '| head | `gmm_fisher`, components 2 |' in loaded.text
+    assert '| stage | -2, an earlier one |' in loaded.text
+    assert {'avg', 'gmm_fisher'} < set(loaded.data.tags)
 
 
 def test_multiplications_are_counted():
@@ -96,273 +100,140 @@ def test_multiplications_are_counted():
 
 
 @pytest.mark.parametrize(
-    ('arguments', 'error', 'message'),
+    ('backbone', 'head'),
+    [('test_vit', 'avg'), *(('test_resnet', head) for head in timm_fisher.list_heads())],
+)
+def test_multiplications_are_those_of_a_real_pass(backbone, head):
+    """On the meta device, where the card counts them, attention and heads take other kernels."""
+    model = timm_fisher.create_model(backbone, head, num_classes=2)
+    size = timm.data.resolve_model_data_config(model)['input_size']
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model.eval()(torch.zeros(1, *size))
+    assert count_macs(model, size) == counter.get_total_flops() // 2
+    assert {value.device.type for value in model.state_dict().values()} == {'cpu'}
+
+
+HUGE = """
+import resource, timm_fisher
+from timm_fisher.hub.card import count_macs
+model = timm_fisher.create_model('test_resnet', '3g', reduce_dim=8)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+assert count_macs(model, (3, 40_000, 40_000)) > 10**12
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+def test_multiplications_for_a_huge_image():
+    """19 GB as float32; counted without any of them."""
+    done = subprocess.run(
+        [sys.executable, '-c', HUGE], capture_output=True, text=True, timeout=120, check=True
+    )
+    assert int(done.stdout) < 300_000  # KB
+
+
+def test_multiplications_that_depend_on_values(tmp_path, monkeypatch):
+    model = create('avg')
+    monkeypatch.setattr(type(model.head), 'forward', lambda self, x: x[:, int(x.sum())])
+    assert count_macs(model, (3, 64, 64)) is None
+    assert 'GMACs' not in str(card(tmp_path, model))
+
+
+# Text of somebody else
+
+
+def test_labels_are_shown_as_they_are(tmp_path):
+    labels = ['<script>alert(1)</script>', '[x](http://a) ![y](z) **b** _i_ `c` a|b']
+    text = str(card(tmp_path, label_names=labels))
+    assert '<script' not in text
+    script = '&lt;script&gt;alert(1)&lt;/script&gt;'
+    shown = r'\[x\](http://a) !\[y\](z) \*\*b\*\* \_i\_ \`c\` a\|b'
+    assert f'| classes | {script}, {shown} |' in text
+    config = json.loads((tmp_path / 'config.json').read_text())
+    assert config['label_names'] == labels
+
+
+def test_many_labels(tmp_path):
+    count = MOST_LABELS_SHOWN + 234
+    text = str(card(tmp_path, create(num_classes=count), label_names=['x' * 200] * count))
+    assert 'x and 234 more |' in text
+    assert text.count('x' * 200) == MOST_LABELS_SHOWN
+
+
+def test_escaping():
+    for text in ('timm_fisher 0.1.0', 't-shirt', 'a_b__c', 'C#, x + y = z (1.5)!'):
+        assert escape_markdown(text) == text
+    for text in ('# a', '- a', '+ a', '= a', '1. a', '12) a', '_a_', '~a~', '*', '[', '|', '`'):
+        assert escape_markdown(text).count('\\') == 1 + (text[0] == text[-1] and len(text) > 1)
+    assert escape_markdown('a & <b>') == 'a &amp; &lt;b&gt;'
+    assert code_block('a\n```\nb ````', 'bash') == '`````bash\na\n```\nb ````\n`````'
+
+
+def test_a_command_does_not_leave_its_block(tmp_path):
+    command = 'accelerate launch \\\n    --a ```\n<script>alert(1)</script>\n```'
+    text = str(card(tmp_path, metrics=METRICS | {'command': command}, card={'commands': ['```']}))
+    assert f'\n````bash\n{command}\n````\n' in text
+    assert '\n````bash\n```\n````\n' in text
+
+
+def test_figures_are_shown_as_they_are(tmp_path):
+    metrics = METRICS | {
+        'dataset': '1. <b>Leaves</b>',
+        'best': {'stage': 'a`<i>', 'epoch': 3},
+        'seeds': {'[0](x)': 0.5},
+        'versions': {'<u>torch': '**1**'},
+    }
+    loaded = card(tmp_path, metrics=metrics)
+    for line in (
+        r'1\. &lt;b&gt;Leaves&lt;/b&gt;, test split',
+        "the stage `a'<i>`,",
+        r'Over seeds \[0\](x), test',
+        r'Versions: &lt;u&gt;torch \*\*1\*\*.',
+    ):
+        assert line in loaded.text, line
+    assert loaded.data.eval_results[0].dataset_name == '1. <b>Leaves</b>'
+
+
+def test_arguments_of_a_head_stay_in_their_row(tmp_path):
+    """They may come from the config.json of a model that was downloaded."""
+    model = create('gem')
+    model._given['head_kwargs'] = {'exponent': 'x |\n\n<script>\x1b[31m\ud800'}
+    config = {'pretrained_cfg': {'input_size': [3, 64, 64]}}
+    text = make_card(model, 1, config, {})
+    assert '| head | `gem`, exponent x \\| &lt;script&gt;\ufffd\\[31m\ufffd |\n' in text
+
+
+@pytest.mark.parametrize(
+    ('fields', 'message'),
     [
-        ({'label_names': [0, 1]}, ValueError, 'must be a list of texts'),
-        ({'label_names': 'ab'}, ValueError, 'must be a list of texts'),
-        ({'label_names': ['a']}, ValueError, '1 label names were given for 2 classes'),
-        ({'card': {'data_set': 'x'}}, TypeError, r"no argument 'data_set'.*'dataset'"),
-        ({'adapter': True}, ValueError, 'No adapter can be saved: the backbone was not loaded'),
-        ({'float16': ['head.q']}, ValueError, "no tensor 'head.q'"),
-        ({'data_config': {'crop_pct': 9}}, ValueError, 'crop_pct is 9, not a number from 0.1 to'),
-        ({'label_names': {'a': 1, 'b': 0}}, ValueError, 'must be a list of texts'),
+        ({'dataset': 'a\nb'}, r"card's dataset contains the character '\\n'"),
+        ({'license': 'x' * 201}, "card's license has 201 characters"),
+        ({'dataset_id': 'a/b](c)'}, r'a/b\]\(c\)'),
+        ({'repo_id': 'a/<b>'}, '<b>'),
         (
-            {'card': {'limits': 'cats'}},
-            TypeError,
-            "card's limits must be a list of texts, not 'cats'",
+            {'description': f'a {BEGIN} b'},
+            'must not hold the comments',
         ),
-        ({'backbone_id': 'a b/c'}, ValueError, 'a b/c'),
-        ({'backbone_id': 'a/b'}, ValueError, 'with pretrained weights; this one has none'),
-        ({'metrics': {'test': 0.5}}, ValueError, r"metrics\['test'\] is 0.5, not a table"),
-        (
-            {'metrics': {'val': {'accuracy': 51.2}}},
-            ValueError,
-            "'accuracy'.* is 51.2, not a .* 0 to",
-        ),
-        ({'metrics': {'test': {'accuracy': None}}}, ValueError, 'is None, not a number'),
-        ({'metrics': {'seeds': [0.5]}}, ValueError, r"metrics\['seeds'\] is \[0.5\], not a table"),
-        (
-            {'metrics': {'seeds': {'0': 'x'}}},
-            ValueError,
-            r"\['seeds'\]\['0'\] is 'x', not a number",
-        ),
-        (
-            {'metrics': {'accuracy': 0.5}},
-            ValueError,
-            r"no 'test' and no 'val', only \['accuracy'\]",
-        ),
-        ({'metrics': {'val': {'acc': 0.5}}}, ValueError, r"has no 'accuracy', only \['acc'\]"),
-        ({'metrics': {'test': None}}, ValueError, r"metrics\['test'\] is None, not a table"),
-        ({'metrics': METRICS | {'dataset': 3}}, ValueError, r"\['dataset'\] is 3, not a text"),
-        ({'metrics': METRICS | {'versions': 2}}, ValueError, r"\['versions'\] is 2, not a table"),
-        (
-            {'metrics': METRICS | {'head': 'avg'}},
-            ValueError,
-            'another model: head is avg there, gem',
-        ),
-        (
-            {'metrics': METRICS | {'out_features': 9}},
-            ValueError,
-            'out_features is 9 there, 96 here',
-        ),
-        (
-            {'metrics': METRICS | {'parameters': 9}},
-            ValueError,
-            'parameters is 9 there, 372883 here',
-        ),
-        ({'metrics': [1]}, ValueError, r'metrics are \[1\], not a table'),
     ],
 )
-def test_mistakes_leave_nothing(tmp_path, arguments, error, message):
-    with pytest.raises(error, match=message):
-        timm_fisher.save_pretrained(create(), tmp_path / 'new', **arguments)
-    assert not [path for path in tmp_path.rglob('*') if path.is_file()]
-    with pytest.raises(TypeError, match='Sequential is not a PooledModel'):
-        timm_fisher.save_pretrained(torch.nn.Sequential(create()), tmp_path)
+def test_fields_that_cannot_be(tmp_path, fields, message):
+    with pytest.raises(ValueError, match=message):
+        card(tmp_path / 'a', card=fields)
 
 
-def test_metrics_that_are_no_json(tmp_path):
-    (tmp_path / 'metrics.json').write_text('{')
-    with pytest.raises(ValueError, match=r"metrics\.json' is not readable JSON"):
-        timm_fisher.save_pretrained(create(), tmp_path / 'a', metrics=tmp_path / 'metrics.json')
-
-
-def test_half_precision_of_large_tensors(tmp_path):
-    model = create('sparse_fisher', code_dim=3).eval()
-    timm_fisher.save_pretrained(model, tmp_path, float16=['head.dictionary'])
-    loaded = timm_fisher.from_pretrained(tmp_path)
-    assert loaded.head.dictionary.dtype == torch.float32
-    expected = model.head.dictionary.half().float()
-    assert torch.equal(loaded.head.dictionary, expected)
-    assert torch.equal(loaded.classifier.weight, model.classifier.weight)
-    model.head.dictionary.data[0, 0] = 7e4
-    with pytest.raises(ValueError, match=r"'head\.dictionary' holds numbers that are too large"):
-        timm_fisher.save_pretrained(model, tmp_path, float16=['head.dictionary'])
-
-
-# Adapters, as far as no Hub is needed
-
-
-def test_adapter_of_a_backbone_from_a_folder(tmp_path):
-    plain = timm.create_model('test_resnet')
-    timm.models.save_for_hf(plain, tmp_path / 'backbone', safe_serialization=True)
-    source = f'local-dir:{tmp_path}/backbone'
-    model = timm_fisher.create_model(source, 'gem', pretrained=True, num_classes=2).eval()
-    timm_fisher.save_pretrained(model, tmp_path / 'whole')  # nobody says where it comes from
-    timm_fisher.save_pretrained(model, tmp_path / 'adapter', backbone_id='timm/test_resnet.x')
-    sizes = {n: (tmp_path / n / 'model.safetensors').stat().st_size for n in ('whole', 'adapter')}
-    assert sizes['adapter'] < 0.1 * sizes['whole']
-    x = torch.randn(2, 3, 64, 64)
-    loaded = timm_fisher.from_pretrained(tmp_path / 'adapter', backbone=source).eval()
-    assert torch.equal(loaded(x), model(x))
-    assert 'sha256' in loaded.backbone_weights
-
-    timm.models.save_for_hf(
-        timm.create_model('test_resnet'), tmp_path / 'other', safe_serialization=True
-    )
-    other = f'local-dir:{tmp_path}/other'
-    with pytest.raises(timm_fisher.LoadError, match=r'are not those that .* was trained with'):
-        timm_fisher.from_pretrained(tmp_path / 'adapter', backbone=other)
-    taken = timm_fisher.from_pretrained(tmp_path / 'adapter', backbone=other, any_backbone=True)
-    timm_fisher.save_pretrained(taken, tmp_path / 'taken')
-    assert 'base_model' not in (tmp_path / 'taken' / 'README.md').read_text()
-
-    grey = timm_fisher.create_model(source, 'gem', pretrained=True, in_chans=1)
-    assert grey.backbone_weights['sha256'] is None  # adapted by arithmetic
-    with pytest.raises(ValueError, match='were adapted to other images than they came for'):
-        timm_fisher.save_pretrained(grey, tmp_path / 'grey', adapter=True)
-    found = card(tmp_path / 'grey', grey, backbone_id='timm/test_resnet.x')
-    assert found.data.base_model == 'timm/test_resnet.x'
-    assert found.data.base_model_relation == 'finetune'
-    again = timm_fisher.from_pretrained(tmp_path / 'grey')
-    assert again.backbone_weights == grey.backbone_weights
-    with pytest.raises(ValueError, match=r'resnet18\.y.* is not of this backbone, test_resnet'):
-        timm_fisher.save_pretrained(model, tmp_path / 'x', backbone_id='timm/resnet18.y')
-    bare = timm.create_model(f'local-dir:{tmp_path}/adapter')  # random weights
-    assert bare.backbone_weights is None
-
-
-# Edited cards
-
-
-def made(*sections, **data):
-    lines = ''.join(f'{key}: {json.dumps(value)}\n' for key, value in data.items())
-    return seal(f'---\n{lines}---\n\n' + '\n\n'.join(sections) + '\n')
-
-
-def merge(new, old):
-    """The merged card, and what it warns of."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter('always')
-        found = merge_cards(new, old.encode(), 'the card')
-    return ModelCard(found), ' '.join(str(each.message) for each in caught)
-
-
-def parts(card):
-    """Its text without the seal."""
-    return [part for part in card.text.strip().split('\n\n') if not part.startswith('<!--')]
-
-
-DATA = {'tags': ['timm', 'avg'], 'library_name': 'timm', 'license': 'mit'}
-OLD = made('# old', '## Use\nold', '## Results\n50', base_model='a/old', datasets=['a/b'], **DATA)
-NEW = made('# new', '## Use\nold', '## Results\n90', base_model='a/new', **DATA)
-
-
-def test_merging_again_changes_nothing():
-    for old in (
-        NEW,
-        OLD,
-        'no metadata',
-        '',
-        '---\nlicense: mit\n---\n',
-        '---\r\ntags:\r\n- x\r\nnested:\r\n  a: [1, 2]\r\n---\r\nText\r\n',
-        '---\nday: 2026-01-02\n---\n## Use\nmine\n## Use\ntwice',
-        OLD.replace('# old', '# mine').replace('50', '51\n\n## More\nof it'),
-        OLD.replace('## Use\nold', ''),
-        OLD.replace('made by timm_fisher: ', 'made by timm_fisher: x'),
-    ):
-        once = str(merge(NEW, old)[0])
-        assert merge_cards(NEW, once.encode(), 'the card') == once
-    assert merge_cards(NEW, NEW.encode(), 'the card') == NEW
-
-
-def test_an_unedited_card_is_replaced():
-    assert merge_cards(NEW, OLD.encode(), 'the card') == NEW
-    index = [{'name': 'x', 'results': []}]
-    old = made('# old', **{**DATA, 'tags': ['trees', 'gem'], 'model-index': index})
-    found, warned = merge(NEW, old.replace('tags:', 'language: la\ntags:'))
-    assert parts(found) == ['# new', '## Use\nold', '## Results\n90']
-    assert found.data.tags == ['trees', 'timm', 'avg']  # 'gem' was the head of the old model
-    assert found.data.language == 'la'
-    assert found.data.base_model == 'a/new'
-    assert 'model-index' not in found.content
-    assert not warned
-
-
-@pytest.mark.parametrize('old', ['', '---\nlicense: apache-2.0\n---\n'])
-def test_an_empty_card_is_filled(old):
-    found, warned = merge(NEW, old)
-    assert parts(found)[0] == '# new'
-    assert found.data.license == ('apache-2.0' if old else 'mit')
-    assert not warned
-
-
-def test_edits_stay_and_figures_follow_the_model():
-    """Each part by itself: the text around an edited section is that of the new model."""
-    old = OLD.replace('## Use\nold', '## Use\nmine\n\n## News\nmore').replace('- a/b', '- a/mine')
-    found, warned = merge(NEW, old.replace('license: mit', 'license: cc-by-4.0'))
-    expected = ['# new', '## Use\nmine', '## News\nmore', '## Results\n90']
-    assert parts(found) == expected
-    assert found.data.license == 'cc-by-4.0'
-    assert found.data.datasets == ['a/mine']
-    assert found.data.base_model == 'a/new'
-    assert not warned  # what was made for Use is what it was
-
-    found, warned = merge(NEW, OLD.replace('## Results\n50', '## Results\nabout 50'))
-    assert parts(found) == ['# new', '## Use\nold', '## Results\nabout 50']
-    assert warned == (
-        'the card keeps the edited text of ## Results: see whether it fits this model.'
-    )
-
-
-def test_what_was_taken_out_stays_out():
-    old = OLD.replace('## Use\nold\n', '').replace('license: mit\n', '')
-    found, _ = merge(NEW, old.replace('base_model: a/old\n', ''))
-    assert parts(found) == ['# new', '## Results\n90']
-    assert found.data.license is None
-    assert found.data.base_model == 'a/new'  # it describes the model
-
-
-def test_edits_of_the_new_card_count_more():
-    """An edited folder is pushed twice: the second edit arrives, too."""
-    once = NEW.replace('# new', '# once')
-    pushed = str(merge(once, OLD)[0])
-    assert parts(ModelCard(pushed))[0] == '# once'
-    found, warned = merge(NEW.replace('# new', '# twice'), pushed)
-    assert parts(found)[0] == '# twice'
-    assert not warned
-    assert parts(merge(NEW, pushed)[0])[0] == '# once'
-
-    old = str(ModelCard(OLD)).replace('# old', '## News\nof old')
-    for _ in range(3):
-        old = str(merge(once, old)[0])
-    assert parts(ModelCard(old))[:3] == ['# once', '## News\nof old', '## Use\nold']
-
-
-def test_edits_of_a_folder_without_seal():
-    """Somebody's own text, pushed, changed, and pushed again; then a card that was made."""
-    first, second = ('---\nlicense: mit\n---\n# Mine\n\n' + text + '\n' for text in ('a', 'b'))
-    pushed = str(merge(second, first)[0])
-    assert parts(ModelCard(pushed)) == ['# Mine', 'b']
-    assert '<!--' not in pushed
-    assert parts(merge(NEW, pushed)[0]) == ['# Mine', 'b']
-
-
-def test_a_card_that_somebody_wrote():
-    """All of its text stays, and its own metadata; what describes the model is added."""
-    old = '---\nlicense: cc-by-4.0\nbase_model: a/other\n---\n# Mine\n\n## Results\nsome\n'
-    found, warned = merge(NEW, old)
-    assert parts(found) == ['# Mine', '## Results\nsome']
-    assert (found.data.license, found.data.base_model) == ('cc-by-4.0', 'a/new')
-    assert found.data.tags == ['timm', 'avg']
-    assert warned.startswith("the card is somebody's own: its text stays")
+def test_backbone_of_a_hostile_name(tmp_path):
+    model = create()
+    model.backbone_weights = {'hf_hub_id': 'a/b](javascript:x)', 'sha256': None}
+    with pytest.raises(ValueError, match='javascript'):
+        card(tmp_path / 'a', model)
 
 
 def test_saving_again_keeps_what_was_written(tmp_path):
     metrics = {'val': {'accuracy': 0.5}, 'dataset': 'Leaves'}
     card(tmp_path, metrics=metrics)
     text = (tmp_path / 'README.md').read_text()
-    (tmp_path / 'README.md').write_text(text.replace('## Use', '## News\n\nIt is mine.\n\n## Use'))
-    found = card(tmp_path, create('avg'), metrics={'val': {'accuracy': 0.75}, 'dataset': 'Leaves'})
-    assert 'It is mine.' in found.text
-    assert '| accuracy | 75.00 |' in found.text
-    assert '| head | `avg` |' in found.text
-    assert '50.00' not in found.text
-
-
-@pytest.mark.parametrize(
-    'old', [b'---\na: [\n---\n', b'---\ntags: [{a: 1}]\n---\n', b'---\n1: a\n---\n', b'\xe9t\xe9']
-)
-def test_a_card_that_cannot_be_read(old):
-    with pytest.raises(ValueError, match=r'^the card has text or metadata that cannot be read'):
-        merge_cards(NEW, old, 'the card')
+    (tmp_path / 'README.md').write_text(text + '\nIt is mine.\n')
+    loaded = card(tmp_path, create('avg'), metrics={'val': {'accuracy': 0.75}, 'dataset': 'Leaves'})
+    assert 'It is mine.' in loaded.text
+    assert '| accuracy | 75.00 |' in loaded.text
+    assert '| head | `avg` |' in loaded.text
+    assert '50.00' not in loaded.text

@@ -12,6 +12,7 @@ from huggingface_hub import ModelCard
 from safetensors.torch import save
 
 import timm_fisher
+from timm_fisher.hub.readme import BEGIN, END
 
 WRITER = 'hf_writersecret'
 TOKENS = {WRITER: 'user', 'hf_strangersecret': 'stranger'}
@@ -98,9 +99,9 @@ def test_heads_come_back_from_the_hub(hub, tmp_path, heads):
     names = {'OUT': str(tmp_path / 'logits.safetensors'), 'HEADS': heads}
     names = ''.join(f'{name} = {value!r}\n' for name, value in names.items())
     run(hub, names + ROUND_TRIP, tmp_path)
-    found = run(hub, names + LOAD, tmp_path / 'fresh')
-    assert len(found) == 4 * len(heads)
-    assert set(found.values()) == {'True'}
+    results = run(hub, names + LOAD, tmp_path / 'fresh')
+    assert len(results) == 4 * len(heads)
+    assert set(results.values()) == {'True'}
     for head in heads:
         adapter, whole = (hub.files(f'user/{head}-{kind}') for kind in ('adapter', 'whole'))
         assert sorted(adapter) == sorted(whole) == FILES
@@ -153,36 +154,32 @@ timm_fisher.push_to_hub(create(), 'user/leaves', metrics=metrics, card={'dataset
 
 @pytest.mark.slow
 def test_versions_and_edits(hub, tmp_path):
-    found = run(hub, VERSIONS, tmp_path)
-    assert found['again'] == 'True'
+    results = run(hub, VERSIONS, tmp_path)
+    assert results['again'] == 'True'
     assert len(hub.history('user/leaves')) == 2  # .gitattributes, and one push of two
-    assert found['branch'] == found['ours'] == 'Average'
-    assert found['main'] == 'SparseFisher'
-    assert found['request'].endswith('/discussions/1')
-    assert json.loads(found['labels'].replace("'", '"')) == ['ash', 'elm', 'oak']
+    assert results['branch'] == results['ours'] == 'Average'
+    assert results['main'] == 'SparseFisher'
+    assert results['request'].endswith('/discussions/1')
+    assert json.loads(results['labels'].replace("'", '"')) == ['ash', 'elm', 'oak']
 
     before = hub.files('user/leaves')['README.md'].decode()
     assert '| accuracy | 50.00 |' in before
     edited = before.replace('tags:\n', 'language: la\ntags:\n- trees\n')
+    edited = edited.replace('\n---\n', '\n---\n# Above\n', 1) + '\nMind the beech.\n'
     hub.commit('user/leaves', {'README.md': edited.encode()})
     run(hub, EDITED, tmp_path)
-    card = ModelCard(hub.files('user/leaves')['README.md'].decode())
-    assert '| accuracy | 75.00 |' in card.text  # only metadata were edited
+    text = hub.files('user/leaves')['README.md'].decode()
+    assert text.endswith(f'{END}\n\nMind the beech.\n')
+    assert f'\n---\n# Above\n\n{BEGIN}\n' in text
+    card = ModelCard(text)
+    assert '| accuracy | 75.00 |' in card.text
+    assert '50.00' not in text
     assert card.data.eval_results[0].metric_value == 75.0
     assert card.data.language == 'la'
     assert card.data.tags == ['trees', 'timm', 'timm_fisher', 'sparse_fisher']
-
-    edited = str(card).replace('## Use', 'Mind the beech.\n\n## Use').replace('75.00 |', '74.99 |')
-    hub.commit('user/leaves', {'README.md': edited.encode()})
-    run(hub, EDITED.replace('0.75', '0.8'), tmp_path)
-    again = ModelCard(hub.files('user/leaves')['README.md'].decode())
-    assert [card.text.partition('<!-- made')[0].strip() for card in (again, ModelCard(edited))] == [
-        edited.partition('\n---\n')[2].partition('<!-- made')[0].strip()
-    ] * 2
-    assert 'Mind the beech' in again.text
-    assert again.data.eval_results[0].metric_value == 80.0
+    assert hub.files('user/leaves', 'v2')['README.md'].decode().count('# Above') == 0
     commits = len(hub.history('user/leaves'))
-    run(hub, EDITED.replace('0.75', '0.8'), tmp_path)
+    run(hub, EDITED, tmp_path)
     assert len(hub.history('user/leaves')) == commits
 
 
@@ -243,23 +240,28 @@ attempt('another size', lambda: torch.equal(
 
 def test_adapters(hub, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    found = run(hub, ADAPTERS, tmp_path)
-    assert found['same'] == found['grey'] == found['folder'] == found['another size'] == 'True'
-    assert re.match(
-        r"LoadError: The weights of 'local-dir:other' \(digest \w{12}\) are not those that "
-        r"'user/adapter' was trained with \('timm/test_resnet.*any_backbone=True",
-        found['other'],
+    results = run(hub, ADAPTERS, tmp_path)
+    assert (
+        results['same'] == results['grey'] == results['folder'] == results['another size'] == 'True'
     )
-    assert found['accepted'] == 'False'
-    assert re.search(r"LoadError: .*test_vit.*'user/adapter' is an adapter", found['architecture'])
-    of_another = "LoadError: 'local-dir:vit' is test_vit, not test_resnet. 'user/adapter' is an ad"
-    assert found['folder of another'].startswith(of_another)
-    assert re.search("LoadError: 'user/whole' holds its backbone", found['no adapter'])
-    assert 'came from a repository without safetensors' in found['no safetensors']
-    assert found['public'].startswith(
+    assert re.match(
+        r"LoadError: The weights of 'other' \(digest \w{12}\) are not those that "
+        r"'user/adapter' was trained with \('timm/test_resnet.*any_backbone=True",
+        results['other'],
+    )
+    assert results['accepted'] == 'False'
+    assert re.search(
+        r"LoadError: .*test_vit.*'user/adapter' is an adapter", results['architecture']
+    )
+    assert re.match(
+        "LoadError: The weights of 'vit' are not of this model", results['folder of another']
+    )
+    assert re.search("LoadError: 'user/whole' holds its backbone", results['no adapter'])
+    assert 'came from a repository without safetensors' in results['no safetensors']
+    assert results['public'].startswith(
         "PushError: Pushing to 'user/whole' failed: it is public, not private."
     )
-    assert re.match(r'ValueError: No adapter can be saved: .*no longer those', found['drifted'])
+    assert re.match(r'ValueError: No adapter can be saved: .*no longer those', results['drifted'])
 
     def whole(name):
         names = load_names(hub.files(f'user/{name}')['model.safetensors'])
@@ -312,9 +314,9 @@ def test_faults_of_a_push(hub, tmp_path, faults):
         hub.commit(f'user/push-{i}', before)
         where = f'{path}user/push-{i}' if method == 'PUT' else f'push-{i}{path}'
         hub.fail(method, where, kind, times=times)
-    found = run(hub, f'PUSHES = {len(faults)}' + PUSHES, tmp_path)
+    results = run(hub, f'PUSHES = {len(faults)}' + PUSHES, tmp_path)
     for i, (_, _, kind, _, error) in enumerate(faults):
-        message = found[f'{i} fault']
+        message = results[f'{i} fault']
         assert re.match(rf"PushError: Pushing to 'user/push-{i}' failed: .*{error}", message)
         assert len(message.splitlines()) == 1
         states = [len(commit.files) for commit in hub.history(f'user/push-{i}')]
@@ -359,12 +361,12 @@ def test_faults_of_a_pull(hub, tmp_path, faults):
         where = path.replace('.*', f'user/pull-{i}/.*') if method == 'GET' else f'pull-{i}/.*{path}'
         hub.fail(method, where, kind, times=times)
     hub.create('user/empty')
-    found = run(hub, f'PULLS = {len(faults)}' + PULLS, tmp_path)
+    results = run(hub, f'PULLS = {len(faults)}' + PULLS, tmp_path)
     for i, (_, _, _, _, error) in enumerate(faults):
-        assert re.match(rf'LoadError: Downloading .*{error}', found[f'{i} fault'])
-    assert re.match('LoadError: .*no such repository', found['missing'])
-    assert re.match('LoadError: .*no such revision', found['revision'])
-    assert re.match('LoadError: .*lacks a file that every saved model has', found['no model'])
+        assert re.match(rf'LoadError: Downloading .*{error}', results[f'{i} fault'])
+    assert re.match('LoadError: .*no such repository', results['missing'])
+    assert re.match('LoadError: .*no such revision', results['revision'])
+    assert re.match('LoadError: .*lacks a file that every saved model has', results['no model'])
 
     offline = run(hub, LATER, tmp_path, HF_HUB_OFFLINE='1')
     hub.close()
@@ -374,6 +376,46 @@ def test_faults_of_a_pull(hub, tmp_path, faults):
     assert re.match(f'LoadError: .*{BROKE}', gone['not cached'])
     assert re.match('PushError: .*the Hub is needed, but HF_HUB_OFFLINE is set', offline['push'])
     assert re.match(f'PushError: .*{BROKE}', gone['push'])
+
+
+CARDS = """
+timm_fisher.save_pretrained(create('avg'), 'folder', card={'dataset': 'Leaves'})  # of USER/NAME
+push = lambda name: timm_fisher.push_folder('folder', f'user/{name}')
+push('first')
+readme = Path('folder/README.md')
+readme.write_text(readme.read_text() + '\\nOf the folder.\\n')
+for name in ('first', 'own', 'long', 'aliases', 'empty'):
+    attempt(name, push, name)
+attempt('link', lambda: [readme.unlink(), readme.symlink_to('/etc/hostname'), push('first')])
+"""
+
+
+def test_cards_on_the_hub(hub, tmp_path, monkeypatch):
+    """Whatever somebody has put there: kept, or refused by a sentence, and nothing is pushed."""
+    monkeypatch.chdir(tmp_path)
+    aliases = '---\na: &a [x]\nb: [*a, *a]\n---\n'
+    there = {'own': 'Ours, USER/NAME.', 'long': 'x' * 2**21, 'aliases': aliases, 'empty': ''}
+    for name, text in there.items():
+        hub.create(f'user/{name}')
+        hub.commit(f'user/{name}', {'README.md': text.encode()})
+    done = run(hub, CARDS, tmp_path)
+    cards = {name: hub.files(f'user/{name}')['README.md'].decode() for name in ('first', *there)}
+    for name in ('first', 'empty'):
+        assert f"create_model('hf-hub:user/{name}'" in cards[name]
+        assert f'\n# {name}\n' in cards[name]
+        assert 'USER/NAME' not in cards[name]
+        assert cards[name].endswith(f'{END}\n\nOf the folder.\n')
+    assert cards['own'].endswith('\n---\nOurs, USER/NAME.')
+    assert 'library_name: timm\n' in cards['own']
+    for name, reason in (('long', 'more than 1048576 bytes'), ('aliases', "anchor 'a'")):
+        assert re.match(
+            f"PushError: Pushing to 'user/{name}' failed: the README.md on the Hub cannot be read: "
+            f'.*{reason}.* Correct or delete it there.$',
+            done[name],
+        )
+        assert cards[name] == there[name]
+        assert len(hub.history(f'user/{name}')) == 2
+    assert re.match(r"ValueError: 'folder/README\.md' is a symbolic link", done['link'])
 
 
 def test_names():

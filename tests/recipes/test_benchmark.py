@@ -1,4 +1,4 @@
-"""recipes/benchmarks/heads.py, recipes/measure.py and recipes/maintenance/check_export.py, at tiny sizes."""
+"""recipes/benchmarks/heads.py and recipes/maintenance/check_export.py, at tiny sizes."""
 
 from __future__ import annotations
 
@@ -6,11 +6,9 @@ import ctypes.util
 import importlib
 import json
 import logging
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -19,39 +17,37 @@ from conftest import load_script
 
 from timm_fisher import list_heads
 from timm_fisher.numerics.linalg import gram_root
+from timm_fisher.training import command_line, measure
 
 TINY = (
-    '--numbers 4 6 --channels 8 --batch 2 --backbone test_resnet --img-sizes 32 --repetitions 1 '
-    '--threads 1'
+    '--numbers [4,6] --channels 8 --batch 2 --backbone test_resnet --img-sizes [32] '
+    '--repetitions 1 --threads 1'
 ).split()
 
 
 @pytest.fixture
-def script(recipes: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., ModuleType]]:
-    """`script('benchmark', *arguments)` runs a script of recipes/ in this process."""
+def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """`script('benchmarks/heads', *arguments)` runs a script of recipes/ in this process."""
     threads = torch.get_num_threads()
-    monkeypatch.setattr(importlib.import_module('timm_fisher.training.measure'), 'LEAST_SECONDS', 0)
+    monkeypatch.setattr(measure, 'LEAST_SECONDS', 0)
 
-    def run(name: str, *arguments: object) -> ModuleType:
-        module = importlib.import_module(name)
-        monkeypatch.setattr(sys, 'argv', [f'{name}.py', *map(str, arguments)])
-        module.main()
-        return module
+    def run(name: str, *arguments: object) -> None:
+        module = load_script(name)
+        if name == 'benchmarks/heads':  # sizes that no option sets
+            for argument, (letter, _) in module.SIZES.items():
+                module.SIZES[argument] = (letter, (4, 16))
+            module.ROOT['batch'], module.FISHER['batch'] = 2, 3
+        command_line.run(
+            module.main,
+            module.Settings,
+            positional='heads',
+            arguments=list(map(str, arguments)),
+        )
 
     with warnings.catch_warnings():
         yield run
     torch.set_num_threads(threads)
     logging.disable(logging.NOTSET)
-
-
-@pytest.fixture
-def tiny(recipes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sizes of benchmark.py that no option sets."""
-    benchmark = load_script('benchmarks/heads')
-    for argument, (letter, _) in benchmark.SIZES.items():
-        monkeypatch.setitem(benchmark.SIZES, argument, (letter, (4, 16)))
-    monkeypatch.setitem(benchmark.ROOT, 'batch', 2)
-    monkeypatch.setitem(benchmark.FISHER, 'batch', 3)
 
 
 def results(folder: Path) -> list[dict[str, Any]]:
@@ -64,9 +60,8 @@ def check_costs(rows: list[dict[str, Any]]) -> None:
         assert row['step MiB'] > row['forward MiB']
 
 
-@pytest.mark.usefixtures('tiny')
 def test_cost_of_every_head(script, tmp_path, capsys):
-    script('benchmark', *TINY, '--parts', 'descriptors', 'sizes', '--output', tmp_path)
+    script('benchmarks/heads', *TINY, '--parts=[descriptors,sizes]', '--output', tmp_path)
     rows = results(tmp_path)
     check_costs(rows)
     for part, letter, values in (
@@ -74,11 +69,11 @@ def test_cost_of_every_head(script, tmp_path, capsys):
         ('sizes', 'd', [4]),  # 16 is more than the channels
         ('sizes', 'K', [4, 16]),
     ):
-        found = [row for row in rows if row['part'] == part and letter in row]
-        names = {row['head'] for row in found}
+        measured = [row for row in rows if row['part'] == part and letter in row]
+        names = {row['head'] for row in measured}
         assert names == set(list_heads()) if part == 'descriptors' else 'gmm_fisher' in names
         for name in names:
-            assert [row[letter] for row in found if row['head'] == name] == values
+            assert [row[letter] for row in measured if row['head'] == name] == values
     text = (tmp_path / 'benchmark.md').read_text()
     assert text.count('| `sparse_fisher` |') == 4
     assert text.strip() in capsys.readouterr().out
@@ -87,16 +82,15 @@ def test_cost_of_every_head(script, tmp_path, capsys):
 
 @pytest.mark.parametrize('precision', ['float32', 'amp', 'bfloat16'])
 def test_cost_inside_a_model(script, tmp_path, precision):
-    options = ['--parts', 'model', '--heads', 'isqrt_cov', '--precision', precision]
-    script('benchmark', *TINY, *options, '--output', tmp_path)
+    options = ['--parts=[model]', '--precision', precision, '--output', tmp_path]
+    script('benchmarks/heads', 'isqrt_cov', *TINY, *options)
     rows = results(tmp_path)
     check_costs(rows)
     assert [(row['head'], row['image']) for row in rows] == [('avg', 32), ('isqrt_cov', 32)]
 
 
-@pytest.mark.usefixtures('tiny')
 def test_newton_schulz_is_the_same_on_the_smaller_side(script, tmp_path):
-    script('benchmark', *TINY, '--parts', 'newton_schulz', '--output', tmp_path)
+    script('benchmarks/heads', *TINY, '--parts=[newton_schulz]', '--output', tmp_path)
     rows = results(tmp_path)
     assert [(row['head'], row['pass']) for row in rows] == [
         ('isqrt_cov', 'forward'), ('isqrt_cov', 'step'), ('3g', 'forward'), ('3g', 'step'),
@@ -106,13 +100,12 @@ def test_newton_schulz_is_the_same_on_the_smaller_side(script, tmp_path):
         assert row['N x N MiB'] < row['d x d MiB']
 
 
-@pytest.mark.usefixtures('tiny')
 @pytest.mark.parametrize('installed', [False, True])
 def test_fisher_vectors_are_those_of_vlfeat(script, tmp_path, monkeypatch, installed):
     if not installed:
         monkeypatch.setattr(ctypes.util, 'find_library', lambda _: None)
     library = ctypes.util.find_library('vl')
-    script('benchmark', *TINY, '--parts', 'fisher', '--output', tmp_path)
+    script('benchmarks/heads', *TINY, '--parts=[fisher]', '--output', tmp_path)
     rows = results(tmp_path)
     assert len(rows) == 3 if library else 2
     if library:
@@ -124,21 +117,20 @@ def test_fisher_vectors_are_those_of_vlfeat(script, tmp_path, monkeypatch, insta
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [
-        (['--heads', 'sparse_fischer'], "Did you mean 'sparse_fisher'?"),
-        (['--parts', 'modle'], 'invalid choice'),
-        (['--batch', '0'], '0 is less than 1'),
+        (['sparse_fischer'], "Did you mean 'sparse_fisher'?"),
+        (['--parts', '[modle]'], 'Got value: modle'),
+        (['--batch', '0'], '--batch is 0; give 1 or more'),
+        (['--numbers', '[4,0]'], '--numbers is [4, 0]; give 1 or more'),
         (['--device', 'gpu'], 'gpu'),
     ],
 )
 def test_benchmark_refuses_what_it_cannot_do(script, capsys, arguments, message):
     with pytest.raises(SystemExit):
-        script('benchmark', *arguments)
+        script('benchmarks/heads', *arguments)
     assert message in capsys.readouterr().err
 
 
-def test_peak_memory_is_exact(recipes):
-    measure = importlib.import_module('timm_fisher.training.measure')
-
+def test_peak_memory_is_exact():
     def run() -> None:
         a = torch.zeros(2**18)  # 1 MiB
         b = a + 1
@@ -149,8 +141,7 @@ def test_peak_memory_is_exact(recipes):
     assert [measure.peak_memory(run, 'cpu') for _ in range(3)] == [2.5 * 2**20] * 3
 
 
-def test_times_are_medians_of_runs_in_turn(recipes, monkeypatch):
-    measure = importlib.import_module('timm_fisher.training.measure')
+def test_times_are_medians_of_runs_in_turn(monkeypatch):
     monkeypatch.setattr(measure, 'LEAST_SECONDS', 0)
     clock, calls = [0.0], []
     monkeypatch.setattr(measure.time, 'perf_counter', lambda: clock[0])
@@ -169,16 +160,14 @@ def test_times_are_medians_of_runs_in_turn(recipes, monkeypatch):
 
 
 def test_export(script, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        script('check_export', '--heads', 'avg', '--ways', 'export')
-    assert stopped.value.code == 0
+    script('maintenance/check_export', 'avg', '--ways', '[export]')
     plain, normalized = capsys.readouterr().out.splitlines()[2:]
     assert plain.startswith('| `avg` | ok, ')
     assert normalized.startswith('| `avg`, `normalize=True` | ok, ')
 
 
 @pytest.mark.slow
-def test_root_on_the_smaller_side_exports(recipes):
+def test_root_on_the_smaller_side_exports():
     """torch.onnx does not take every way of adding to a diagonal."""
 
     class Root(torch.nn.Module):
@@ -192,16 +181,14 @@ def test_root_on_the_smaller_side_exports(recipes):
 
 @pytest.mark.slow
 def test_every_head_compiles_and_exports(script, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        script('check_export')
+    script('maintenance/check_export')
     lines = capsys.readouterr().out.splitlines()
-    assert stopped.value.code == 0, lines
     for name in list_heads():
         (line,) = [line for line in lines if line.startswith(f'| `{name}` |')]
         assert line.count('ok, ') == 3
 
 
-def test_export_says_why_it_fails(recipes, monkeypatch):
+def test_export_says_why_it_fails(monkeypatch):
     check_export = load_script('maintenance/check_export')
     model, images = torch.nn.Identity(), torch.ones(2, 3)
 

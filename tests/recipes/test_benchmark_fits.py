@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -16,9 +15,11 @@ import timm
 import torch
 from conftest import load_script
 
+from timm_fisher.training import command_line
+
 
 @pytest.fixture
-def fits(recipes: Any, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def fits(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The script, with small sizes where no option sets them."""
     module = load_script('benchmarks/fits')
     tiny = dict(images=120, channels=20, components=6, rounds=300)
@@ -31,17 +32,20 @@ def fits(recipes: Any, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return module
 
 
+def run_script(fits: ModuleType, *arguments: object) -> None:
+    command_line.run(
+        fits.main, fits.Settings, positional='part', arguments=list(map(str, arguments))
+    )
+
+
 @pytest.fixture
-def run(
-    fits: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Callable[..., list[dict[str, Any]]]]:
+def run(fits: ModuleType, tmp_path: Path) -> Iterator[Callable[..., list[dict[str, Any]]]]:
     """`run('nmf', *arguments)` gives the rows that the script leaves."""
     threads = torch.get_num_threads()
 
     def call(*arguments: object) -> list[dict[str, Any]]:
         common = ['--threads', '1', '--output', tmp_path / 'out']
-        monkeypatch.setattr(sys, 'argv', ['benchmark_fits.py', *map(str, [*arguments, *common])])
-        fits.main()
+        run_script(fits, *arguments, *common)
         return json.loads((tmp_path / 'out/benchmark_fits.json').read_text())['results']
 
     yield call
@@ -67,7 +71,7 @@ def test_factorization_reaches_the_objective_of_scikit_learn(run, tmp_path, imag
 
 @pytest.mark.parametrize('full', [False, True])
 def test_leading_axes_against_forming_the_fisher_information(run, tmp_path, capsys, full):
-    options = ['--full'] if full else []
+    options = ['--full=true'] if full else []
     fit, *axes, estimate = run('fisher_information', '--epochs', 2, *options)
     assert (fit['d'], fit['r']) == (120, 8)
     assert fit['seconds'] > fit['leading_axes s'] > 0
@@ -100,8 +104,8 @@ def test_all_training_images_of_a_file_are_read(fits, tmp_path):
 def test_formed_fisher_information_is_the_covariance(fits):
     rows = torch.rand(50, 7) + 10
     expected = torch.cov(rows.double().T, correction=0)
-    found = fits.form(rows.split(8)).double()
-    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+    formed = fits.form(rows.split(8)).double()
+    torch.testing.assert_close(formed, expected, atol=1e-6, rtol=1e-5)
 
 
 def test_extrapolation_continues_a_power_law(fits):
@@ -113,15 +117,15 @@ def test_extrapolation_continues_a_power_law(fits):
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [
-        ([], 'PART'),
-        (['fisher'], 'invalid choice'),
-        (['nmf', '--full'], 'unrecognized arguments: --full'),
+        ([], 'arguments are required: part'),
+        (['fisher'], 'Got value: fisher'),
+        (['nmf', '--full', 'true'], '--full is an option of fisher_information alone'),
+        (['fisher_information', '--backbone', 'x'], '--backbone is an option of nmf alone'),
         (['nmf', '--device', 'gpu'], 'gpu'),
-        (['fisher_information', '--epochs', '0'], '0 is less than 1'),
+        (['fisher_information', '--epochs', '0'], '--epochs is 0; give 1 or more'),
     ],
 )
-def test_refuses_what_it_cannot_do(fits, monkeypatch, capsys, arguments, message):
-    monkeypatch.setattr(sys, 'argv', ['benchmark_fits.py', *arguments])
+def test_refuses_what_it_cannot_do(fits, capsys, arguments, message):
     with pytest.raises(SystemExit):
-        fits.main()
+        run_script(fits, *arguments)
     assert message in capsys.readouterr().err

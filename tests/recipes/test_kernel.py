@@ -1,4 +1,4 @@
-"""recipes/papers/kernel.py: nearest neighbours and vectors against slow ones, and the command."""
+"""recipes/papers/kernel.py: what a run leaves, and who chooses its settings."""
 
 from __future__ import annotations
 
@@ -12,31 +12,19 @@ import timm
 import torch
 import yaml
 from conftest import ENVIRONMENT, ROOT, load_script
-from scipy import sparse
 from sklearn.datasets import load_digits
-from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import normalize
+
+from timm_fisher.training.command_line import parse
+from timm_fisher.training.data import load_splits
+from timm_fisher.training.embeddings import create_embedder
 
 CONFIGS = sorted(ROOT.glob('recipes/configs/kernel_*.yaml'))
 
 
 @pytest.fixture(scope='module')
-def kernel(recipes):
+def kernel():
     return load_script('papers/kernel')
-
-
-def unit(count, *, seed):
-    x = np.random.default_rng(seed).standard_normal((count, 6)).astype(np.float32)
-    return x / np.linalg.norm(x, axis=1, keepdims=True)
-
-
-@pytest.mark.parametrize('form', [np.asarray, sparse.csr_matrix])
-def test_nearest_is_scikit_learns(kernel, monkeypatch, form):
-    monkeypatch.setattr(kernel, 'CHUNK', 7)
-    train, queries, labels = unit(50, seed=0), unit(20, seed=1), np.arange(50) % 4
-    x, q = (normalize(part - train.mean(0)) for part in (train, queries))
-    expected = KNeighborsClassifier(1).fit(x, labels).predict(q)
-    assert (kernel.nearest(form(train), labels, form(queries)) == expected).all()
 
 
 @pytest.fixture
@@ -68,8 +56,7 @@ def run(kernel, digits, tmp_path, monkeypatch):
     def start(**options):
         arguments = [f'--{key}={value}' for key, value in options.items()]
         file = str(tmp_path / 'kernel.yaml')
-        monkeypatch.setattr('sys.argv', ['kernel.py', '--config', file, *arguments])
-        kernel.main()
+        kernel.main(parse(kernel.Kernels, arguments=['--config', file, *arguments]))
         return Path(options.get('output', tmp_path / 'out'))
 
     return start
@@ -79,8 +66,8 @@ def test_run_leaves_everything(run, capsys):
     output = run(seeds='[0]')
     for name in ('tsne.png', 'features.png', 'sgd.png'):
         assert (output / name).read_bytes().startswith(b'\x89PNG')
-    found = json.loads((output / 'results.json').read_text())
-    rows = found['results'][0]['rows']
+    results = json.loads((output / 'results.json').read_text())
+    rows = results['results'][0]['rows']
     assert list(rows) == ['IDFK', 'DFK', 'FK']
     assert rows['DFK']['svm']['dimensions'] == 64 * 6 + 6 * 4
     assert rows['FK']['1nn']['dimensions'] == 64 * 3
@@ -96,9 +83,9 @@ def test_run_leaves_everything(run, capsys):
     run(seeds='[0, 1]')
     assert (output / 'dbm/s0/model.safetensors').stat().st_mtime_ns == before
     assert (output / 'chosen-f0.json').read_text() == chosen
-    results = json.loads((output / 'results.json').read_text())['results']
-    assert [each['seed'] for each in results] == [0, 1]
-    assert results[0] == found['results'][0]
+    again = json.loads((output / 'results.json').read_text())['results']
+    assert [result['seed'] for result in again] == [0, 1]
+    assert again[0] == results['results'][0]
     weights = [
         safetensors.torch.load_file(output / f'dbm/s{seed}/model.safetensors') for seed in (0, 1)
     ]
@@ -107,31 +94,20 @@ def test_run_leaves_everything(run, capsys):
         run(svm_c='[2.0]')
 
 
-def test_vectors_are_those_of_the_saved_model(kernel, run, digits, tmp_path):
+def test_saved_model_gives_the_vectors_that_were_measured(kernel, run, digits):
     output = run(seeds='[0]')
     settings = yaml.safe_load((output / 'config.yaml').read_text())
     settings.pop('first_seed')
-    vectors = kernel.Vectors(kernel.Kernels(**settings), 0, 0, output)
-    model = timm.create_model(f'local-dir:{output}/dbm/s0', pretrained=True).eval()
-    model.head.ridge = 0.1
-    pixels = np.load(digits)['x']
-    x = torch.from_numpy(pixels[:, None].astype(np.float32) / 255)
-    with torch.no_grad():
-        z = model(x).numpy()
-    splits, _ = kernel.load_splits(kernel.parse(settings['train'], 0, output))
-    z = {
-        name: z[split.indices] - z[splits['train'].indices].mean(0)
-        for name, split in splits.items()
-    }
-    for name, found in vectors.get('IDFK', {'rank': 30, 'ridge': 0.1}).items():
-        expected = z[name] / np.linalg.norm(z[name], axis=1, keepdims=True)
-        np.testing.assert_allclose(found, expected, atol=1e-3)
+    kernels = kernel.Kernels(**settings)
     chosen = json.loads((output / 'chosen-f0.json').read_text())['IDFK']['svm']
     model = timm.create_model(f'local-dir:{output}/model', pretrained=True).eval()
     assert model.head.ridge == chosen['ridge']
-    z = model(x).detach().numpy()
+    with torch.no_grad():
+        z = model(torch.from_numpy(np.load(digits)['x'][:, None].astype(np.float32) / 255)).numpy()
     assert z.shape[1] == chosen['rank']
+    splits, _ = load_splits(kernels.config(0, 0))
     z = normalize(z[splits['test'].indices] - z[splits['train'].indices].mean(0))
+    vectors = kernel.Vectors(kernels, 0, 0, output)
     np.testing.assert_allclose(vectors.get('IDFK', chosen)['test'], z, atol=1e-3)
 
 
@@ -139,10 +115,9 @@ def test_vectors_are_those_of_the_saved_model(kernel, run, digits, tmp_path):
 def test_settings_are_chosen_on_validation_images(kernel, run, tmp_path, monkeypatch):
     """Other labels of the test images do not change them."""
     first = run(seeds='[0]')
-    load = kernel.load_splits
 
     def garbled(config):
-        splits, classes = load(config)
+        splits, classes = load_splits(config)
         splits['test'].labels = (splits['test'].labels + 1) % 4
         return splits, classes
 
@@ -165,26 +140,25 @@ def test_folds_choose_for_themselves(run, tmp_path):
     file.write_text(yaml.safe_dump(config))
     output = run(seeds='[0]')
     results = json.loads((output / 'results.json').read_text())['results']
-    assert [each['fold'] for each in results] == [0, 1, 2]
-    assert sum(each['images']['test'] for each in results) == 120
-    for fold, each in enumerate(results):
+    assert [result['fold'] for result in results] == [0, 1, 2]
+    assert sum(result['images']['test'] for result in results) == 120
+    for fold, result in enumerate(results):
         chosen = json.loads((output / f'chosen-f{fold}.json').read_text())
-        assert each['rows']['IDFK']['svm']['ridge'] == chosen['IDFK']['svm']['ridge']
+        assert result['rows']['IDFK']['svm']['ridge'] == chosen['IDFK']['svm']['ridge']
     assert 'of the mean over 3 folds' in (output / 'table.md').read_text()
 
 
 @pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)
-def test_configuration_that_is_shipped(kernel, tmp_path, path):
-    settings = yaml.safe_load(path.read_text())
-    assert f'--config recipes/configs/{path.name} ' in path.read_text()
-    kernels = kernel.Kernels(**settings)
-    config = kernel.parse({**kernels.train, 'head': 'dbm_idfk'}, 0, tmp_path)
-    model = kernel.create(config)
-    machine = kernel.create(config, **kernels.rbm, whiten=False)
-    assert model.head.score_features == model.num_features * model.head.hidden[0] + (
-        model.head.hidden[0] * model.head.hidden[1]
+def test_configuration_that_is_shipped(kernel, path):
+    assert f'recipes/papers/kernel.py --config recipes/configs/{path.name} ' in path.read_text()
+    kernels = parse(kernel.Kernels, arguments=['--config', str(path)])
+    config = kernels.config(0, 0)
+    head = create_embedder(config).head
+    rbm = create_embedder(config, **kernels.rbm, whiten=False).head
+    assert (
+        head.score_features == head.in_features * head.hidden[0] + head.hidden[0] * head.hidden[1]
     )
-    assert machine.head.out_features == 10 * model.num_features
+    assert rbm.out_features == 10 * head.in_features
 
 
 @pytest.mark.parametrize('option', ['seeds', 'ranks', 'ridges', 'svm_c'])

@@ -1,346 +1,329 @@
-"""Checks of a saved model's config.json, before anything is built from it.
+"""What the config.json of a saved model may say: read and checked before anything is built.
 
-It may come from anybody. It chooses an installed head and one of timm's architectures, sets their
-arguments, and names the Hub's repository of an adapter's backbone, with its digest. It cannot name
-code, a path or a file to read, nor ask for more memory than the weights beside it fill.
+It may come from anybody, so everything is on a list of what is allowed: an installed head, whose
+constructor bounds its own arguments; one of timm's architectures; those of its arguments that
+change shapes in known ways; sizes of images; names of classes. It cannot name code, a path or a
+file. `trust_config=True` of the caller lifts the limits on the backbone's arguments and on sizes.
 """
 
 from __future__ import annotations
 
-import inspect
-import itertools
 import json
 import math
-import sys
-import threading
-import time
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import timm
-import torch
-from torch import Tensor, nn
-from torch.nn.modules import module as nn_module
 
-from timm_fisher.errors import LoadError, clear_errors
+from timm_fisher.errors import LoadError
+from timm_fisher.hub.text import LONGEST_LABEL, problem
 from timm_fisher.hub.weights import find_file
+from timm_fisher.registry import nearest
 
-SOURCES = ('hf-hub', 'local-dir')  # where timm finds a saved model by its name
-# Of a saved configuration. Larger models than any of timm's stay possible, accidents do not.
-MOST_BYTES = 2**23
-MOST_VALUES = 10_000
-MOST_HEADS = 64
-LONGEST_TEXT = 1000
-LARGEST_SUM = 1_000_000  # of all numbers; timm keeps lists as long as all depths together
-LARGEST_IN_BACKBONE = 2048  # timm keeps lists of all positions of a window
-MOST_ITERATIONS = 1000  # of a head, in each forward pass
-_ITERATIONS = ('iterations', 'steps', 'updates')  # last word of the names of such arguments
-LARGEST_IMAGE = 8192
-ORDINARY_IMAGE = 1024
-SMALLEST_CROP, LARGEST_CROP = 0.1, 2.0
+ARCHITECTURE = 'timm_fisher'
+MOST_BYTES = 2**23  # of the file
+MOST_CLASSES = 1_000_000
+MOST_HEADS = 16
+MOST_VALUES = 1000  # in the arguments of heads
+LARGEST_IMAGE = 2048  # side in pixels
+LARGEST_RESIZE = 8192  # side in pixels, before the middle is cut out
 INTERPOLATIONS = ('nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos')
 CROP_MODES = ('center', 'squash', 'border')
-MOST_SECONDS = 30.0  # of one thread, for a model that has no values yet
-# What timm's factories read files by, or take for themselves.
-_FACTORY = {
-    *inspect.signature(timm.create_model).parameters,
-    *inspect.signature(timm.models.build_model_with_cfg).parameters,
-    *('device', 'dtype', 'features_only', 'feature_cls', 'pruned'),
-} - {'kwargs'}
-# Of a pretrained configuration: where weights would come from, and what would be done to them.
-_SOURCE_KEYS = ('url', 'state_dict', 'hf_hub_filename', 'custom_load', 'label_offset')
+TRUST = 'If you trust it, give trust_config=True.'
 
 
-def check_file(name: str, cache_dir: str | Path | None) -> None:
-    """Refuse a config.json that timm should not even read, or would build a model of its own from.
+@dataclass(frozen=True)
+class SavedConfig:
+    """A checked config.json.
+
+    Attributes:
+        arguments: of `PooledModel`.
+        images: what timm's pretrained configuration says about images and classes.
+        backbone_weights: `hf_hub_id` and `sha256` of the weights that the backbone had, or None.
+    """
+
+    arguments: dict[str, Any]
+    images: dict[str, Any]
+    backbone_weights: dict[str, str | None] | None
+
+
+class _Refused(ValueError):
+    """Why a configuration is not taken, in words that follow 'is refused: '."""
+
+
+def read_config(
+    source: str, place: str, cache_dir: str | Path | None = None, *, trust_config: bool = False
+) -> SavedConfig:
+    """Read and check the config.json of a saved model.
 
     Args:
-        name: of a saved model, as `timm.create_model` takes it, with its source.
+        source: 'hf-hub' or 'local-dir'.
+        place: repository, with its revision after '@' if there is one; or folder.
         cache_dir: of downloads.
+        trust_config: take any of the backbone's arguments, and images of any size.
 
     Raises:
-        LoadError: no such file, too large, not JSON, or not of a timm_fisher model.
+        LoadError: no such file, too large, not JSON, or it says what it may not.
     """
-    source, place = timm.models.parse_model_name(name)
-    path = find_file('config.json', str(source), place, cache_dir)
-    with clear_errors(f"Reading the config.json of '{place}'"):
-        size = path.stat().st_size
-        if size > MOST_BYTES:
-            raise LoadError(
-                f"The config.json of '{place}' is refused: {size} bytes; at most {MOST_BYTES} are "
-                'possible.'
-            )
-        text = path.read_bytes()
+    path = find_file('config.json', source, place, cache_dir)
+    size = path.stat().st_size
+    if size > MOST_BYTES:
+        raise LoadError(
+            f"The config.json of '{place}' is refused: it has {size} bytes; at most {MOST_BYTES} "
+            'are allowed.'
+        )
     try:
-        config = json.loads(text)
+        config = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise LoadError(f"The config.json of '{place}' is not readable JSON: {error}.") from error
     architecture = config.get('architecture') if isinstance(config, dict) else None
-    if architecture != 'timm_fisher':
+    if architecture != ARCHITECTURE:
         raise LoadError(
             f"'{place}' is not a timm_fisher model: the architecture in its config.json is "
-            f'{str(architecture)[:200]!r}.'
+            f'{_shown(architecture)}.'
         )
-
-
-def check_config(arguments: Mapping[str, Any], known: Collection[str], where: str) -> None:
-    """Refuse the saved arguments of a model that no `save_pretrained` wrote.
-
-    Args:
-        arguments: `model_args` of config.json.
-        known: arguments that may be saved.
-        where: folder or repository, for the error.
-
-    Raises:
-        LoadError: an unknown argument, a backbone that is not one of timm's architectures, an
-            argument that timm would read a file by, or numbers beyond all measure.
-    """
-
-    def refuse(why: str) -> LoadError:
-        return LoadError(f"The config.json of '{where}' is refused: {why}.")
-
-    unknown = sorted(map(str, set(arguments) - set(known)))
-    if unknown:
-        raise refuse(f'model_args holds {", ".join(unknown)[:200]}, which no saved model has')
-    backbone = arguments.get('backbone')
-    if not isinstance(backbone, str) or not timm.is_model(timm.models.get_arch_name(backbone)):
-        raise refuse(f"backbone is {str(backbone)[:200]!r}, not one of timm's architectures")
-    options = arguments.get('backbone_kwargs') or {}
-    reserved = sorted(_FACTORY & set(options)) if isinstance(options, dict) else []
-    if reserved:
-        raise refuse(f'backbone_kwargs holds {", ".join(reserved)}, which only a caller may give')
-    weights = arguments.get('backbone_weights')
-    if weights is not None and not (
-        isinstance(weights, dict)
-        and set(weights) == {'hf_hub_id', 'sha256'}
-        and isinstance(weights['hf_hub_id'], str | None)
-        and isinstance(weights['sha256'], str | None)
-    ):
-        raise refuse('backbone_weights does not consist of hf_hub_id and sha256')
-
-    if isinstance(arguments.get('head'), list) and len(arguments['head']) > MOST_HEADS:
-        raise refuse(f'there are {len(arguments["head"])} heads; at most {MOST_HEADS} are possible')
-    number = '{} is {}; at most {} is possible'
-    for key, value in _flatten(options):
-        if isinstance(value, int | float) and not abs(value) <= LARGEST_IN_BACKBONE:
-            raise refuse(number.format(key, value, LARGEST_IN_BACKBONE))
-    for key, value in _flatten([arguments.get('head'), arguments.get('head_kwargs')]):
-        repeated = isinstance(value, int | float) and key.rpartition('_')[2] in _ITERATIONS
-        if repeated and not abs(value) <= MOST_ITERATIONS:
-            raise refuse(number.format(key, value, MOST_ITERATIONS))
-    for _, value in _flatten(arguments.get('img_size')):
-        if isinstance(value, int | float) and not abs(value) <= LARGEST_IMAGE:
-            raise refuse(number.format('img_size', value, LARGEST_IMAGE))
-    total = 0.0
-    for count, (key, value) in enumerate(_flatten(arguments), start=1):
-        if count > MOST_VALUES:
-            raise refuse(f'model_args holds more than {MOST_VALUES} values')
-        if max(len(key), len(value) if isinstance(value, str) else 0) > LONGEST_TEXT:
-            raise refuse(f'model_args holds a text of more than {LONGEST_TEXT} characters')
-        if isinstance(value, int | float) and key != 'seed':
-            if not abs(value) <= LARGEST_SUM:
-                raise refuse(number.format(key, value, LARGEST_SUM))
-            total += abs(value)
-    if total > LARGEST_SUM:
-        raise refuse(f'the numbers in model_args make more than {LARGEST_SUM} together')
-
-
-def _flatten(value: Any) -> Iterator[tuple[str, Any]]:
-    """What JSON holds, with the nearest key of each; containers come before their content."""
-    todo: list[Iterator[tuple[str, Any]]] = [iter([('', value)])]
-    while todo:
-        found = next(todo[-1], None)
-        if found is None:
-            todo.pop()
-            continue
-        yield found
-        key, value = found
-        if isinstance(value, Mapping):
-            todo.append(iter(value.items()))
-        elif isinstance(value, list | tuple):
-            todo.append(zip(itertools.repeat(key), value, strict=False))
-
-
-def check_images(
-    cfg: Mapping[str, Any], arguments: Mapping[str, Any], where: str
-) -> dict[str, Any]:
-    """Check what a saved model says about images and classes.
-
-    Args:
-        cfg: timm's pretrained configuration, `pretrained_cfg` of config.json, with the source.
-        arguments: `model_args` of config.json.
-        where: folder or repository, for the error.
-
-    Returns:
-        The configuration, without other places of weights than its source.
-
-    Raises:
-        LoadError: a value of another type or beyond measure, or another number of classes, or of
-            their names, than in `arguments`.
-    """
-
-    def refuse(why: str) -> LoadError:
-        return LoadError(f"The config.json of '{where}' is refused: {why}.")
-
-    for key, (wanted, fits) in _IMAGE_KEYS.items():
-        if cfg.get(key) is not None and not fits(cfg[key]):
-            raise refuse(f'{key} is {str(cfg[key])[:200]}, not {wanted}')
-    classes = cfg.get('num_classes', 1000), arguments.get('num_classes', 1000)
-    if type(classes[0]) is not int or classes[0] != classes[1]:
-        raise refuse(
-            f'num_classes is {str(classes[0])[:200]}, but {str(classes[1])[:200]} in model_args'
-        )
-    names = cfg.get('label_names')
-    if names is not None and len(names) != classes[0]:
-        raise refuse(f'there are {len(names)} label_names for {classes[0]} classes')
-    sizes = [cfg.get(key) or (3, 224, 224) for key in ('input_size', 'test_input_size')]
-    for key in ('mean', 'std'):
-        if cfg.get(key) is not None and len(cfg[key]) not in (1, 3, sizes[0][0]):
-            raise refuse(f'{key} has {len(cfg[key])} values for {sizes[0][0]} channels')
-    # timm resizes an image to this before it cuts the middle out.
-    side = max(max(size[1:]) for size in sizes)
-    crop = min(cfg.get(key) or 1.0 for key in ('crop_pct', 'test_crop_pct'))
-    if side / crop > LARGEST_IMAGE:
-        raise refuse(
-            f'images would be resized to {side} / {crop} pixels; at most {LARGEST_IMAGE} are '
-            'possible'
-        )
-    elsewhere = 'file' if cfg['source'] == 'hf-hub' else 'hf_hub_id'
-    return {key: cfg[key] for key in cfg if key not in (*_SOURCE_KEYS, elsewhere)}
-
-
-def _is_between(least: float, most: float) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, int | float) and least <= value <= most
-
-
-def _is_one_of(known: Collection[str]) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, str) and value in known
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _is_size(value: Any) -> bool:
-    whole = isinstance(value, list | tuple) and all(type(each) is int for each in value)
-    return whole and len(value) == 3 and min(value) > 0 and max(value) <= LARGEST_IMAGE
-
-
-def _is_list(of: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, list | tuple) and all(map(of, value))
-
-
-_SIZE = ('three whole numbers: channels, height and width', _is_size)
-_CROP = (
-    f'a number from {SMALLEST_CROP} to {LARGEST_CROP}',
-    _is_between(SMALLEST_CROP, LARGEST_CROP),
-)
-_IMAGE_KEYS: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    **dict.fromkeys(('input_size', 'test_input_size', 'min_input_size'), _SIZE),
-    'mean': ('a list of numbers up to 1000', _is_list(_is_between(-1000, 1000))),
-    'std': ('a list of numbers from 1e-6 to 1000', _is_list(_is_between(1e-6, 1000))),
-    **dict.fromkeys(('crop_pct', 'test_crop_pct'), _CROP),
-    'interpolation': (f'one of {", ".join(INTERPOLATIONS)}', _is_one_of(INTERPOLATIONS)),
-    'crop_mode': (f'one of {", ".join(CROP_MODES)}', _is_one_of(CROP_MODES)),
-    'license': ('a text', _is_text),
-    'fixed_input_size': ('true or false', lambda value: isinstance(value, bool)),
-    'label_names': ('a list of texts', _is_list(_is_text)),
-    'label_descriptions': ('a table of texts', lambda value: isinstance(value, dict)),
-}
-
-
-@dataclass
-class Size:
-    """Of a model, or of all that was built of it: modules and tensors, and bytes of tensors."""
-
-    parts: int = 0
-    bytes: int = 0
-
-
-LARGEST = Size(100_000, 2**35)  # more than anything in timm
-# Beside what the weights fill, three times timm's own backbone: it is built up to three times, to
-# look at it. 2**28 bytes are a classifier of 1000 classes for 67 000 features.
-UNPROVEN = Size(5000, 2**28)
-
-
-def allowed_size(plain: Size, shapes: Mapping[str, tuple[int, ...]]) -> Size:
-    """What may be built, on the meta device, from a configuration.
-
-    Args:
-        plain: size of its backbone as timm builds it without arguments.
-        shapes: of the weights beside the configuration; empty where they are not to be loaded.
-    """
-    stored = 4 * sum(map(math.prod, shapes.values()))
-    return Size(
-        UNPROVEN.parts + 3 * plain.parts + 6 * len(shapes),
-        UNPROVEN.bytes + 3 * plain.bytes + 3 * stored,
-    )
-
-
-def may_take_long(arguments: Mapping[str, Any]) -> bool:
-    """Whether a backbone that loops over positions could have many of them to loop over."""
-    options = [value for _, value in _flatten(arguments.get('backbone_kwargs'))]
-    sizes = [value for _, value in _flatten(arguments.get('img_size'))]
-    return any(type(value) in (int, float) for value in options) or any(
-        type(value) in (int, float) and value > ORDINARY_IMAGE for value in sizes
-    )
-
-
-@contextmanager
-def bounded(most: Size = LARGEST, *, timed: bool = False) -> Iterator[Size]:
-    """Count what is built inside, on the meta device, and stop where it becomes too much.
-
-    Args:
-        most: that may be built.
-        timed: stop after `MOST_SECONDS`, too, which makes it about twice as slow.
-
-    Raises:
-        ValueError: more is built, or it takes longer than `MOST_SECONDS`.
-    """
-    thread, built = threading.get_ident(), Size()
-
-    def count_module(owner: nn.Module, name: str, module: nn.Module | None) -> None:
-        count(0)
-
-    def count_tensor(owner: nn.Module, name: str, tensor: Tensor | None) -> None:
-        count(0 if tensor is None else tensor.numel() * tensor.element_size())
-
-    def count(size: int) -> None:
-        if threading.get_ident() != thread:
-            return
-        built.parts += 1
-        built.bytes += size
-        if built.parts > most.parts:
-            raise ValueError(f'more than {most.parts} modules and tensors would be built')
-        if built.bytes > most.bytes:
-            raise ValueError(
-                f'more than {most.bytes} bytes would be filled, against {UNPROVEN.bytes} beside '
-                'what the backbone has by itself and, with pretrained=True, the weights fill'
-            )
-
-    # Python calls this at each call of a function: it also stops a loop that registers nothing.
-    calls, end = itertools.count(), time.thread_time() + MOST_SECONDS
-
-    def watch(*_: Any) -> None:
-        if next(calls) % 256 == 0 and time.thread_time() > end:
-            raise ValueError(f'it takes more than {MOST_SECONDS:.0f} seconds')
-
-    handles = [
-        nn_module.register_module_module_registration_hook(count_module),
-        nn_module.register_module_parameter_registration_hook(count_tensor),
-        nn_module.register_module_buffer_registration_hook(count_tensor),
-    ]
-    armed = timed and sys.getprofile() is None  # a profiler goes on
     try:
-        with torch.device('meta'):
-            if armed:
-                sys.setprofile(watch)
-            yield built
-    finally:
-        if armed:
-            sys.setprofile(None)
-        for handle in handles:
-            handle.remove()
+        return check_config(config, trust_config=trust_config)
+    except _Refused as error:
+        raise LoadError(f"The config.json of '{place}' is refused: {error}.") from None
+
+
+def check_config(config: Mapping[str, Any], *, trust_config: bool = False) -> SavedConfig:
+    """Check the content of a config.json of this architecture; ValueError if it is refused."""
+    for name in ('model_args', 'pretrained_cfg'):
+        if not isinstance(config.get(name), dict):
+            raise _Refused(f'{name} is {_shown(config.get(name))}, not a table')
+    arguments = {key: value for key, value in config['model_args'].items() if value is not None}
+    weights = arguments.pop('backbone_weights', None)
+    for key, value in arguments.items():
+        if key not in _ARGUMENTS:
+            raise _Refused(f"model_args holds '{key[:100]}', which no saved model has")
+        wanted, is_valid = _ARGUMENTS[key]
+        if not is_valid(value):
+            raise _Refused(f'{key} is {_shown(value)}, not {wanted}')
+    for key in ('backbone', 'head'):
+        if key not in arguments:
+            raise _Refused(f'model_args has no {key}')
+    _check_heads(arguments)
+    if weights is not None and not _is_provenance(weights):
+        raise _Refused('backbone_weights does not consist of hf_hub_id and sha256')
+    if not trust_config:
+        _check_backbone_kwargs(arguments.get('backbone_kwargs', {}))
+        if 'img_size' in arguments and not _is_size(1, 2, LARGEST_IMAGE)(arguments['img_size']):
+            raise _Refused(
+                f'img_size is {_shown(arguments["img_size"])}; at most {LARGEST_IMAGE} is allowed. '
+                f'{TRUST}'
+            )
+    root = {key: config[key] for key in _ROOT_KEYS if config.get(key) is not None}
+    images = _check_images(
+        {**config['pretrained_cfg'], **root}, arguments.get('num_classes', 1000), trust_config
+    )
+    return SavedConfig(arguments, images, weights)
+
+
+def _shown(value: Any) -> str:
+    """A value for a message, whatever it holds."""
+    text = repr(value) if isinstance(value, str) else str(value)
+    return ascii(text[:200])[1:-1] if not text[:200].isprintable() else text[:200]
+
+
+# Values that are allowed. A check gets any JSON value.
+
+_Check = tuple[str, Callable[[Any], bool]]
+
+
+def _is_whole(least: int, most: int) -> Callable[[Any], bool]:
+    return lambda value: type(value) is int and least <= value <= most
+
+
+def _is_number(least: float, most: float) -> Callable[[Any], bool]:
+    return lambda value: type(value) in (int, float) and least <= value <= most
+
+
+def _is_one_of(*known: Any) -> Callable[[Any], bool]:
+    return lambda value: any(value == option and type(value) is type(option) for option in known)
+
+
+def _is_list(is_valid: Callable[[Any], bool], longest: int) -> Callable[[Any], bool]:
+    return lambda value: (
+        isinstance(value, list | tuple) and len(value) <= longest and all(map(is_valid, value))
+    )
+
+
+def _is_size(least: int, lengths: int, most: int) -> Callable[[Any], bool]:
+    """One whole number, or a list of `lengths` of them."""
+    single, several = _is_whole(least, most), _is_list(_is_whole(least, most), lengths)
+    return lambda value: single(value) or (several(value) and len(value) == lengths)
+
+
+def _is_text(longest: int) -> Callable[[Any], bool]:
+    return lambda value: not problem(value, longest)
+
+
+def _is_architecture(value: Any) -> bool:
+    return isinstance(value, str) and timm.is_model(timm.models.get_arch_name(value))
+
+
+def _is_table(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+def _is_provenance(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and set(value) == {'hf_hub_id', 'sha256'}
+        and all(text is None or _is_text(200)(text) for text in value.values())
+    )
+
+
+_ARGUMENTS: dict[str, _Check] = {
+    'backbone': ("one of timm's architectures", _is_architecture),
+    'head': (
+        f'the name of a head, or a list of 1 to {MOST_HEADS} heads',
+        lambda value: (
+            _is_text(100)(value)
+            or (_is_list(_is_table, MOST_HEADS)(value) and len(value) > 0)
+        ),
+    ),
+    'head_kwargs': ('a table', _is_table),
+    'backbone_kwargs': ('a table', _is_table),
+    'num_classes': (f'a whole number up to {MOST_CLASSES}', _is_whole(0, MOST_CLASSES)),
+    'in_chans': ('a whole number from 1 to 64', _is_whole(1, 64)),
+    'img_size': ('one or two whole numbers', _is_size(1, 2, 2**31)),
+    'drop_rate': ('a number from 0 to 1', _is_number(0, 1)),
+    'drop_path_rate': ('a number from 0 to 1', _is_number(0, 1)),
+    'stage': ('a whole number from -64 to -1', _is_whole(-64, -1)),
+    'class_token': ('drop, keep or append', _is_one_of('drop', 'keep', 'append')),
+    'last_stride': ('1', _is_one_of(1)),
+}  # fmt: skip
+
+# Arguments of timm's backbones that change shapes in known ways.
+_SMALL = ('whole numbers from 1 to 64', _is_whole(1, 64))
+_several = _is_list(_is_whole(1, 64), 8)
+_wide = _is_list(_is_whole(1, 4096), 8)
+_FLAG = ('true or false', lambda value: isinstance(value, bool))
+
+
+def _is_window(value: Any) -> bool:
+    """Of all stages, or one for each."""
+    single = _is_size(1, 2, 64)
+    return single(value) or _is_list(single, 8)(value)
+
+
+_BACKBONE_ARGUMENTS: dict[str, _Check] = {
+    'output_stride': ('8, 16 or 32', _is_one_of(8, 16, 32)),
+    'global_pool': ('a short text', _is_text(20)),
+    'patch_size': ('one or two whole numbers from 1 to 64', _is_size(1, 2, 64)),
+    'window_size': ('whole numbers from 1 to 64', _is_window),
+    'embed_dim': ('whole numbers from 1 to 4096', lambda v: _is_whole(1, 4096)(v) or _wide(v)),
+    'channels': ('up to 8 whole numbers from 1 to 4096', _wide),
+    **dict.fromkeys(('depth', 'reg_tokens'), _SMALL),
+    'num_heads': ('whole numbers from 1 to 64', lambda v: _is_whole(1, 64)(v) or _several(v)),
+    **dict.fromkeys(('depths', 'layers'), ('up to 8 whole numbers from 1 to 64', _several)),
+    **dict.fromkeys(
+        ('dynamic_img_size', 'dynamic_img_pad', 'strict_img_size', 'always_partition',
+         'class_token', 'no_embed_class', 'use_fc_norm'),
+        _FLAG,
+    ),
+    'threshold': ('a number from 0 to 1', _is_number(0, 1)),  # of pixels
+}  # fmt: skip
+
+
+def _check_backbone_kwargs(options: Mapping[str, Any]) -> None:
+    for key, value in options.items():
+        if key not in _BACKBONE_ARGUMENTS:
+            raise _Refused(
+                f"backbone_kwargs holds '{key[:100]}', which is not among the arguments that a "
+                f'saved model may set.{nearest(key[:100], _BACKBONE_ARGUMENTS)} {TRUST}'
+            )
+        wanted, is_valid = _BACKBONE_ARGUMENTS[key]
+        if not is_valid(value):
+            raise _Refused(f'{key} in backbone_kwargs is {_shown(value)}, not {wanted}. {TRUST}')
+
+
+def _check_heads(arguments: Mapping[str, Any]) -> None:
+    """Bound what the heads get, whose constructors check what it means."""
+    todo, count = [arguments['head'], arguments.get('head_kwargs')], 0
+    while todo:
+        value, count = todo.pop(), count + 1
+        if count > MOST_VALUES:
+            raise _Refused(f'the arguments of the heads hold more than {MOST_VALUES} values')
+        if isinstance(value, dict):
+            todo += [*value, *value.values()]
+        elif isinstance(value, list):
+            todo += value
+        elif isinstance(value, str) and problem(value, 1000):
+            raise _Refused(f'a text among the arguments of the heads {problem(value, 1000)}')
+        elif type(value) in (int, float) and not (math.isfinite(value) and abs(value) < 2**63):
+            raise _Refused(f'a number among the arguments of the heads is {_shown(value)}')
+
+
+_ROOT_KEYS = ('num_classes', 'label_names', 'label_descriptions')  # which timm takes first
+_CROP = ('a number from 0.1 to 2.0', _is_number(0.1, 2.0))
+_IMAGE_SIZE = (
+    'three whole numbers: channels, height and width',
+    lambda value: isinstance(value, list) and len(value) == 3 and _is_size(1, 3, 2**31)(value),
+)
+_IMAGES: dict[str, _Check] = {
+    **dict.fromkeys(('input_size', 'test_input_size', 'min_input_size'), _IMAGE_SIZE),
+    'mean': ('up to 64 numbers from -1000 to 1000', _is_list(_is_number(-1000, 1000), 64)),
+    'std': ('up to 64 numbers from 1e-6 to 1000', _is_list(_is_number(1e-6, 1000), 64)),
+    **dict.fromkeys(('crop_pct', 'test_crop_pct'), _CROP),
+    'interpolation': (f'one of {", ".join(INTERPOLATIONS)}', _is_one_of(*INTERPOLATIONS)),
+    'crop_mode': (f'one of {", ".join(CROP_MODES)}', _is_one_of(*CROP_MODES)),
+    'license': ('a text of up to 200 characters', _is_text(200)),
+    'fixed_input_size': _FLAG,
+    'num_classes': (f'a whole number up to {MOST_CLASSES}', _is_whole(0, MOST_CLASSES)),
+    'label_names': ('a list of texts', _is_list(lambda v: isinstance(v, str), MOST_CLASSES)),
+    'label_descriptions': (
+        'a table of texts of up to 1000 characters',
+        lambda value: isinstance(value, dict)
+        and all(_is_text(1000)(text) for pair in value.items() for text in pair),
+    ),
+}  # fmt: skip
+
+
+def _check_images(cfg: Mapping[str, Any], classes: int, trust_config: bool) -> dict[str, Any]:
+    """What is known of images and classes, checked; all else is left out.
+
+    Args:
+        cfg: timm's pretrained configuration.
+        classes: number of classes of the model.
+        trust_config: take images of any size.
+    """
+    images = {key: cfg[key] for key in _IMAGES if cfg.get(key) is not None}
+    for key, value in images.items():
+        wanted, is_valid = _IMAGES[key]
+        if not is_valid(value):
+            raise _Refused(f'{key} is {_shown(value)}, not {wanted}')
+    if images.setdefault('num_classes', classes) != classes:
+        raise _Refused(f'num_classes is {images["num_classes"]}, but {classes} in model_args')
+    names = images.get('label_names')
+    if names is not None and len(names) != classes:
+        raise _Refused(f'there are {len(names)} label_names for {classes} classes')
+    for number, name in enumerate(names or ()):
+        if problem(name, LONGEST_LABEL):
+            raise _Refused(f'label_names[{number}] {problem(name, LONGEST_LABEL)}')
+    images.setdefault('input_size', [3, 224, 224])
+    sizes = [images[key] for key in ('input_size', 'test_input_size') if key in images]
+    for key in ('mean', 'std'):
+        if key in images and len(images[key]) not in (1, 3, sizes[0][0]):
+            raise _Refused(f'{key} has {len(images[key])} values for {sizes[0][0]} channels')
+    side = max(max(size[1:]) for size in sizes)
+    crop = min(images.get(key, 1.0) for key in ('crop_pct', 'test_crop_pct'))
+    if max(size[0] for size in sizes) > 64:
+        raise _Refused(f'images have {max(size[0] for size in sizes)} channels, more than 64')
+    if not trust_config and side > LARGEST_IMAGE:
+        raise _Refused(f'images of {side} pixels; at most {LARGEST_IMAGE} are allowed. {TRUST}')
+    # timm resizes an image to this before it cuts the middle out.
+    if not trust_config and side / crop > LARGEST_RESIZE:
+        raise _Refused(
+            f'images would be resized to {side} / {crop} pixels; at most {LARGEST_RESIZE} are '
+            f'allowed. {TRUST}'
+        )
+    for key in ('input_size', 'test_input_size', 'min_input_size'):
+        if key in images:
+            images[key] = tuple(images[key])
+    return images

@@ -1,134 +1,31 @@
-"""Saving a model as a folder that plain `timm.create_model` loads, and sharing it on the Hub."""
+"""Saving a model as a folder that plain `timm.create_model` loads."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-import os
 import shutil
-import tempfile
-from collections.abc import Callable, Collection, Mapping, Sequence
-from importlib.metadata import version
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import timm
-from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from torch import Tensor, nn
 
-from timm_fisher.errors import LoadError, PushError, clear_errors
-from timm_fisher.hub.card import check_metrics, make_card, merge_cards, seal
-from timm_fisher.hub.config import check_file, check_images
-from timm_fisher.hub.weights import (
-    SAVING,
-    WEIGHTS,
-    abandoned,
-    check_whole,
-    digest,
-    half_replaced,
-    read_shapes,
-)
+from timm_fisher.backbone import WEIGHTS, digest
+from timm_fisher.hub import readme
+from timm_fisher.hub.card import make_card
+from timm_fisher.hub.config import check_config
+from timm_fisher.hub.metrics import check_metrics, read_metrics
+from timm_fisher.hub.replace import replace_files
+from timm_fisher.hub.text import LONGEST_LABEL, MOST_LABELS, problem
+from timm_fisher.hub.weights import is_finite, read_header
 from timm_fisher.model import PooledModel
-from timm_fisher.registry import check_arguments, nearest
+from timm_fisher.registry import check_arguments
 
-HUB_USER = 'timm-fisher'
-RELEASED = (
-    'mnist-dbm-idfk',
-    'trashnet-3g',
-    'trashnet-dbm-idfk',
-    'trashnet-gmm-fisher',
-    'trashnet-gsnmf',
-    'trashnet-isqrt-cov',
-    'trashnet-sparse-fisher',
-)
 FILES = ('config.json', WEIGHTS, 'README.md', 'metrics.json')
-CHECKOUT = Path(__file__).parent.parent.parent / 'hub_cards'
 _NOT_OF_THE_CARD = ('model', 'stored_parameters', 'config', 'metrics', 'adapter')
-
-
-def list_pretrained() -> list[str]:
-    """Short names of the released models, for `from_pretrained`."""
-    return list(RELEASED)
-
-
-def from_pretrained(
-    name: str | Path,
-    *,
-    revision: str | None = None,
-    backbone: str | None = None,
-    any_backbone: bool = False,
-    **arguments: Any,
-) -> PooledModel:
-    """Load a saved model, everything that was saved.
-
-    ```python
-    from_pretrained('trashnet-sparse-fisher', num_classes=3)
-    ```
-
-    Args:
-        name: short name of a released model, which comes from the folder hub_cards where the
-            package runs from its checkout, else from the Hub; a folder, or 'local-dir:FOLDER'; or
-            USER/NAME on the Hub, or 'hf-hub:USER/NAME'.
-        revision: branch, tag or commit on the Hub.
-        backbone: where an adapter's backbone comes from instead of the Hub: a name that
-            `timm.create_model` takes, such as 'local-dir:FOLDER'.
-        any_backbone: take other weights of the backbone than an adapter was trained with.
-        **arguments: those of `timm.create_model`, such as `num_classes`, `in_chans`, `cache_dir`.
-
-    Raises:
-        ValueError: a name that is none of these.
-        TypeError: an unknown argument.
-        LoadError: what was saved is damaged, not of this model, or refused; or the Hub cannot be
-            reached.
-    """
-    name = str(name)
-    reserved = ('backbone', 'pretrained', 'pretrained_cfg_overlay')
-    check_arguments('from_pretrained', PooledModel, arguments, given=reserved)
-    source = _find(name, revision)
-    try:
-        check_file(source, arguments.get('cache_dir'))
-    except LoadError as error:
-        if source != f'hf-hub:{name}':
-            raise
-        raise LoadError(f"{error} There is no folder '{name}' here.") from None
-    if backbone is not None:
-        arguments['backbone'] = backbone
-    if any_backbone:
-        arguments['any_backbone'] = True
-    try:
-        with clear_errors(f"Loading '{name}'"):
-            model = timm.create_model(source, pretrained=True, **arguments)
-    except LoadError:
-        raise
-    except Exception as error:  # timm reads config.json before we do
-        raise LoadError(
-            f"'{name}' cannot be loaded by its config.json: {type(error).__name__}: {error}"
-        ) from error
-    return cast(PooledModel, model)
-
-
-def _find(name: str, revision: str | None) -> str:
-    """The name by which timm knows a model."""
-    if name.startswith('hf-hub:'):
-        return name + (f'@{revision}' if revision else '')
-    name = name.removeprefix('local-dir:')
-    folder = CHECKOUT / name if name in RELEASED else Path(name)
-    if name and folder.is_dir():
-        if revision is not None and name not in RELEASED:
-            raise ValueError(f"{revision=} is for the Hub, but '{name}' is a folder.")
-        if revision is None:
-            return f'local-dir:{folder}'
-    if folder.is_file():
-        raise ValueError(f"'{name}' is a file. Give the folder that holds it.")
-    repo_id = f'{HUB_USER}/{name}' if name in RELEASED else name
-    if repo_id.count('/') != 1 or repo_id.startswith(('.', '/')):
-        raise ValueError(
-            f"'{name}' is no released model, no folder, and no USER/NAME on the Hub."
-            f'{nearest(name, RELEASED)} timm_fisher.list_pretrained() lists the released models.'
-        )
-    return f'hf-hub:{repo_id}' + (f'@{revision}' if revision else '')
 
 
 def save_pretrained(
@@ -147,7 +44,8 @@ def save_pretrained(
 
     All files are written beside and then renamed: an error, such as a full disk, leaves what was
     there before. A process that is killed between two renames leaves a folder that is not loaded.
-    What was edited in a README.md that is there already stays, see `merge_cards`.
+    Of a README.md that is there already, the generated part is replaced, see
+    `timm_fisher.hub.readme.update`. Of local paths in the metrics the last name alone is written.
 
     Args:
         model: what to save.
@@ -164,43 +62,49 @@ def save_pretrained(
 
     Raises:
         ValueError: `adapter` is asked for and not possible, label names that are not one text for
-            each class, a `data_config` that cannot be loaded, an unknown tensor or one too large
-            for half precision, a `backbone_id` that cannot be right, or metrics that are not of
-            this model or not as recipes/train.py leaves them.
+            each class, or not fit to be shown; a `data_config` that cannot be loaded, an unknown
+            tensor or one too large for half precision, a `backbone_id` that cannot be right;
+            metrics that are not of this model or not as training leaves them; or a README.md that
+            is a link or cannot be read.
         TypeError: not a `PooledModel`, or an unknown or wrong field of the card.
     """
     _check(model, label_names)
     card = dict(card or {})
     check_arguments('card', make_card, card, given=_NOT_OF_THE_CARD)
-    reported = _read_metrics(metrics) if isinstance(metrics, str | Path) else metrics or {}
+    reported = read_metrics(metrics or {})
     check_metrics(reported, model)
+    folder = Path(folder)
+    for name in FILES:
+        readme.check_regular(folder / name)
+    old = folder / 'README.md'
+    old_text = readme.read(old) if old.exists() else None
     if backbone_id is not None:
         _name_backbone(model, backbone_id)
     if adapter is not False:
-        problem = _why_no_adapter(model)
-        if problem and adapter:
-            raise ValueError(f'No adapter can be saved: {problem}. Give adapter=False.')
-        adapter = not problem
+        obstacle = _why_no_adapter(model)
+        if obstacle and adapter:
+            raise ValueError(f'No adapter can be saved: {obstacle}. Give adapter=False.')
+        adapter = not obstacle
 
     def write(beside: Path) -> None:
         config = _write_model(
             model, beside, label_names, data_config, adapter=adapter, float16=float16
         )
+        header = read_header(beside / WEIGHTS, str(folder))
         text = make_card(
             model,
-            sum(map(math.prod, read_shapes(beside / WEIGHTS, str(folder)).values())),
+            sum(math.prod(shape) for _, shape in header.tensors.values()),
             config,
             reported,
             adapter=bool(adapter),
             **card,
         )
-        text, old = seal(text), Path(folder, 'README.md')
-        if old.exists():
-            text = merge_cards(text, old.read_bytes(), f"'{old}'")
-        (beside / 'README.md').write_text(text, encoding='utf-8')
+        if old_text is not None:
+            text = readme.update(text, old_text, f"'{old}'")
+        (beside / 'README.md').write_bytes(text.encode())
         (beside / 'metrics.json').write_text(json.dumps(reported, indent=2) + '\n')
 
-    _replace_files(Path(folder), write)
+    replace_files(folder, write)
 
 
 def save_model(
@@ -217,119 +121,11 @@ def save_model(
     Args and errors as those of `save_pretrained`.
     """
     _check(model, label_names)
-    _replace_files(
-        Path(folder), lambda beside: _write_model(model, beside, label_names, data_config)
+    replace_files(
+        Path(folder),
+        lambda beside: _write_model(model, beside, label_names, data_config),
+        remove=['metrics.json'],
     )
-    Path(folder, 'metrics.json').unlink(missing_ok=True)
-
-
-def push_to_hub(
-    model: PooledModel,
-    repo_id: str,
-    *,
-    private: bool | None = None,
-    revision: str | None = None,
-    create_pr: bool = False,
-    token: str | None = None,
-    commit_message: str = 'Add model',
-    **arguments: Any,
-) -> str:
-    """Save a model and push it, in one commit; see `push_folder`.
-
-    ```python
-    push_to_hub(model, 'USER/NAME', metrics='runs/x/metrics.json', label_names=names)
-    ```
-
-    Args:
-        model: what to push.
-        repo_id: USER/NAME; made if it does not exist.
-        private: whether only you see the repository; one that exists must be so already.
-        revision: branch, made if it does not exist.
-        create_pr: open a pull request instead.
-        token: None for HF_TOKEN, or the one that `hf auth login` stored.
-        commit_message: first line of the commit's message.
-        **arguments: those of `save_pretrained`.
-
-    Returns:
-        URL of the commit, or of the last one if nothing has changed.
-
-    Raises:
-        ValueError, TypeError: as `save_pretrained`.
-        PushError: the Hub refused, or cannot be reached, and no file has changed there; or the
-            connection broke after the Hub had taken the commit. Pushing again does no harm.
-    """
-    check_arguments('push_to_hub', save_pretrained, arguments, given=('model', 'folder'))
-    arguments['card'] = {'repo_id': repo_id, **(arguments.get('card') or {})}
-    with tempfile.TemporaryDirectory() as folder:
-        save_pretrained(model, folder, **arguments)
-        return push_folder(
-            folder,
-            repo_id,
-            private=private,
-            revision=revision,
-            create_pr=create_pr,
-            token=token,
-            commit_message=commit_message,
-        )
-
-
-def push_folder(
-    folder: str | Path,
-    repo_id: str,
-    *,
-    private: bool | None = None,
-    revision: str | None = None,
-    create_pr: bool = False,
-    token: str | None = None,
-    commit_message: str = 'Add model',
-) -> str:
-    """Push a folder that `save_pretrained` wrote, in one commit.
-
-    An unchanged folder makes no commit. What a user wrote into the card on the Hub stays there, see
-    `timm_fisher.hub.card.merge_cards`.
-
-    Args, returns and errors as those of `push_to_hub`; and LoadError, where saving into the folder
-    was cut off.
-    """
-    folder = Path(folder)
-    missing = [name for name in FILES if not (folder / name).is_file()]
-    if missing:
-        raise ValueError(
-            f"'{folder}' lacks {', '.join(missing)}. Write it by timm_fisher.save_pretrained."
-        )
-    check_whole(folder)
-    api = HfApi(token=token, library_name='timm_fisher', library_version=version('timm_fisher'))
-    with clear_errors(f"Pushing to '{repo_id}'", PushError):
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        if private is not None and api.repo_info(repo_id).private != private:
-            now, wanted = ('public', 'private') if private else ('private', 'public')
-            raise PushError(f'it is {now}, not {wanted}. Change that in its settings first.')
-        if revision is not None and not revision.startswith('refs/'):
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
-        text = (folder / 'README.md').read_text(encoding='utf-8')
-        if api.file_exists(repo_id, 'README.md', revision=revision):
-            with tempfile.TemporaryDirectory() as fresh:
-                old = api.hf_hub_download(repo_id, 'README.md', revision=revision, cache_dir=fresh)
-                text = merge_cards(text, Path(old).read_bytes(), 'the README.md on the Hub')
-        operations = [
-            CommitOperationAdd(name, text.encode() if name == 'README.md' else str(folder / name))
-            for name in FILES
-        ]
-        commit = api.create_commit(
-            repo_id,
-            operations,
-            commit_message=commit_message,
-            revision=revision,
-            create_pr=create_pr,
-        )
-    return str(commit.pr_url or commit.commit_url)
-
-
-def _read_metrics(path: str | Path) -> Any:
-    try:
-        return json.loads(Path(path).read_bytes())
-    except ValueError as error:
-        raise ValueError(f"'{path}' is not readable JSON: {error}.") from error
 
 
 def _name_backbone(model: PooledModel, repo_id: str) -> None:
@@ -372,15 +168,23 @@ def _check(model: PooledModel, label_names: Sequence[str] | None) -> None:
             f'{type(model).__name__} is not a PooledModel. Of a wrapped model give the inner one, '
             'such as accelerator.unwrap_model(model).'
         )
-    if label_names is None:
-        return
-    wrong = isinstance(label_names, str | Mapping)
-    if wrong or not all(isinstance(name, str) for name in label_names):
-        raise ValueError(f'label_names must be a list of texts, not {label_names!r:.200}.')
-    if len(label_names) != model.num_classes:
-        raise ValueError(
-            f'{len(label_names)} label names were given for {model.num_classes} classes.'
-        )
+    if label_names is not None:
+        if isinstance(label_names, str | Mapping) or not all(
+            isinstance(name, str) for name in label_names
+        ):
+            raise ValueError(
+                f'label_names must be a list of texts, not {str(label_names)[:200]!r}.'
+            )
+        if len(label_names) != model.num_classes:
+            raise ValueError(
+                f'{len(label_names)} label names were given for {model.num_classes} classes.'
+            )
+    names = label_names or model.pretrained_cfg.get('label_names') or ()
+    if len(names) > MOST_LABELS:
+        raise ValueError(f'There are {len(names)} label names; at most {MOST_LABELS} are allowed.')
+    for i, name in enumerate(names):
+        if wrong := problem(name, LONGEST_LABEL):
+            raise ValueError(f'The label name of class {i} {wrong}.')
 
 
 def _write_model(
@@ -408,6 +212,11 @@ def _write_model(
             else:
                 # safetensors refuses other memory formats, such as that of a channels-last model.
                 state[key] = state[key].contiguous()
+                if not is_finite(state[key]):
+                    raise ValueError(
+                        f"The tensor '{key}' holds NaN or infinite values; such a model is not "
+                        'saved, for it could not be loaded.'
+                    )
                 if key in float16:
                     state[key] = _halve(key, state[key])
 
@@ -415,19 +224,26 @@ def _write_model(
     # For the time of saving only: timm's EMA writes into the tensors of a state dict.
     hook = model.register_state_dict_post_hook
     with hook(arrange):  # type: ignore[no-untyped-call]
-        timm.models.save_for_hf(
-            model,
-            str(folder),
-            model_config=config,
-            safe_serialization=True,
-            data_config=data_config,
-        )
+        try:
+            timm.models.save_for_hf(
+                model,
+                str(folder),
+                model_config=config,
+                safe_serialization=True,
+                data_config=data_config,
+            )
+        except RuntimeError as error:
+            if 'share memory' not in str(error):
+                raise
+            raise ValueError(
+                f'A {type(model.backbone).__name__} uses some tensors in several places, which '
+                'safetensors cannot store. Choose another backbone for a model that is saved.'
+            ) from None
     written: dict[str, Any] = json.loads((folder / 'config.json').read_text())
-    place = {'source': 'local-dir', 'file': str(folder.parent)}
     try:
-        check_images(written['pretrained_cfg'] | place, written['model_args'], str(folder.parent))
-    except LoadError as error:  # what cannot be loaded is not saved
-        raise ValueError(str(error)) from None
+        check_config(written)
+    except ValueError as error:  # what cannot be loaded is not saved
+        raise ValueError(f'The model cannot be saved: {error}.') from None
     # safetensors makes its file private; the umask of the config is what the user wants.
     shutil.copymode(folder / 'config.json', folder / WEIGHTS)
     return written
@@ -438,39 +254,3 @@ def _halve(name: str, value: Tensor) -> Tensor:
     if half.isinf().any():
         raise ValueError(f"The tensor '{name}' holds numbers that are too large for float16.")
     return half
-
-
-def _replace_files(folder: Path, write: Callable[[Path], Any]) -> None:
-    """Let a function write files into a folder beside, then move all of them, or none.
-
-    Killed in between, it leaves what `check_whole` finds, and the next call deletes.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    stale = [*half_replaced(folder), *abandoned(folder)]
-    with tempfile.TemporaryDirectory(dir=folder, prefix=SAVING) as temporary:
-        beside = Path(temporary)
-        shutil.copymode(folder, beside)  # others, too, must see whether files are being replaced
-        write(beside)
-        with contextlib.ExitStack() as undo:
-            paths = sorted(beside.iterdir(), reverse=True)
-            for path in paths:
-                with open(path, 'rb') as file:
-                    os.fsync(file.fileno())
-            for path in paths:
-                target, kept = folder / path.name, beside / f'{path.name}.old'
-                if target.exists():
-                    _link_or_copy(target, kept)
-                    undo.callback(os.replace, kept, target)
-                else:
-                    undo.callback(target.unlink, missing_ok=True)
-                os.replace(path, target)
-            undo.pop_all()
-    for path in stale:
-        shutil.rmtree(path, ignore_errors=True)
-
-
-def _link_or_copy(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # a file system without hard links
-        shutil.copy2(source, target)

@@ -7,9 +7,11 @@ import re
 from typing import Any
 
 LONGEST_LABEL = 200  # characters of the name of a class
+MOST_LABELS = 100_000  # names of classes
 # Spaces and joiners that ordinary names hold, though Python does not count them as printable.
 _ALLOWED = {'\u00a0', '\u200c', '\u200d'}
-_MARKDOWN = re.compile(r'([\\`*_{}\[\]()#+!|~-])')
+# What means something anywhere in a line; between words; and at its beginning.
+_MARKDOWN = re.compile(r'[\\`*\[\]|~]|(?<!\w)_|_(?!\w)|^[#+=-]|(?<=\d)[.)](?=\s|$)')
 
 
 def problem(text: Any, longest: int) -> str:
@@ -26,14 +28,27 @@ def problem(text: Any, longest: int) -> str:
     if len(text) > longest:
         return f'has {len(text)} characters; at most {longest} are allowed'
     for character in text:
-        if not (character.isprintable() or character in _ALLOWED):
-            return f'contains the character {ascii(character)}, which is not printable'
+        if not is_shown(character):
+            return f'contains the character {character!a}, which is not printable'
     return ''
+
+
+def is_shown(character: str) -> bool:
+    """Whether a character is one that can be seen, or an ordinary space."""
+    return character.isprintable() or character in _ALLOWED
 
 
 def escape_markdown(text: str) -> str:
     """A text of one line that Markdown, in a table too, shows as it is."""
-    return _MARKDOWN.sub(r'\\\1', html.escape(text, quote=False))
+    return _MARKDOWN.sub(r'\\\g<0>', html.escape(text.strip(), quote=False))
+
+
+def code_block(text: str, language: str) -> str:
+    """A Markdown block of code that ends after this text, whatever it holds."""
+    fence = '```'
+    while fence in text:
+        fence += '`'
+    return f'{fence}{language}\n{text}\n{fence}'
 
 
 def csv_cell(text: str) -> str:

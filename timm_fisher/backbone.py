@@ -1,0 +1,202 @@
+"""The backbone of a model: built by timm, without what its descriptors do not depend on; and where
+its weights come from."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from huggingface_hub import try_to_load_from_cache
+from safetensors import safe_open
+from timm.layers.helpers import to_2tuple
+from timm.models import get_model_input_config, model_entrypoint
+from torch import Tensor, nn
+
+from timm_fisher.descriptors import StageDescriptors, find_descriptors, remove_unused
+from timm_fisher.registry import nearest
+
+WEIGHTS = 'model.safetensors'
+_RECORDED = ('num_classes', 'in_chans', 'img_size')  # by the model itself
+
+
+@dataclass
+class Backbone:
+    """A timm model and how to read it.
+
+    Attributes:
+        module: timm's model, without classifier.
+        descriptors: what reads its stages, in ascending order.
+        input_size: channels, height and width of an image.
+        arguments: those that the folder or repository it came from has for it, beside size,
+            channels and classes.
+    """
+
+    module: Any
+    descriptors: StageDescriptors
+    input_size: tuple[int, int, int]
+    arguments: dict[str, Any]
+
+
+def create_backbone(
+    name: str,
+    arguments: Mapping[str, Any],
+    *,
+    img_size: int | tuple[int, int] | None,
+    stages: Sequence[int],
+    class_token: str,
+    last_stride: int | None,
+    pretrained: bool,
+) -> Backbone:
+    """Look at a backbone on the meta device, then build it without what is not needed.
+
+    Where the default device is the meta device, it is not built again. A backbone that is built for
+    one size of images shows that only once it is built, and is then built for another.
+
+    Args:
+        name: any name that `timm.create_model` takes, `hf-hub:` and `local-dir:` included.
+        arguments: of `timm.create_model`; None stands for those that are not given.
+        img_size: side or (height, width); None for the backbone's own.
+        stages: that are read, -1 for the output.
+        class_token: 'drop', 'keep' or 'append'.
+        last_stride: 1 keeps stride 1 in the last stage of a ResNet.
+        pretrained: load the backbone's pretrained weights.
+
+    Raises:
+        ValueError: an unknown backbone, stage or class-token mode.
+    """
+    check_backbone(name)
+    arguments = {key: value for key, value in arguments.items() if value is not None}
+    arguments['num_classes'] = 0
+    with torch.inference_mode(False), torch.device('meta'):
+        seen = timm.create_model(name, **arguments)
+        if img_size is not None and get_model_input_config(seen)['fixed_input_size']:
+            arguments['img_size'] = img_size
+            seen = timm.create_model(name, **arguments)
+        if hasattr(seen, 'descriptors'):
+            raise ValueError(
+                f"'{name}' is a whole timm_fisher model, not a backbone. Load it by "
+                f"timm.create_model('{name}', pretrained=True)."
+            )
+        if last_stride is not None:
+            _keep_last_stride(seen, last_stride)
+        shape = get_model_input_config(seen)['input_size']
+        input_size = (shape[0], *to_2tuple(img_size or shape[1:]))
+        mode = seen.training
+        descriptors, idle, dead = find_descriptors(
+            seen.eval(), torch.empty(1, *input_size), stages=stages, class_token=class_token
+        )
+        seen.train(mode)
+    if torch.get_default_device().type == 'meta':
+        module = seen
+    else:
+        module = timm.create_model(name, pretrained=pretrained, **arguments)
+        if last_stride is not None:
+            _keep_last_stride(module, last_stride)
+    remove_unused(module, idle, dead)
+    source = getattr(module, 'pretrained_model_args', {})
+    return Backbone(
+        module,
+        descriptors,
+        input_size,
+        {key: value for key, value in source.items() if key not in _RECORDED},
+    )
+
+
+def check_backbone(name: str) -> None:
+    """Refuse a name that timm does not know, with the nearest ones (ValueError)."""
+    source, architecture = timm.models.parse_model_name(name)
+    architecture = timm.models.get_arch_name(architecture)
+    if source is None and (not timm.is_model(architecture) or is_ours(architecture)):
+        known = [known for known in timm.list_models() if not is_ours(known)]
+        raise ValueError(
+            f"Unknown backbone '{name}'.{nearest(architecture, known)} "
+            'timm.list_models() lists all of them.'
+        )
+
+
+def is_ours(architecture: str) -> bool:
+    """Whether a name of `timm.list_models()` is a whole model of this package, not a backbone."""
+    module = model_entrypoint(architecture).__module__
+    return module in ('timm_fisher.factory', 'timm_fisher.presets')
+
+
+def can_resize(backbone: Any) -> bool:
+    """Whether a backbone that is built takes images of another size."""
+    fixed = get_model_input_config(backbone)['fixed_input_size']
+    return not fixed or hasattr(backbone, 'set_input_size')
+
+
+def _keep_last_stride(backbone: Any, last_stride: int) -> None:
+    """Stride 1 in the last stage of a ResNet, in place; see `PooledModel`."""
+    if last_stride != 1:
+        raise ValueError(f'{last_stride=} is not 1, or None for the backbone as it is.')
+    stage = getattr(backbone, 'layer4', nn.Identity())
+    layers = [layer for layer in stage.modules() if not any(layer.children())]
+    strided = [layer for layer in layers if getattr(layer, 'stride', 1) not in (1, (1, 1))]
+    if not strided or not all(isinstance(layer, nn.Conv2d) for layer in strided):
+        raise ValueError(
+            f'{last_stride=} needs a last stage that only convolutions make smaller, as that of '
+            f'resnet50; {type(backbone).__name__} has none here.'
+        )
+    for layer in strided:
+        layer.stride = (1, 1)
+    backbone.feature_info[-1]['reduction'] //= 2
+
+
+def describe_weights(backbone: Any, cache_dir: str | Path | None = None) -> dict[str, str | None]:
+    """Where the weights of a freshly loaded backbone come from, and what they are.
+
+    Args:
+        backbone: timm's model, with pretrained weights.
+        cache_dir: of downloads.
+
+    Returns:
+        `hf_hub_id`, the Hub's repository of these weights, None where they come from elsewhere;
+        and `sha256`, their digest, None where they are not, tensor by tensor, those of a
+        safetensors file: where timm has converted them, or fitted them to other images.
+    """
+    cfg = backbone.pretrained_cfg
+    folder = cfg.get('file')
+    repo_id = None if folder or cfg.get('state_dict') else cfg.get('hf_hub_id')
+    path: Any = None
+    if folder:
+        path = Path(folder) if Path(folder).suffix == '.safetensors' else Path(folder, WEIGHTS)
+    elif repo_id:
+        name, _, revision = repo_id.partition('@')
+        path = try_to_load_from_cache(name, WEIGHTS, cache_dir, revision or None)
+    state = backbone.state_dict()
+    same = isinstance(path, str | Path) and Path(path).is_file() and _holds(Path(path), state)
+    return {'hf_hub_id': repo_id, 'sha256': digest(state) if same else None}
+
+
+def _holds(path: Path, state: Mapping[str, Tensor]) -> bool:
+    """Whether a file has these tensors, apart from counters of batches."""
+    with safe_open(path, framework='pt') as file:
+        names = set(file.keys())
+        return all(
+            name in names and torch.equal(file.get_tensor(name).to(value.dtype), value.cpu())
+            for name, value in state.items()
+            if not is_counter(name)
+        )
+
+
+def is_counter(name: str) -> bool:
+    """Whether a tensor is a counter of batches, which no result depends on."""
+    return name.endswith('num_batches_tracked')
+
+
+def digest(weights: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, types, shapes and values of tensors, counters of batches left out."""
+    sha256 = hashlib.sha256()
+    for name in sorted(weights):
+        if is_counter(name):
+            continue
+        value = weights[name].detach().cpu().contiguous()
+        sha256.update(f'{name} {value.dtype} {tuple(value.shape)}\n'.encode())
+        sha256.update(value.view(-1).view(torch.uint8).numpy().data)
+    return sha256.hexdigest()

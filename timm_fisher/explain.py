@@ -1,0 +1,197 @@
+"""Which parts of an image carried a decision, to read, to compute and to draw.
+
+```python
+image = explain.read_image('photo.jpg')
+x = timm.data.create_transform(**timm.data.resolve_model_data_config(model))(image)[None]
+logits, heat = explain.explain(model, x)
+name = explain.class_names(model)[logits[0].argmax()]
+explain.overlay(model, x[0], heat[0], title=name).savefig('overlay.png')
+```
+
+A part's contribution is gradient times input, at the local descriptors that the head pools. For
+average pooling and a linear classifier that is exactly what the descriptor adds to the logit, as in
+class activation maps (Zhou et al., "Learning Deep Features for Discriminative Localization", CVPR
+2016); for other heads it is so to first order.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from timm.data.config import resolve_model_data_config
+from timm.layers.helpers import to_2tuple
+from torch import Tensor
+
+from timm_fisher.model import PooledModel
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def read_image(path: str | Path, channels: int = 3) -> Image.Image:
+    """An image file as a camera's owner sees it: turned upright by its EXIF.
+
+    Args:
+        path: file in any format that Pillow reads.
+        channels: 3 for colour, 1 for grey.
+
+    Raises:
+        ValueError: the file cannot be read as an image.
+    """
+    try:
+        with Image.open(path) as image:
+            return ImageOps.exif_transpose(image).convert('L' if channels == 1 else 'RGB')
+    except Exception as error:  # Pillow's decoders raise what they like
+        raise ValueError(f"'{path}' cannot be read as an image: {error}") from error
+
+
+def class_names(model: PooledModel) -> list[str]:
+    """Names of the classes by index, or the indices themselves where the model has no names.
+
+    Raises:
+        ValueError: the model has no classes, or another number of names.
+    """
+    if not model.num_classes:
+        raise ValueError('This model has num_classes=0: it gives embeddings, and no class.')
+    names = model.pretrained_cfg.get('label_names') or range(model.num_classes)
+    if len(names) != model.num_classes:
+        raise ValueError(f'This model has {model.num_classes} classes, but {len(names)} names.')
+    return list(map(str, names))
+
+
+def grids(
+    model: PooledModel, features: Sequence[Tensor], size: Sequence[int]
+) -> list[tuple[int, int]]:
+    """Rows and columns of the local descriptors, for each stage that the model reads.
+
+    Args:
+        model: whose descriptors they are.
+        features: one tensor for each stage, see `PooledModel.forward_features`.
+        size: height and width of the images.
+
+    Raises:
+        ValueError: tokens that do not fill a grid of the backbone's stride.
+    """
+    places: list[tuple[int, int]] = []
+    for stage, tensor in zip(model.descriptors, features, strict=True):
+        if stage.layout != 'NLC':
+            rows, columns = tensor.shape[1:3] if stage.layout == 'NHWC' else tensor.shape[2:]
+            places.append((rows, columns))
+            continue
+        number = tensor.shape[1] - stage.num_prefix_tokens
+        strides = to_2tuple(model.backbone.feature_info[-1]['reduction'])
+        sides = [side / stride for side, stride in zip(size, strides, strict=True)]
+        patches = [(rounded(sides[0]), rounded(sides[1])) for rounded in (math.floor, math.ceil)]
+        matches = [grid for grid in patches if math.prod(grid) == number]
+        if not matches:
+            raise ValueError(f'the places of the {number} tokens of this backbone are not known.')
+        places.append(matches[0])
+    return places
+
+
+def contributions(model: PooledModel, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """What each local descriptor adds to the largest logit, to first order: gradient times value.
+
+    Args:
+        model: which is left in evaluation mode.
+        images: `[B, C, H, W]`, preprocessed as the model wants it, on its device.
+
+    Returns:
+        Logits `[B, num_classes]`; and for each stage `[B, rows, columns]`, of either sign.
+
+    Raises:
+        ValueError: the model has no classes, or its descriptors are no parts of an image.
+    """
+    class_names(model)  # refuses embeddings
+    model.eval()
+    with torch.no_grad():
+        features = model.forward_features(images)
+    stages = [features] if isinstance(features, Tensor) else features
+    places = grids(model, stages, images.shape[2:])
+    if all(grid == (1, 1) for grid in places):
+        raise ValueError('this model pools one descriptor of the whole image.')
+    with torch.enable_grad():
+        stages = [tensor.detach().requires_grad_() for tensor in stages]
+        logits = cast(Tensor, model.forward_head(stages))
+        slopes = torch.autograd.grad(logits.max(1).values.sum(), stages)
+    products = [slope * tensor.detach() for slope, tensor in zip(slopes, stages, strict=True)]
+    maps = [
+        # Without the prefix tokens, which may be kept among the descriptors.
+        descriptors[:, -math.prod(grid) :].sum(2).unflatten(1, grid)
+        for descriptors, grid in zip(model.descriptors(products), places, strict=True)
+    ]
+    return logits.detach(), maps
+
+
+def explain(model: PooledModel, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits, and maps of what speaks for (above zero) or against the class that won.
+
+    Args and errors as those of `contributions`.
+
+    Returns:
+        Logits `[B, num_classes]`; and maps `[B, H, W]` of the images' own size. The mean of a map
+        is the sum of all contributions, over all stages.
+    """
+    logits, maps = contributions(model, images)
+    # Per area, so that stages of different grids add up.
+    enlarged = [
+        F.interpolate(stage[:, None] * stage[0].numel(), images.shape[2:], mode='bilinear')
+        for stage in maps
+    ]
+    return logits, torch.stack(enlarged).sum(0)[:, 0]
+
+
+def picture(model: PooledModel, image: Tensor) -> Tensor:
+    """What the model sees, in [0, 1].
+
+    Args:
+        model: whose preprocessing is undone.
+        image: `[C, H, W]`, preprocessed.
+
+    Returns:
+        `[H, W, C]`, or `[H, W]` of one channel, on the CPU.
+    """
+    data = resolve_model_data_config(model)  # type: ignore[no-untyped-call]
+    mean, std = (torch.tensor(data[key])[:, None, None] for key in ('mean', 'std'))
+    return (image.cpu() * std + mean).clamp(0, 1).permute(1, 2, 0).squeeze(2)
+
+
+def overlay(model: PooledModel, image: Tensor, heat: Tensor, *, title: str = '') -> Figure:
+    """The image, and beside it the image under what speaks for the class that won.
+
+    Args:
+        model: that was explained.
+        image: `[C, H, W]`, preprocessed.
+        heat: `[H, W]`, of `explain`.
+        title: one line above both.
+
+    Returns:
+        A figure, to be shown by a notebook or saved by `savefig`.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib.pyplot  # noqa: F401, a notebook shows figures once this is imported
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError(
+            'Overlays are drawn by matplotlib: pip install "timm_fisher[recipes]"'
+        ) from None
+    seen = picture(model, image).numpy()
+    height, width = seen.shape[:2]
+    # Not by pyplot, which would open a window.
+    figure = Figure(figsize=(9, 0.6 + 4.5 * height / width), layout='constrained')
+    axes = figure.subplots(1, 2)
+    for axis in axes:
+        axis.imshow(seen, cmap='gray', vmin=0, vmax=1)
+        axis.set_axis_off()
+    axes[1].imshow(heat.clamp(min=0).cpu().numpy(), cmap='inferno', alpha=0.6)
+    figure.suptitle(title, parse_math=False)
+    return figure

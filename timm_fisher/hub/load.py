@@ -1,0 +1,344 @@
+"""Loading a saved model: check what config.json says, look at the header of the weights, build once
+on the meta device, compare, then read the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.models import adapt_input_conv, resolve_pretrained_cfg
+from torch import Tensor, nn
+
+from timm_fisher.backbone import WEIGHTS, can_resize, digest
+from timm_fisher.errors import LoadError
+from timm_fisher.hub.config import TRUST, SavedConfig, read_config
+from timm_fisher.hub.weights import Header, check_tensors, find_file, read_header, read_tensors
+from timm_fisher.model import PooledModel
+from timm_fisher.registry import check_arguments, nearest
+
+SOURCES = ('hf-hub', 'local-dir')  # where timm finds a saved model by its name
+# Arguments of the factory that no model has.
+LOADING = ('pretrained', 'pretrained_cfg_overlay', 'cache_dir')
+UNPROVEN = 2**26  # values of head and classifier that are made up where no weights are loaded
+HUB_USER = 'timm-fisher'
+RELEASED = (
+    'mnist-dbm-idfk',
+    'trashnet-3g',
+    'trashnet-dbm-idfk',
+    'trashnet-gmm-fisher',
+    'trashnet-gsnmf',
+    'trashnet-isqrt-cov',
+    'trashnet-sparse-fisher',
+)
+CHECKOUT = Path(__file__).parents[2] / 'hub_cards'
+
+
+def list_pretrained() -> list[str]:
+    """Short names of the released models, for `from_pretrained`."""
+    return list(RELEASED)
+
+
+def from_pretrained(
+    name: str | Path, *, revision: str | None = None, pretrained: bool = True, **arguments: Any
+) -> PooledModel:
+    """Load a saved model, everything that was saved.
+
+    ```python
+    from_pretrained('trashnet-sparse-fisher', num_classes=3)
+    ```
+
+    Args:
+        name: short name of a released model, which comes from the folder hub_cards where the
+            package runs from its checkout, else from the Hub; a folder, or 'local-dir:FOLDER'; or
+            USER/NAME on the Hub, or 'hf-hub:USER/NAME'.
+        revision: branch, tag or commit on the Hub.
+        pretrained: load the weights; otherwise the architecture alone, with fresh values.
+        **arguments: those of `load`, such as `num_classes`, `backbone` or `cache_dir`.
+
+    Raises:
+        ValueError: a name that is none of these.
+        TypeError: an unknown argument.
+        LoadError: what was saved is damaged, not of this model, or refused; or the Hub cannot be
+            reached.
+    """
+    source, place = _find(str(name), revision)
+    try:
+        return load(source, place, pretrained=pretrained, **arguments)
+    except LoadError as error:
+        if place == str(name) and str(error).startswith('Downloading config.json'):
+            raise LoadError(f"{error} There is no folder '{name}' here.") from None
+        raise
+
+
+def _find(name: str, revision: str | None) -> tuple[str, str]:
+    """Source and place of a saved model."""
+    at = f'@{revision}' if revision else ''
+    if name.startswith('hf-hub:'):
+        return 'hf-hub', name.removeprefix('hf-hub:') + at
+    name = name.removeprefix('local-dir:')
+    folder = CHECKOUT / name if name in RELEASED else Path(name)
+    if name and folder.is_dir():
+        if revision is not None and name not in RELEASED:
+            raise ValueError(f"{revision=} is for the Hub, but '{name}' is a folder.")
+        if revision is None:
+            return 'local-dir', str(folder)
+    if folder.is_file():
+        raise ValueError(f"'{name}' is a file. Give the folder that holds it.")
+    repo_id = f'{HUB_USER}/{name}' if name in RELEASED else name
+    if repo_id.count('/') != 1 or repo_id.startswith(('.', '/')):
+        raise ValueError(
+            f"'{name}' is no released model, no folder, and no USER/NAME on the Hub."
+            f'{nearest(name, RELEASED)} timm_fisher.list_pretrained() lists the released models.'
+        )
+    return 'hf-hub', repo_id + at
+
+
+def load(
+    source: str,
+    place: str,
+    *,
+    pretrained: bool = True,
+    backbone: str | None = None,
+    any_backbone: bool = False,
+    trust_config: bool = False,
+    pretrained_cfg_overlay: dict[str, Any] | None = None,
+    cache_dir: str | Path | None = None,
+    **arguments: Any,
+) -> PooledModel:
+    """A saved model.
+
+    Args:
+        source: 'hf-hub' or 'local-dir'.
+        place: repository, with its revision after '@' if there is one; or folder.
+        pretrained: load the weights; otherwise all values are fresh.
+        backbone: where an adapter's backbone comes from instead of the Hub: a name that
+            `timm.create_model` takes, such as 'local-dir:FOLDER'.
+        any_backbone: take other weights of the backbone than an adapter was trained with.
+        trust_config: lift the limits on the backbone's arguments and on the size of images.
+        pretrained_cfg_overlay: replaces what was saved about images.
+        cache_dir: of downloads.
+        **arguments: of `PooledModel`, in place of those that were saved.
+
+    Raises:
+        TypeError: an unknown argument.
+        LoadError: what was saved is damaged, not of this model, or refused; or the Hub cannot be
+            reached. Nothing is loaded.
+    """
+    check_arguments('A saved model', PooledModel, arguments, given=('backbone', *LOADING))
+    saved = read_config(source, place, cache_dir, trust_config=trust_config)
+    if pretrained:
+        headers = [read_header(find_file(WEIGHTS, source, place, cache_dir), place)]
+        model = _build(saved, arguments, place)
+        if _is_adapter(saved, headers[0]):
+            headers.append(_find_backbone(saved, backbone, cache_dir, place))
+        elif backbone is not None:
+            raise LoadError(
+                f"'{place}' holds its backbone; backbone='{backbone}' is for a model that holds "
+                'head and classifier alone.'
+            )
+        if torch.get_default_device().type != 'meta':
+            _fill(model, saved, headers, any_backbone)
+        model.backbone_weights = None if any_backbone else saved.backbone_weights
+    else:
+        model = _build_fresh(saved, arguments, place, trust_config)
+    model.pretrained_cfg = _image_cfg(model, saved, source, place, pretrained_cfg_overlay)
+    num_classes, size = arguments.get('num_classes'), arguments.get('img_size')
+    if num_classes not in (None, model.num_classes):
+        model.reset_classifier(num_classes)
+    if size not in (None, saved.arguments.get('img_size')):
+        model.set_input_size(size)
+    return model
+
+
+def _build(saved: SavedConfig, arguments: Mapping[str, Any], where: str) -> PooledModel:
+    """The model as it was saved, on the meta device, but for the image channels and other arguments
+    that are asked for.
+
+    Classes and size of images are the saved ones, unless the backbone cannot be resized later.
+    """
+    wanted = {**saved.arguments, **arguments}
+    for key in ('num_classes', 'img_size'):
+        wanted.pop(key, None)
+        if key in saved.arguments:
+            wanted[key] = saved.arguments[key]
+    size = arguments.get('img_size')
+    try:
+        with torch.device('meta'):
+            model = PooledModel(**wanted)
+            if size is not None and not can_resize(model.backbone):
+                model = PooledModel(**{**wanted, 'img_size': size})
+    except Exception as error:  # whatever timm or a head raises
+        raise LoadError(
+            f"No model can be built from the config.json of '{where}': "
+            f'{type(error).__name__}: {error}'
+        ) from error
+    return model
+
+
+def _build_fresh(
+    saved: SavedConfig, arguments: Mapping[str, Any], where: str, trust_config: bool
+) -> PooledModel:
+    """The model with fresh values, if it is not larger than a configuration alone may ask for."""
+    model = _build(saved, arguments, where)
+    with torch.device('meta'):
+        plain = timm.create_model(saved.arguments['backbone'], num_classes=0)
+    more = _count(model) - _count(plain)
+    if more > UNPROVEN and not trust_config:
+        raise LoadError(
+            f"The config.json of '{where}' is refused: without weights it asks for {more} values "
+            f'beside those of its backbone; at most {UNPROVEN} are allowed. {TRUST}'
+        )
+    if torch.get_default_device().type == 'meta':
+        return model
+    return PooledModel(**{**saved.arguments, **arguments})
+
+
+def _count(model: nn.Module) -> int:
+    return sum(tensor.numel() for tensor in model.state_dict().values())
+
+
+def _is_adapter(saved: SavedConfig, header: Header) -> bool:
+    """Whether a file holds head and classifier alone."""
+    own = any(name.startswith('backbone.') for name in header.tensors)
+    return saved.backbone_weights is not None and not own
+
+
+def _find_backbone(
+    saved: SavedConfig, backbone: str | None, cache_dir: str | Path | None, where: str
+) -> Header:
+    """The header of the weights of an adapter's backbone."""
+    repo_id = (saved.backbone_weights or {})['hf_hub_id']
+    if backbone is None and repo_id is None:
+        raise LoadError(
+            f"'{where}' is an adapter, head and classifier alone, and does not say which backbone "
+            "is needed. Give it as backbone='local-dir:FOLDER'."
+        )
+    try:
+        source, place = ('hf-hub', str(repo_id)) if backbone is None else _source_of(backbone)
+        return read_header(find_file(WEIGHTS, source, place, cache_dir), place, 'backbone.')
+    except (LoadError, ValueError) as error:
+        raise LoadError(
+            f"The backbone '{backbone or repo_id}' cannot be loaded: {error} '{where}' is an "
+            f"adapter: head and classifier alone, for the backbone '{repo_id}'. With its weights "
+            "in a folder, give backbone='local-dir:FOLDER'."
+        ) from None
+
+
+def _source_of(backbone: str) -> tuple[str, str]:
+    """Source and place of a backbone, by a name that `timm.create_model` takes."""
+    source, place = timm.models.parse_model_name(backbone)
+    if source is None:
+        cfg = timm.get_pretrained_cfg(place) if timm.is_model(place) else None
+        if not cfg or not cfg.hf_hub_id:
+            raise ValueError(f"timm knows no weights of '{backbone}' on the Hub.")
+        return 'hf-hub', cfg.hf_hub_id
+    return source, place
+
+
+def _fill(
+    model: PooledModel, saved: SavedConfig, headers: Sequence[Header], any_backbone: bool
+) -> None:
+    """Give a model on the meta device its tensors, once all headers are found to be exactly of it.
+
+    Args:
+        model: from `_build`.
+        saved: its configuration.
+        headers: of its weights; of an adapter those of the backbone behind them.
+        any_backbone: of an adapter, take other weights of the backbone than it was trained with.
+    """
+    expected = model.state_dict()
+    channels = saved.arguments.get('in_chans', saved.images['input_size'][0])
+    stems = _stems(model) if channels != model.in_chans else []
+    for name in stems:  # as they were saved
+        out, _, *kernel = expected[name].shape
+        expected[name] = expected[name].new_empty(out, channels, *kernel)
+    parts = [expected]
+    if len(headers) > 1:
+        of_backbone = {k: v for k, v in expected.items() if k.startswith('backbone.')}
+        parts = [{k: v for k, v in expected.items() if k not in of_backbone}, of_backbone]
+    size = timm.models.get_model_input_config(model.backbone)['input_size']
+    what = f'{type(model.backbone).__name__} with {type(model.head).__name__} for images {size}'
+    for header, part in zip(headers, parts, strict=True):
+        check_tensors(header, part, what)
+    tensors: dict[str, Tensor] = {}
+    for header, part in zip(headers, parts, strict=True):
+        tensors |= read_tensors(header, part)
+    if len(headers) > 1 and not any_backbone:
+        _check_digest({k: tensors[k] for k in parts[1]}, saved, headers)
+    for name in stems:
+        tensors[name] = _adapt_stem(tensors[name], model.in_chans, headers[0].where)
+    model.load_state_dict(tensors, strict=True, assign=True)
+    _rebuild_derived_buffers(model)
+
+
+def _check_digest(
+    weights: Mapping[str, Tensor], saved: SavedConfig, headers: Sequence[Header]
+) -> None:
+    """Refuse other weights of the backbone than an adapter was trained with."""
+    expected = saved.backbone_weights or {}
+    sha256 = digest({key.removeprefix('backbone.'): value for key, value in weights.items()})
+    if sha256 != expected['sha256']:
+        raise LoadError(
+            f"The weights of '{headers[1].where}' (digest {sha256[:12]}) are not those that "
+            f"'{headers[0].where}' was trained with ('{expected['hf_hub_id']}', digest "
+            f"{str(expected['sha256'])[:12]}). Give backbone='local-dir:FOLDER' with the right "
+            'ones, or any_backbone=True to take these, with other results than on the card.'
+        )
+
+
+def _stems(model: PooledModel) -> list[str]:
+    """Names of the weights that read the channels of the image."""
+    names = model.pretrained_cfg['first_conv'] or ()
+    return [f'{name}.weight' for name in ([names] if isinstance(names, str) else names)]
+
+
+def _adapt_stem(weight: Tensor, channels: int, where: str) -> Tensor:
+    """Weights of a stem for another number of image channels, as timm adapts them."""
+    try:
+        adapted: Tensor = adapt_input_conv(channels, weight)
+    except NotImplementedError as error:
+        raise LoadError(
+            f"'{where}' reads images of {weight.shape[1]} channels, and cannot be adapted to "
+            f'{channels}.'
+        ) from error
+    return adapted
+
+
+def _rebuild_derived_buffers(model: nn.Module) -> None:
+    """Give buffers that are not saved their values, as timm's layers do.
+
+    Raises:
+        LoadError: a module has such a buffer, and not the method that computes it.
+    """
+    for module in model.modules():
+        rebuild: Any = getattr(module, 'init_non_persistent_buffers', None)
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.is_meta:
+                if rebuild is None:
+                    raise LoadError(
+                        f"{type(module).__name__} has the buffer '{name}', which is not saved. "
+                        'Register it as a persistent one, or write '
+                        'init_non_persistent_buffers(), which computes it.'
+                    )
+                setattr(module, name, torch.empty_like(buffer, device='cpu'))
+        if rebuild is not None:
+            rebuild()
+
+
+def _image_cfg(
+    model: PooledModel,
+    saved: SavedConfig,
+    source: str,
+    place: str,
+    overlay: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """timm's pretrained configuration of a loaded model."""
+    origin = {'source': source, 'hf_hub_id' if source == 'hf-hub' else 'file': place}
+    cfg = resolve_pretrained_cfg(  # type: ignore[no-untyped-call]
+        'timm_fisher', {**saved.images, **origin, **(overlay or {})}
+    ).to_dict()
+    own = {key: model.pretrained_cfg[key] for key in ('classifier', 'first_conv')}
+    return {**cfg, **own}

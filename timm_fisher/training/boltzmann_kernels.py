@@ -1,0 +1,109 @@
+"""Fisher vectors of a data set by a Boltzmann machine, with the rank and the ridge of their Fisher
+information chosen afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import torch
+from scipy import sparse
+from sklearn.preprocessing import normalize
+from torch import Tensor
+
+from timm_fisher import PooledModel
+from timm_fisher.heads.dbm_idfk import DBMFisher
+from timm_fisher.training.config import Config
+from timm_fisher.training.embeddings import create_embedder, fit_once, outputs
+from timm_fisher.training.features import Cached
+
+SATURATION_IMAGES = 1024
+
+
+class BoltzmannKernel:
+    """A `dbm_idfk` model, fitted to the split 'train', and the Fisher vectors of several splits.
+
+    Args:
+        config: of the model.
+        features: of the images of each split.
+        folder: where the fitted model is kept, or found; None does not save it.
+        **head_kwargs: arguments of the head in place of those in the configuration.
+
+    Attributes:
+        model: the fitted model, without classifier.
+        seconds: that the fit took.
+        vectors: phi of unit length, without Fisher information (DFK; FK of an RBM): CSR `[n, d]`
+            float32 of each split. Sparse, for where a pixel is off, so are its products.
+        saturated: share of posteriors within 0.05 of 0 or 1, for each layer, over 1024 images.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        features: Mapping[str, Cached],
+        folder: Path | None,
+        **head_kwargs: object,
+    ) -> None:
+        self._config, self._head_kwargs = config, head_kwargs
+        self.model = create_embedder(config, **head_kwargs)
+        self.seconds = fit_once(self.model, features['train'], folder, config)
+        self.vectors = {
+            split: _fisher_vectors(self.model, part) for split, part in features.items()
+        }
+        self.saturated = _saturated(self.model, features['train'])
+
+    @property
+    def head(self) -> DBMFisher:
+        """The fitted head."""
+        return cast(DBMFisher, self.model.head)
+
+    @cached_property
+    def _along_axes(self) -> dict[str, np.ndarray]:
+        """Coordinates `[n, rank]` along the axes of the Fisher information, off the mean."""
+        axes = self.head.axes.cpu().numpy()
+        mean = np.asarray(self.vectors['train'].mean(0)) @ axes
+        return {split: phi @ axes - mean for split, phi in self.vectors.items()}
+
+    def whitened(self, rank: int, ridge: float) -> dict[str, np.ndarray]:
+        """IDFK: vectors `[n, rank]` of unit length with the leading axes of the Fisher information,
+        the training mean taken off.
+
+        Args:
+            rank: at most the head's.
+            ridge: as the head's, which becomes this one.
+        """
+        self.head.ridge = ridge
+        scale = self.head.inverse_root(torch.float32).cpu().numpy()[:rank]
+        return {split: normalize(z[:, :rank] * scale) for split, z in self._along_axes.items()}
+
+    def truncated(self, rank: int, ridge: float) -> PooledModel:
+        """The model with a smaller rank and another ridge."""
+        head_kwargs = {**self._head_kwargs, 'rank': rank, 'ridge': ridge}
+        model = create_embedder(self._config, **head_kwargs)
+        state = self.model.state_dict()
+        state['head.axes'] = state['head.axes'][:, :rank].contiguous()
+        state['head.variances'] = state['head.variances'][:rank]
+        model.load_state_dict(state)
+        return model
+
+
+def _fisher_vectors(model: PooledModel, features: Cached) -> sparse.csr_matrix:
+    def vectors(x: list[Tensor]) -> Tensor:
+        return cast(DBMFisher, model.head).normalized_score(model.descriptors(x)[0])
+
+    parts = [sparse.csr_matrix(x.cpu().numpy()) for x in outputs(model, features, vectors)]
+    return sparse.vstack(parts, format='csr')
+
+
+def _saturated(model: PooledModel, features: Cached) -> list[float]:
+    def near_bounds(x: list[Tensor]) -> Tensor:
+        layers = cast(DBMFisher, model.head).posteriors(model.descriptors(x)[0])
+        return torch.stack([((mu - 0.5).abs() > 0.45).float().mean() for mu in layers])
+
+    shares: list[float] = next(
+        outputs(model, features, near_bounds, batch_size=SATURATION_IMAGES)
+    ).tolist()
+    return shares

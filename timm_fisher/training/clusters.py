@@ -1,0 +1,70 @@
+"""Clusters of vectors, and how well they agree with classes."""
+
+from __future__ import annotations
+
+import numpy as np
+from scipy.optimize import linear_sum_assignment
+from sklearn.cluster import KMeans, SpectralClustering
+from sklearn.metrics import normalized_mutual_info_score
+from sklearn.metrics.cluster import contingency_matrix
+
+STARTS = 10  # of k-means, also within spectral clustering (section 4.3 of Gui et al.)
+
+
+def find_clusters(
+    points: np.ndarray, count: int, *, neighbours: int = 10, seed: int = 0
+) -> dict[str, np.ndarray]:
+    """Clusters of points by k-means and by spectral clustering.
+
+    Args:
+        points: `[n, D]`.
+        count: how many clusters.
+        neighbours: of each point in the graph of spectral clustering; at most n are taken.
+        seed: of both.
+
+    Returns:
+        'kmeans' and 'spectral': numbers of the clusters `[n]`.
+    """
+    spectral = SpectralClustering(
+        count,
+        affinity='nearest_neighbors',
+        n_neighbors=min(neighbours, len(points)),
+        n_init=STARTS,
+        random_state=seed,
+    )
+    return {
+        'kmeans': KMeans(count, n_init=STARTS, random_state=seed).fit_predict(points),
+        'spectral': spectral.fit_predict(points),
+    }
+
+
+def matched_accuracy(labels: np.ndarray, clusters: np.ndarray) -> float:
+    """Share of images whose cluster is matched with their class, by the best one-to-one matching
+    (Gui et al., eq. 7).
+
+    Args:
+        labels: classes `[n]`.
+        clusters: `[n]`; their numbers mean nothing, and there may be more or fewer than classes.
+    """
+    counts = contingency_matrix(labels, clusters)
+    return float(counts[linear_sum_assignment(counts, maximize=True)].sum() / len(labels))
+
+
+def normalized_information(labels: np.ndarray, clusters: np.ndarray) -> float:
+    """Mutual information of classes `[n]` and clusters `[n]` by the larger of the two entropies
+    (NMI; Gui et al., eq. 8)."""
+    return float(normalized_mutual_info_score(labels, clusters, average_method='max'))
+
+
+def evaluate_clusters(
+    points: np.ndarray, labels: np.ndarray, classes: int, *, neighbours: int = 10, seed: int = 0
+) -> dict[str, float]:
+    """'kmeans_accuracy', 'kmeans_nmi', 'spectral_accuracy' and 'spectral_nmi' of as many clusters
+    of points `[n, D]` as there are classes; see `find_clusters`."""
+    metrics = {}
+    for method, clusters in find_clusters(
+        points, classes, neighbours=neighbours, seed=seed
+    ).items():
+        metrics[f'{method}_accuracy'] = matched_accuracy(labels, clusters)
+        metrics[f'{method}_nmi'] = normalized_information(labels, clusters)
+    return metrics

@@ -1,0 +1,354 @@
+"""Algorithm 1 of "Deep Fisher Kernels": learn the Gaussian mixture of linear SVMs' Fisher vectors.
+
+By turns: solve the one-vs-rest SVMs exactly for the present mixture G; move the mixture along the
+gradient of their loss, by a line search. The objective never rises:
+
+    L(w, G) = 1/2 |w|^2 + C/n sum_i max(0, 1 - y_i <w, phi(X_i; G)>)^2      (eq. 4)
+    sum_l L(w_l, G)                                                         (eq. 6)
+
+One departure: a mean moves along its gradient in units of its standard deviation. The paper's own
+direction depends on the unit of the descriptors.
+
+Paper: Sydorov, Sakurada and Lampert, "Deep Fisher Kernels - End to End Learning of the Fisher
+Kernel GMM Parameters", CVPR 2014.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import torch
+from sklearn.metrics import average_precision_score
+from sklearn.svm import LinearSVC
+from torch import Tensor
+
+from timm_fisher import PooledModel
+from timm_fisher.heads.gmm_fisher import GMMFisher, Mixture
+from timm_fisher.numerics.linalg import power_l2
+
+C_GRID = (10.0, 30.0, 100.0, 300.0, 1e3, 3e3, 1e4, 3e4)
+FIRST_STEP = 0.1  # largest change of a log weight, of a mean in stds, or of a log std
+TRIALS = 20  # of one line search
+RISE = 1e-5  # of the objective, relative, that rounding explains
+BATCH = 64  # images that the mixture sees at a time
+
+
+@dataclass
+class LabelledDescriptors:
+    """The splits 'train', 'val' and 'test' of a data set.
+
+    Attributes:
+        y: reduced descriptors `[n, N, D]` of each split.
+        signs: +1 or -1 for each class, `[n, classes]`, float64; see `one_vs_rest`.
+        classes: their names.
+    """
+
+    y: dict[str, Tensor]
+    signs: dict[str, Tensor]
+    classes: list[str]
+
+
+def one_vs_rest(labels: np.ndarray, classes: Sequence[str], split: str) -> Tensor:
+    """+1 for the class of an image and -1 for the others, `[n, classes]`, float64.
+
+    Raises:
+        ValueError: there is no image of some class; the message names the split.
+    """
+    missing = [name for index, name in enumerate(classes) if index not in labels]
+    if missing:
+        raise ValueError(f"The split '{split}' has no images of {missing}.")
+    return torch.as_tensor(np.where(labels[:, None] == range(len(classes)), 1.0, -1.0))
+
+
+class FisherKernel(GMMFisher):
+    """The mixture of a fitted head on descriptors `[n, N, D]` that are reduced already.
+
+    Args:
+        head: the mixture is copied.
+        bias: append a constant 1 to the Fisher vectors.
+    """
+
+    def __init__(self, head: GMMFisher, *, bias: bool) -> None:
+        components, d = head.means.shape
+        super().__init__(
+            d, reduce_dim=None, components=components, l2_descriptors=False, normalize=False
+        )
+        self.to(head.means).requires_grad_(False)
+        self.reduce.weight.copy_(torch.eye(d))
+        self.log_std_floor.copy_(head.log_std_floor)
+        self.bias = bias
+        self.set(Mixture(head.log_weights, head.means, head.log_stds))
+
+    def get(self) -> Mixture:
+        """A copy of the mixture."""
+        return Mixture(self.log_weights.clone(), self.means.clone(), self.log_stds.clone())
+
+    def set(self, mixture: Mixture) -> None:
+        """Take over a mixture; its weights are normalised, standard deviations kept off zero."""
+        for name, value in mixture._asdict().items():
+            getattr(self, name).copy_(value.detach())
+        self.log_weights.copy_(self.log_weights.log_softmax(0))
+        self.project_()
+
+    def phi(self, y: Tensor) -> Tensor:
+        """Fisher vectors as the SVMs see them, `[n, features]`."""
+        return self.finish(self.psi(y))
+
+    def psi(self, y: Tensor) -> Tensor:
+        """Fisher vectors `[n, 2KD]` before eq. 3."""
+        return torch.cat([self(part) for part in torch.split(y, BATCH)])
+
+    def finish(self, psi: Tensor) -> Tensor:
+        """Eq. 3, and the constant if there is one."""
+        phi = power_l2(psi)
+        return torch.cat([phi, torch.ones_like(phi[:, :1])], 1) if self.bias else phi
+
+    def gradient(
+        self, y: Tensor, psi: Tensor, weights: Tensor, signs: Tensor, sample: Tensor | None = None
+    ) -> Mixture:
+        """Gradient of the summed loss with respect to log weights, means and log stds.
+
+        psi is a mean over descriptors: the chain rule beyond it has the right expectation on a
+        random sample of them, if the derivative of the loss by psi is that of all.
+
+        Args:
+            y: `[n, N, D]`.
+            psi: of y.
+            weights: of the SVMs, `[features, tasks]`.
+            signs: `[n, tasks]`.
+            sample: indices of some descriptors of each image, `[n, M]`; None for all.
+        """
+        psi = psi.detach().requires_grad_()
+        loss = squared_hinge(self.finish(psi), weights, signs).sum()
+        (by_psi,) = torch.autograd.grad(loss, psi)
+        if sample is not None:
+            y = y.gather(1, sample[..., None].expand(-1, -1, y.shape[2]))
+        mixture = [p.requires_grad_() for p in (self.log_weights, self.means, self.log_stds)]
+        gradient = [torch.zeros_like(parameter) for parameter in mixture]
+        for x, factor in zip(torch.split(y, BATCH), torch.split(by_psi, BATCH), strict=True):
+            parts = torch.autograd.grad(self(x), mixture, factor)
+            for total, part in zip(gradient, parts, strict=True):
+                total += part
+        self.requires_grad_(False)
+        return Mixture(*gradient)
+
+
+def squared_hinge(phi: Tensor, weights: Tensor, signs: Tensor) -> Tensor:
+    """The sum over images for each task, `[tasks]`, float64."""
+    return (1 - signs * (phi.double() @ weights)).clamp_min(0).square().sum(0)
+
+
+def solve_svms(phi: Tensor, signs: Tensor, costs: Sequence[float]) -> Tensor:
+    """The minimisers of eq. 4 for each task, `[features, tasks]`, float64.
+
+    LIBLINEAR sums the loss over images where eq. 4 takes the mean. Neither has a bias; a constant
+    among the features is one, and counts in the norm of w.
+
+    Args:
+        phi: Fisher vectors `[n, features]`.
+        signs: `[n, tasks]`.
+        costs: C of each task.
+    """
+    x = phi.double().cpu().numpy()
+    solutions = []
+    for sign, cost in zip(signs.T.cpu().numpy(), costs, strict=True):
+        svm = LinearSVC(
+            C=cost / len(x), fit_intercept=False, dual='auto', tol=1e-6, max_iter=100_000,
+            random_state=0,
+        )  # fmt: skip
+        solutions.append(svm.fit(x, sign).coef_[0])
+    return torch.as_tensor(np.stack(solutions, 1), device=phi.device)
+
+
+def average_precision(scores: Tensor, signs: Tensor) -> np.ndarray:
+    """Of each task, `[tasks]`, for decision values and signs `[n, tasks]`."""
+    pairs = zip(signs.T.cpu().numpy(), scores.T.cpu().numpy(), strict=True)
+    return np.array([average_precision_score(sign > 0, values) for sign, values in pairs])
+
+
+def choose_costs(
+    kernel: FisherKernel,
+    data: LabelledDescriptors,
+    *,
+    shared: bool,
+    grid: Sequence[float] = C_GRID,
+) -> list[float]:
+    """C of each class: of the best average precision on the validation split.
+
+    Args:
+        kernel: with the mixture to choose for.
+        data: whose test split is not read.
+        shared: one C for all classes, of the best mean.
+        grid: to choose from; the first of equals is taken.
+    """
+    count = len(data.classes)
+    train, val = kernel.phi(data.y['train']), kernel.phi(data.y['val'])
+    precision = np.zeros((len(grid), count))
+    for row, cost in zip(precision, grid, strict=True):
+        w = solve_svms(train, data.signs['train'], [cost] * count)
+        row[:] = average_precision(val.double() @ w, data.signs['val'])
+    if shared:
+        precision[:] = precision.mean(1, keepdims=True)
+    return [grid[i] for i in precision.argmax(0)]
+
+
+class Learned(NamedTuple):
+    """The mixtures that Algorithm 1 gives for some classes."""
+
+    last: Mixture
+    best: Mixture  # in average precision on the validation split
+    iterations: int
+    best_iteration: int
+
+
+def learn(
+    kernel: FisherKernel,
+    data: LabelledDescriptors,
+    task: Sequence[int],
+    cost: float,
+    *,
+    iterations: int = 30,
+    tolerance: float = 1e-4,
+    descriptor_fraction: float = 0.1,
+    seed: int = 0,
+    report: Callable[[dict[str, Any]], None] = lambda row: None,
+) -> Learned:
+    """Algorithm 1, from the kernel's mixture, which is moved.
+
+    Args:
+        kernel: shared by all classes of the task.
+        data: whose test split is not read.
+        task: indices of the classes.
+        cost: C of eq. 4.
+        iterations: steps of the mixture, at most.
+        tolerance: stop when an iteration lowers the objective by less than this share.
+        descriptor_fraction: share of each image's descriptors that the gradient is computed from.
+        seed: of their choice.
+        report: called after each iteration with 'iteration', 'objective', 'val_ap' (mean average
+            precision on the validation split), 'seconds', and but for the last one with 'step' and
+            'objective_after_step'.
+
+    Raises:
+        FloatingPointError: the objective rose.
+    """
+    y, signs = data.y['train'], data.signs['train'][:, task]
+    generator = torch.Generator().manual_seed(seed)
+    rows: list[dict[str, Any]] = []
+    previous, best_ap, step = math.inf, -1.0, None
+    while True:
+        start, iteration = time.perf_counter(), len(rows)
+        psi = kernel.psi(y)
+        w = solve_svms(kernel.finish(psi), signs, [cost] * len(task))
+
+        def loss(psi: Tensor, w: Tensor = w) -> float:
+            return squared_hinge(kernel.finish(psi), w, signs).sum().item()
+
+        norm, before = 0.5 * w.square().sum().item(), loss(psi)
+        objective = norm + cost / len(y) * before
+        val = average_precision(kernel.phi(data.y['val']).double() @ w, data.signs['val'][:, task])
+        if val.mean() > best_ap:
+            best, best_ap, best_iteration = kernel.get(), val.mean(), iteration
+        row = {'iteration': iteration, 'objective': objective, 'val_ap': val.mean()}
+        if objective > previous * (1 + RISE):
+            names = [data.classes[c] for c in task]
+            raise FloatingPointError(
+                f'The objective of {names} rose from {previous} to {objective} in iteration '
+                f'{iteration}: the SVM was not solved to the end. Try a smaller C.'
+            )
+        little = rows and rows[-1]['objective'] - objective < tolerance * objective
+        if iteration < iterations and not little:
+            number = math.ceil(descriptor_fraction * y.shape[1])
+            order = torch.rand(y.shape[:2], generator=generator).argsort(1).to(y.device)
+            # Where a sample leads uphill, all descriptors have the last word.
+            for sample in (order[:, :number], None):
+                gradient = kernel.gradient(y, psi, w, signs, sample)
+                moved, after = line_search(
+                    kernel, gradient, lambda: loss(kernel.psi(y)), before, step
+                )
+                if moved:
+                    break
+            step, previous = moved or step, norm + cost / len(y) * after
+            row |= {'step': moved, 'objective_after_step': previous}
+        rows.append(row | {'seconds': round(time.perf_counter() - start, 2)})
+        report(rows[-1])
+        if not row.get('step'):
+            return Learned(kernel.get(), best, iteration, best_iteration)
+
+
+def line_search(
+    kernel: FisherKernel,
+    gradient: Mixture,
+    loss: Callable[[], float],
+    before: float,
+    step: float | None,
+) -> tuple[float, float]:
+    """Move the mixture along the negative gradient to the lowest loss that is tried.
+
+    The step is doubled while the loss falls, or divided until it does; a parabola through the
+    lowest point and its neighbours then gives one more.
+
+    Args:
+        kernel: its mixture is where the search begins, and is moved.
+        gradient: of the loss, from `kernel.gradient`.
+        loss: of the kernel's present mixture, the SVMs fixed.
+        before: the loss now.
+        step: the last one; None for the first time.
+
+    Returns:
+        The step and the loss there; 0, and the old mixture, where no step lowers the loss.
+    """
+    old, stds = kernel.get(), torch.exp(kernel.log_stds)
+    direction = gradient._replace(means=gradient.means * stds.square())
+    if step is None:
+        relative = gradient._replace(means=gradient.means * stds)
+        step = FIRST_STEP / max(1e-30, *(part.abs().max().item() for part in relative))
+
+    def place(eta: float) -> None:
+        kernel.set(Mixture(*(a - eta * b for a, b in zip(old, direction, strict=True))))
+
+    def at(eta: float) -> float:
+        place(eta)
+        value = loss()
+        return value if math.isfinite(value) else math.inf
+
+    losses = {0.0: before, step: at(step)}
+    if losses[step] < before:
+        while losses[step] == min(losses.values()) and len(losses) < TRIALS:
+            step *= 2
+            losses[step] = at(step)
+    else:
+        while losses[step] >= before and len(losses) < TRIALS:
+            step /= 4
+            losses[step] = at(step)
+    steps = sorted(losses)
+    i = steps.index(min(steps, key=losses.__getitem__))
+    near = steps[i - 1 : i + 2]
+    if 0 < i < len(steps) - 1 and math.isfinite(losses[near[2]]):
+        a, b, _ = np.polyfit(near, [losses[eta] for eta in near], 2)
+        vertex = float(-b / (2 * a))
+        losses[vertex] = at(vertex)
+    best = min(losses, key=losses.__getitem__)
+    place(best)
+    return best, losses[best]
+
+
+@torch.no_grad()
+def to_classifier(model: PooledModel, mixture: Mixture, weights: Tensor) -> None:
+    """Turn a `gmm_fisher` model into one whose logits are the SVMs' decision values.
+
+    Args:
+        model: whose head gave the reduction of the descriptors.
+        mixture: from `FisherKernel.get`.
+        weights: of the SVMs, `[features, tasks]`, a constant's included if there is one.
+    """
+    for name, value in mixture._asdict().items():
+        getattr(model.head, name).copy_(value)
+    model.reset_classifier(weights.shape[1])
+    classifier = cast(torch.nn.Linear, model.classifier)
+    classifier.weight.copy_(weights[: model.head.out_features].T)
+    classifier.bias.copy_(weights[model.head.out_features :].sum(0))  # 0 of no rows

@@ -1,0 +1,133 @@
+"""Embeddings of whole data sets by models without a classifier, on cached features.
+
+For experiments that compare representations of the same images, such as those of recipes/papers.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import safetensors.torch
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.utils import send_to_device, set_seed
+from sklearn.preprocessing import normalize
+from timm.data.config import resolve_data_config
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+import timm_fisher
+from timm_fisher import PooledModel
+from timm_fisher.files import write
+from timm_fisher.training.command_line import parse
+from timm_fisher.training.config import Config
+from timm_fisher.training.data import Split, create_datasets
+from timm_fisher.training.features import Cached, cache_features
+from timm_fisher.training.run import create_model
+
+
+def parse_options(options: Mapping[str, Any]) -> Config:
+    """Options of `timm_fisher.training`, checked and converted as its command line does: exits with
+    a message on an error."""
+    return parse(Config, arguments=['--config', yaml.safe_dump(dict(options))])
+
+
+def create_embedder(config: Config, **head_kwargs: Any) -> PooledModel:
+    """The model of a configuration without its classifier, in evaluation mode, on accelerate's
+    device.
+
+    Args:
+        config: all of its seeds are set.
+        **head_kwargs: arguments of the head in place of those in the configuration.
+    """
+    set_seed(config.seed)
+    config = replace(config, head_kwargs={**config.head_kwargs, **head_kwargs})
+    model = create_model(config, num_classes=0).to(memory_format=torch.channels_last)
+    device: torch.device = Accelerator().device
+    return model.to(device).eval()
+
+
+def load_weights(model: PooledModel, folder: Path) -> None:
+    """Weights of a saved model into one of the same configuration, all or none."""
+    model.load_state_dict(safetensors.torch.load_file(folder / 'model.safetensors'), strict=True)
+
+
+def preprocessing(model: PooledModel, config: Config) -> dict[str, Any]:
+    """timm's data configuration for a model and the image size and crop of a configuration."""
+    requested = {'img_size': config.img_size, 'crop_pct': config.crop_pct}
+    return dict(resolve_data_config(requested, model=model))  # type: ignore[no-untyped-call]
+
+
+def cache_splits(
+    model: PooledModel, splits: dict[str, Split], config: Config, accelerator: Accelerator
+) -> dict[str, Cached]:
+    """Features of the model's backbone for the images of each split, in `config.cache_dir`."""
+    datasets = create_datasets(config, splits, preprocessing(model, config))
+    return {name: cache_features(model, datasets[name], config, accelerator) for name in splits}
+
+
+def fit_once(model: PooledModel, features: Cached, folder: Path | None, config: Config) -> float:
+    """Fit a model's head to cached features and save the model, or load what was saved before.
+
+    Args:
+        model: one that fits the features.
+        features: of the training images.
+        folder: of the saved model, which then also holds seconds.json; None does not save.
+        config: for batch size and preprocessing.
+
+    Returns:
+        The seconds that the fit took, now or then.
+    """
+    if folder is not None and (folder / 'seconds.json').exists():
+        load_weights(model, folder)
+        return float(json.loads((folder / 'seconds.json').read_text()))
+    start = time.perf_counter()
+    timm_fisher.fit(model, DataLoader(features, config.batch_size), from_features=True)
+    seconds = round(time.perf_counter() - start, 2)
+    if folder is not None:
+        timm_fisher.save_model(model, folder, data_config=preprocessing(model, config))
+        write(folder / 'seconds.json', json.dumps(seconds))
+    return seconds
+
+
+@torch.no_grad()
+def outputs(
+    model: PooledModel,
+    features: Cached,
+    function: Callable[[list[Tensor]], Tensor],
+    *,
+    batch_size: int = 256,
+) -> Iterator[Tensor]:
+    """What a function of a batch of features, one tensor for each stage, gives on the model's
+    device, batch by batch."""
+    device = next(model.parameters()).device
+    for batch, _ in DataLoader(features, batch_size):
+        yield function(send_to_device(batch, device))
+
+
+def mean_vectors(model: PooledModel, features: Cached) -> np.ndarray:
+    """L2-normalised means `[n, C]` of the descriptors of the last stage, float64."""
+    return _unit_vectors(model, features, lambda x: model.descriptors(x)[-1].mean(1))
+
+
+def head_vectors(model: PooledModel, features: Cached) -> np.ndarray:
+    """L2-normalised pooled vectors `[n, head_hidden_size]`, float64."""
+
+    def pool(x: list[Tensor]) -> Tensor:
+        return cast(Tensor, model.forward_head(x, pre_logits=True))
+
+    return _unit_vectors(model, features, pool)
+
+
+def _unit_vectors(
+    model: PooledModel, features: Cached, function: Callable[[list[Tensor]], Tensor]
+) -> np.ndarray:
+    parts = [x.cpu() for x in outputs(model, features, function)]
+    return np.asarray(normalize(torch.cat(parts).double().numpy()))
