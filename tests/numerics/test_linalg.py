@@ -97,7 +97,9 @@ def test_smaller_side_is_exact(trace, eps, iterations):
         assert_near(root, torch.from_numpy(isqrt_cov.root(matrix, iterations)), 1e-12)
     x = x - x.mean(1, keepdim=True)
     expected = root_and_gradient(matrix_root, x, iterations, eps)
-    for ours, theirs in zip(root_and_gradient(gram_root, x, iterations, eps), expected, strict=True):
+    for ours, theirs in zip(
+        root_and_gradient(gram_root, x, iterations, eps), expected, strict=True
+    ):
         assert_near(ours, theirs, 1e-12)
     for ours, theirs in zip(
         root_and_gradient(gram_root, x.float(), iterations, eps), expected, strict=True
