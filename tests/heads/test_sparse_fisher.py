@@ -196,12 +196,3 @@ def test_reduction_never_exceeds_the_channels():
     assert SparseFisher(24, reduce_dim=None, code_dim=5).out_features == 24 * 5
     assert SparseFisher(24, reduce_dim=128, code_dim=5).out_features == 24 * 5
     assert SparseFisher(24, reduce_dim=8, code_dim=5).out_features == 8 * 5
-
-
-@pytest.mark.parametrize(
-    'wrong', [{'code_dim': 0}, {'reduce_dim': 0}, {'iterations': 0}, {'sparsity': 0.0}]
-)
-def test_wrong_arguments_are_named(wrong):
-    ((key, value),) = wrong.items()
-    with pytest.raises(ValueError, match=f'{key}={value}'):
-        SparseFisher(24, **wrong)

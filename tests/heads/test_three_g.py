@@ -123,20 +123,3 @@ def test_a_frozen_head_keeps_its_statistics():
     assert not any(module.training for module in model.head.modules())
     model.head.requires_grad_(True)
     assert model.train().head.training
-
-
-@pytest.mark.parametrize(
-    ('head', 'wrong'),
-    [
-        ('3g', {'reduce_dim': 0}),
-        ('3g', {'blocks': -1}),
-        ('3g', {'iterations': 0}),
-        ('3g', {'shrinkage': 0.0}),
-        ('isqrt_cov', {'reduce_dim': 0}),
-        ('isqrt_cov', {'iterations': 0}),
-    ],
-)
-def test_wrong_arguments_are_named(head, wrong):
-    ((key, value),) = wrong.items()
-    with pytest.raises(ValueError, match=f'{key}={value}'):
-        create_head(head, 24, **wrong)

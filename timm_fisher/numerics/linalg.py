@@ -199,17 +199,21 @@ def newton_schulz(a: Tensor, iterations: int) -> Tensor:
     return z
 
 
-def triangle_index(size: int, *, lower: bool = False) -> Tensor:
+def triangle_index(
+    size: int, *, lower: bool = False, device: torch.device | str | None = None
+) -> Tensor:
     """Positions of one triangle, diagonal included, in a flattened matrix, row by row.
 
     Args:
         size: d, rows of the matrix.
         lower: the lower triangle instead of the upper one.
+        device: of the result.
 
     Returns:
         int64 `[d (d + 1) / 2]`.
     """
-    places = torch.tril_indices(size, size) if lower else torch.triu_indices(size, size)
+    indices = torch.tril_indices if lower else torch.triu_indices
+    places = indices(size, size, device=device)
     return places[0] * size + places[1]
 
 
