@@ -12,7 +12,7 @@ from skimage.feature import fisher_vector
 from sklearn.mixture import GaussianMixture
 from torch import Tensor
 
-from timm_fisher import ListStream, create_head
+from timm_fisher import ListStream
 from timm_fisher.heads.gmm_fisher import (
     VARIANCE_FLOOR,
     GMMFisher,

@@ -10,7 +10,6 @@ from references import three_g
 from safetensors.torch import load_file
 
 import timm_fisher
-from timm_fisher import create_head
 from timm_fisher.heads.isqrt_cov import ISqrtCov
 from timm_fisher.heads.three_g import ThreeG, convert_state_dict, shrunk_root
 
