@@ -151,7 +151,7 @@ def test_partial_fit_leaves_alone_what_no_code_uses():
     assert torch.isfinite(made.basis).all()
 
 
-def test_own_loss_has_the_gradient_of_the_minimum():
+def test_unsupervised_loss_has_the_gradient_of_the_minimum():
     """The code is held fixed; where it minimises eq. 2, going through it changes nothing."""
     x = descriptors().requires_grad_()
     made = head(x.detach(), updates=1000)

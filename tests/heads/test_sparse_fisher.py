@@ -55,7 +55,7 @@ def test_equals_reference(tied, iterations):
     assert loss.item() == pytest.approx(expected, rel=1e-12)
 
 
-def test_own_loss_does_not_shrink_the_reduction():
+def test_unsupervised_loss_does_not_shrink_the_reduction():
     """Eq. 1 is zero for y = 0; only the cross-entropy may train the reduction."""
     x = data()[:8]
     made = head(x)
