@@ -519,3 +519,18 @@ def test_creation_needs_no_gradient_mode(mode):
     with mode():
         model = timm_fisher.create_model('mobilenetv3_small_050', num_classes=3)
     assert not any('conv_head' in name for name, _ in model.named_parameters())
+
+
+@pytest.mark.parametrize(
+    ('result', 'error'),
+    [
+        (lambda x: x, r"Head 'gem' of the distribution .* returns a tensor \[2, 100, 96\], not a"),
+        (lambda x: x.mean(), r"Head 'gem' .* returns a tensor \[\], not a tensor \[B, 96\]"),
+        (lambda x: (x.mean(1),), r"Head 'gem' .* returns a tuple, not a tensor \[B, 96\]"),
+    ],
+)
+def test_a_head_that_returns_something_else(monkeypatch, result, error):
+    """It is named, with its distribution, when the model is built."""
+    monkeypatch.setattr('timm_fisher.heads.gem.GeM.forward', lambda self, x: result(x))
+    with pytest.raises((TypeError, ValueError), match=error):
+        create(head='gem')

@@ -55,7 +55,7 @@ def test_equals_reference(tied, iterations):
     assert loss.item() == pytest.approx(expected, rel=1e-12)
 
 
-def test_own_loss_does_not_shrink_the_reduction():
+def test_unsupervised_loss_does_not_shrink_the_reduction():
     """Eq. 1 is zero for y = 0; only the cross-entropy may train the reduction."""
     x = data()[:8]
     made = head(x)
@@ -196,12 +196,3 @@ def test_reduction_never_exceeds_the_channels():
     assert SparseFisher(24, reduce_dim=None, code_dim=5).out_features == 24 * 5
     assert SparseFisher(24, reduce_dim=128, code_dim=5).out_features == 24 * 5
     assert SparseFisher(24, reduce_dim=8, code_dim=5).out_features == 8 * 5
-
-
-@pytest.mark.parametrize(
-    'wrong', [{'code_dim': 0}, {'reduce_dim': 0}, {'iterations': 0}, {'sparsity': 0.0}]
-)
-def test_wrong_arguments_are_named(wrong):
-    ((key, value),) = wrong.items()
-    with pytest.raises(ValueError, match=f'{key}={value}'):
-        SparseFisher(24, **wrong)
