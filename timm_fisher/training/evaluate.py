@@ -52,7 +52,7 @@ def evaluate(
     """
     class_names(model)  # refuses embeddings, and names that are not those of its classes
     images = _load_split(data_dir, split, model)
-    data_config = timm.data.resolve_model_data_config(model)  # type: ignore[no-untyped-call]
+    data_config = timm.data.resolve_model_data_config(model)
     dataset = create_datasets(Config(), {split: images}, data_config)[split]
     device = next(model.parameters()).device
     was_training = model.training
