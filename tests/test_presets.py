@@ -198,7 +198,7 @@ def test_config_trains_the_preset(config):
     assert tensors(model) == tensors(expected)
     assert model.pretrained_cfg == expected.pretrained_cfg
     made, wanted = (timm.models.get_model_args(each) for each in (model, expected))
-    given, settings = made.pop('head_kwargs'), wanted.pop('head_kwargs')
+    given, settings = made.pop('head_kwargs', {}), wanted.pop('head_kwargs')
     assert made == wanted
     assert given.items() <= settings.items()
     defaults = inspect.signature(timm_fisher.get_head(model._model_args['head'])).parameters
