@@ -164,7 +164,7 @@ def test_class_token_goes_behind_all_heads():
     ('arguments', 'error', 'message'),
     [
         ({'head': []}, ValueError, 'empty list'),
-        ({'head': ['avg', 'gem']}, TypeError, "dicts with a name.*got 'avg'"),
+        ({'head': ['avg', 'gem']}, TypeError, r"dicts with a name.*got \['avg'"),
         ({'head': {'name': 'avg'}}, TypeError, "list of dicts with a name.*got {'name': 'avg'}"),
         ({'head': [{'name': 'avg', 'stage': '-2'}]}, TypeError, "stage='-2' of the head 'avg'"),
         ({'head': [{'stage': -2}]}, TypeError, 'dicts with a name'),
