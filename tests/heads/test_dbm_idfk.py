@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from limits import LargestTensor
 from references import dbm_idfk as reference
 from sklearn.neural_network import BernoulliRBM
 from torch import Tensor
@@ -247,8 +248,6 @@ def test_kernel_does_not_change_under_a_linear_map_of_the_scores():
 
 def test_fisher_information_is_never_formed():
     """d = 4 900 of 40 images: no tensor of the fit comes near d x d."""
-    from test_heads import LargestTensor
-
     v = (torch.rand(40, 70, generator=torch.Generator().manual_seed(0)) < 0.3).float()
     head = DBMFisher(70, hidden=[60, 11], rank=10, squash=False, epochs=1)
     with LargestTensor() as largest:
