@@ -277,7 +277,7 @@ def test_a_built_in_head_is_complete(name):
     assert (TESTS / 'references' / f'{file}.py').is_file(), 'no float64 reference'
     catalogue = (TESTS.parent / 'timm_fisher' / 'heads' / 'README.md').read_text()
     assert f'| [`{name}`](#{name}) |' in catalogue, 'no row in the table of heads/README.md'
-    assert f'\n## {name}\n' in catalogue, 'no section in heads/README.md'
+    assert f'\n## `{name}`\n' in catalogue, 'no section in heads/README.md'
 
     first, *others = inspect.signature(head).parameters.values()
     assert first.name == 'in_features'

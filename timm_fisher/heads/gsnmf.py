@@ -83,7 +83,9 @@ class GSNMF(PoolingHead):
             l1_penalty=(l1_penalty, 0.0, 1e6),
         )
         if signed not in SIGNS:
-            raise ValueError(f'gsnmf takes signed as one of {", ".join(SIGNS)}, got {signed!r:.99}.')
+            raise ValueError(
+                f'gsnmf takes signed as one of {", ".join(SIGNS)}, got {signed!r:.99}.'
+            )
         self.in_features = in_features
         self.out_features = components
         self.updates = updates
