@@ -135,3 +135,19 @@ def launch() -> Iterator[Callable[..., subprocess.Popen[str]]]:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+
+
+# What is tested without training, saving or a launcher: the first of three tiers of tests.
+QUICK = (
+    *('heads', 'numerics', 'fitting', 'test_backbone.py', 'test_compose.py', 'test_factory.py'),
+    *('test_model.py', 'test_pixels.py', 'test_readme.py', 'test_registry.py'),
+)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark tests `quick`, unless they are marked `slow`."""
+    for item in items:
+        place = item.path.relative_to(ROOT / 'tests').parts[0]
+        if place in QUICK and not item.get_closest_marker('slow'):
+            item.add_marker(pytest.mark.quick)

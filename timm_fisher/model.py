@@ -87,15 +87,16 @@ class PooledModel(nn.Module):
         super().__init__()
         heads = parse_heads(head, head_kwargs, stage)
         stages = sorted({place for _, place, _ in heads})
+        requested = {
+            'in_chans': in_chans,
+            'drop_path_rate': drop_path_rate,
+            'pretrained_cfg_overlay': pretrained_cfg_overlay,
+            'cache_dir': cache_dir,
+        }
+        requested = {key: value for key, value in requested.items() if value is not None}
         built = create_backbone(
             backbone,
-            {
-                'cache_dir': cache_dir,
-                'pretrained_cfg_overlay': pretrained_cfg_overlay,
-                **(backbone_kwargs or {}),
-                'in_chans': in_chans,
-                'drop_path_rate': drop_path_rate,
-            },
+            {**(backbone_kwargs or {}), **requested},
             img_size=img_size,
             stages=stages,
             class_token=class_token,
