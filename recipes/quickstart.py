@@ -1,50 +1,39 @@
-"""Train `avg` and `sparse_fisher` on scikit-learn's handwritten digits, from scratch, on a CPU.
+"""Train `avg` and `sparse_fisher` on scikit-learn's handwritten digits, from scratch.
 
     python recipes/quickstart.py
 
-Runs `accelerate launch recipes/train.py --config recipes/configs/digits.yaml` once for each head,
-prints a table, and leaves a model in runs/quickstart/sparse_fisher/model and an image to try it on
-in runs/quickstart/digit.png.
+Does for each head what `accelerate launch recipes/train.py --config recipes/configs/digits.yaml`
+does, prints a table, and leaves a model in runs/quickstart/sparse_fisher/model and an image to try
+it on in runs/quickstart/digit.png.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
+import yaml
 from PIL import Image
 from sklearn.datasets import load_digits
 
-RECIPES = Path(__file__).parent
+from timm_fisher.training.launch import launch
+
+CONFIG = Path(__file__).parent / 'configs/digits.yaml'
 OUTPUT = Path('runs/quickstart')
 HEADS = ('avg', 'sparse_fisher')
 
 
 def main() -> None:
+    """Train each head, and show what it brings."""
     shutil.rmtree(OUTPUT, ignore_errors=True)
+    settings = yaml.safe_load(CONFIG.read_text())
     rows = []
     for head in HEADS:
         print(f'\n== {head}', flush=True)
         start = time.perf_counter()
-        subprocess.run(
-            [
-                *(sys.executable, '-m', 'accelerate.commands.launch'),
-                # What `accelerate launch` would otherwise say that it assumes.
-                *('--cpu', '--num_processes', '1', '--num_machines', '1'),
-                *('--mixed_precision', 'no', '--dynamo_backend', 'no'),
-                *('--num_cpu_threads_per_process', str(os.cpu_count())),
-                *(str(RECIPES / 'train.py'), '--config', str(RECIPES / 'configs/digits.yaml')),
-                *('--head', head, '--output', str(OUTPUT / head)),
-            ],
-            check=True,
-        )
-        metrics = json.loads((OUTPUT / head / 'metrics.json').read_text())
+        metrics = launch({**settings, 'head': head}, OUTPUT / head)
         rows.append((head, metrics, time.perf_counter() - start))
 
     pixels = (load_digits().images[0] * (255 / 16)).astype(np.uint8)

@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -27,13 +27,13 @@ TINY = {
     'backbone': 'test_resnet', 'backbone_stage': -2, 'img_size': 32, 'crop_pct': 1.0,
     'batch_size': 16, 'workers': 0,
 }  # fmt: skip
-# Threads that spin while they wait make a tiny model up to 75 times slower on a busy machine. The
-# recipe overrides OMP_NUM_THREADS=1, which `accelerate launch` sets by itself.
+# Threads that spin while they wait make a tiny model up to 75 times slower on a busy machine.
+# Training overrides OMP_NUM_THREADS=1, which `accelerate launch` sets by itself.
 ENVIRONMENT = {'ACCELERATE_USE_CPU': 'true', 'OMP_WAIT_POLICY': 'passive'}
 
 
 def write_images(folder: Path, *, seed: int = 0, **splits: int) -> Path:
-    """`folder/SPLIT/COLOUR/*.png`, so many images of each colour: noise with a tint."""
+    """`folder/SPLIT/COLOUR/*.png`, noise with a tint; the number of images for each colour."""
     random = np.random.default_rng(seed)
     for split, count in splits.items():
         for name, tint in COLOURS.items():
@@ -60,14 +60,6 @@ def load_script(name: str) -> ModuleType:
     return module
 
 
-@pytest.fixture(scope='session')
-def recipes() -> SimpleNamespace:
-    """The modules that train: config, data and train."""
-    from timm_fisher.training import config, data, run
-
-    return SimpleNamespace(config=config, data=data, train=run)
-
-
 def command_line(options: dict[str, Any]) -> list[str]:
     """`{'lr': 1.0, 'resume': True}` -> `['--lr=1.0', '--resume=true']`."""
     text = {
@@ -78,17 +70,21 @@ def command_line(options: dict[str, Any]) -> list[str]:
 
 
 @pytest.fixture
-def recipe(
-    recipes: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Callable[..., Path]]:
-    """`recipe(head='avg', ...)` runs train.py in this process and returns the output folder."""
+def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Path]]:
+    """`recipe(head='avg', ...)` trains in this process and returns the output folder."""
     from accelerate.state import AcceleratorState, GradientState
+
+    from timm_fisher.training import checkpoint
+    from timm_fisher.training.command_line import parse
+    from timm_fisher.training.config import Config
+    from timm_fisher.training.run import train
 
     for key, value in ENVIRONMENT.items():
         monkeypatch.setenv(key, value)
     monkeypatch.delenv('OMP_NUM_THREADS', raising=False)
     # Matplotlib takes longer than all the rest; the launched runs draw the real curve.
-    monkeypatch.setattr(recipes.train, '_plot', lambda _, path: Image.new('L', (1, 1)).save(path))
+    draw = lambda _, path: Image.new('L', (1, 1)).save(path)  # noqa: E731
+    monkeypatch.setattr(checkpoint, 'draw_curve', draw)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
 
@@ -98,9 +94,9 @@ def recipe(
 
     def run(*arguments: str, **options: Any) -> Path:
         options = {'output': tmp_path / 'run', 'cache_dir': tmp_path / 'cache', **TINY, **options}
-        monkeypatch.setattr(sys, 'argv', ['train.py', *arguments, *command_line(options)])
+        config = parse(Config, arguments=[*arguments, *command_line(options)])
         reset()
-        recipes.train.main()
+        train(config)
         return Path(options['output'])
 
     yield run
@@ -110,7 +106,8 @@ def recipe(
 
 @pytest.fixture(scope='module')
 def launch() -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    """`launch(output=..., ...)` starts a script by the real launcher, in a process group."""
+    """`launch(output=..., ...)` starts a script, or `-m MODULE`, by the real launcher, in a process
+    group."""
     started = []
 
     def start(
@@ -122,7 +119,7 @@ def launch() -> Iterator[Callable[..., subprocess.Popen[str]]]:
         if processes > 1:
             launcher += ['--multi_gpu', '--main_process_port', '0']
         process = subprocess.Popen(
-            [*launcher, script, *command_line(options)],
+            [*launcher, *script.split(), *command_line(options)],
             cwd=ROOT,
             env={**os.environ, **ENVIRONMENT},
             stdout=subprocess.PIPE,
@@ -138,3 +135,19 @@ def launch() -> Iterator[Callable[..., subprocess.Popen[str]]]:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+
+
+# What is tested without training, saving or a launcher: the first of three tiers of tests.
+QUICK = (
+    *('heads', 'numerics', 'fitting', 'test_backbone.py', 'test_compose.py', 'test_factory.py'),
+    *('test_model.py', 'test_pixels.py', 'test_readme.py', 'test_registry.py'),
+)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark tests `quick`, unless they are marked `slow`."""
+    for item in items:
+        place = item.path.relative_to(ROOT / 'tests').parts[0]
+        if place in QUICK and not item.get_closest_marker('slow'):
+            item.add_marker(pytest.mark.quick)

@@ -1,5 +1,5 @@
 """What every rank computes for test_train.py: a fit, and gradients, of every head; and updates of
-a head by its own rule.
+a head by its update rule.
 
     ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 \
         tests/distributed_checks.py --output=FOLDER
@@ -42,7 +42,7 @@ def create(name: str) -> timm_fisher.PooledModel:
     head: Any = name
     if name == COMPOSED:
         names = ('gmm_fisher', 'sparse_fisher')
-        head = [{'name': 'avg', 'stage': -4}, *({'name': each, **SMALL[each]} for each in names)]
+        head = [{'name': 'avg', 'stage': -4}, *({'name': part, **SMALL[part]} for part in names)]
     return timm_fisher.create_model(
         'test_resnet', head, num_classes=3, stage=-5, head_kwargs=SMALL.get(name)
     ).eval()
@@ -62,10 +62,10 @@ def fitted(head: str) -> dict[str, Tensor]:
 
 
 def gradients(model: nn.Module, rank: int = 0, world_size: int = 1) -> dict[str, Tensor]:
-    """Of cross-entropy plus the head's own loss on this rank's share of 12 images."""
+    """Of cross-entropy plus the head's unsupervised loss on this rank's share of 12 images."""
     images, labels = (tensor[rank::world_size] for tensor in create_images(12))
-    logits, own = model(images, head_loss=True)
-    (F.cross_entropy(logits, labels) + own).backward()
+    logits, loss = model(images, head_loss=True)
+    (F.cross_entropy(logits, labels) + loss).backward()
     return {
         name.removeprefix('module.'): parameter.grad
         for name, parameter in model.named_parameters()
@@ -74,7 +74,7 @@ def gradients(model: nn.Module, rank: int = 0, world_size: int = 1) -> dict[str,
 
 
 def updated(rank: int = 0, world_size: int = 1) -> dict[str, Any]:
-    """gsnmf after its own update on this rank's part of 11 images; what the stream says of all."""
+    """gsnmf after its update rule on this rank's part of 11 images; what the stream says of all."""
     generator = torch.Generator().manual_seed(2)
     x = torch.randn(11, 5, 16, generator=generator).tensor_split(world_size)[rank]
     torch.manual_seed(0)

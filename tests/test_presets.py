@@ -15,6 +15,9 @@ from torch import nn
 
 import timm_fisher
 from timm_fisher.presets import PRESETS
+from timm_fisher.training.command_line import parse
+from timm_fisher.training.config import Config
+from timm_fisher.training.run import create_model
 
 # Side of the image, side of the grid, length of the pooled vector: the papers' sections 3.3 (3G),
 # 4.2 (sparse Fisher), 4.1 (Deep Fisher Kernels).
@@ -185,17 +188,17 @@ def test_two_steps_then_saved_and_loaded(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize('config', CONFIGS)
-def test_config_trains_the_preset(recipes, config):
-    """Its run on fake data is in test_train.py."""
+def test_config_trains_the_preset(config):
+    """Its run on fake data is in training/test_run.py."""
     file = ROOT / 'recipes' / 'configs' / f'{config}.yaml'
-    parsed = recipes.config.parse_config(['--config', str(file), '--pretrained', 'false'])
+    parsed = parse(Config, arguments=['--config', str(file), '--pretrained', 'false'])
     with torch.device('meta'):
-        model = recipes.train.create_model(parsed, 365)
+        model = create_model(parsed, 365)
     expected = preset(CONFIGS[config])
     assert tensors(model) == tensors(expected)
     assert model.pretrained_cfg == expected.pretrained_cfg
     made, wanted = (timm.models.get_model_args(each) for each in (model, expected))
-    given, settings = made.pop('head_kwargs'), wanted.pop('head_kwargs')
+    given, settings = made.pop('head_kwargs', {}), wanted.pop('head_kwargs')
     assert made == wanted
     assert given.items() <= settings.items()
     defaults = inspect.signature(timm_fisher.get_head(model._model_args['head'])).parameters

@@ -12,9 +12,10 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import torch
 
 import timm_fisher
-from timm_fisher.registry import GROUP
+from timm_fisher.registry import GROUP, check_head_output
 
 TESTS = Path(__file__).parent
 PYPROJECT = tomllib.loads((TESTS.parent / 'pyproject.toml').read_text())
@@ -183,6 +184,68 @@ def test_missing_argument(install):
         timm_fisher.create_head('wide', 8)
 
 
+POOL = """
+    import torch
+    from timm_fisher import PoolingHead
+    class Pool(PoolingHead):
+        def __init__(self, in_features):
+            super().__init__()
+            self.in_features, self.out_features = in_features, 2
+            {init}
+        def forward(self, x):
+            return {forward}
+    """
+
+
+@pytest.mark.parametrize(
+    ('init', 'error', 'message'),
+    [
+        ("raise ValueError('too wide')", ValueError, r'cannot be built: too wide$'),
+        ("raise UnicodeError('too wide')", ValueError, r'cannot be built: too wide$'),
+        ("in_features + 'x'", TypeError, 'cannot be built: unsupported operand'),
+        ('1 / 0', RuntimeError, 'cannot be built: ZeroDivisionError: division by zero'),
+        ('del self.out_features', ValueError, 'must set .* sets 8 and None'),
+        ('self.out_features = 2.0', ValueError, r'must set .* sets 8 and 2\.0'),
+        ('self.out_features = 0', ValueError, 'must set .* sets 8 and 0'),
+        ('self.in_features = 7', ValueError, 'must set in_features to 8 .* sets 7 and 2'),
+    ],
+)
+def test_a_head_that_cannot_be_built_is_named(install, init, error, message):
+    install('maker', 'odd', 'maker_odd:Pool', POOL.format(init=init, forward='x'))
+    with pytest.raises(error, match=f"^Head 'odd' of the distribution 'maker' {message}"):
+        timm_fisher.create_head('odd', 8)
+
+
+@pytest.mark.parametrize(
+    ('forward', 'error', 'message'),
+    [
+        ('(x.mean(1)[:, :2], None)', TypeError, r'returns a tuple, not a tensor \[B, 2\]'),
+        ('x.mean(1)', ValueError, r'returns a tensor \[3, 8\], not a tensor \[B, 2\]'),
+        ('x[..., :2]', ValueError, r'returns a tensor \[3, 5, 2\], not'),
+    ],
+)
+def test_a_head_that_returns_something_else_is_named(install, forward, error, message):
+    install('maker', 'odd', 'maker_odd:Pool', POOL.format(init='', forward=forward))
+    with torch.device('meta'):
+        head = timm_fisher.create_head('odd', 8)
+        pooled = head(torch.empty(3, 5, 8))
+    with pytest.raises(error, match=f"^Head 'odd' of the distribution 'maker' {message}"):
+        check_head_output('odd', head, pooled)
+
+
+@pytest.mark.parametrize('name', BUILT_IN)
+def test_built_in_heads_return_what_they_say(name):
+    with torch.device('meta'):
+        head = timm_fisher.create_head(name, 8)
+        check_head_output(name, head, head(torch.empty(3, 5, 8)))
+
+
+@pytest.mark.parametrize('in_features', [0, -3, 2.0, '8', True, None])
+def test_in_features_is_a_size(in_features):
+    with pytest.raises(ValueError, match=f'in_features .* not {in_features!r}'):
+        timm_fisher.create_head('avg', in_features)
+
+
 def test_without_an_installation(monkeypatch):
     monkeypatch.setattr(sys, 'path', [])
     assert timm_fisher.list_heads() == []
@@ -196,15 +259,25 @@ def test_installed_heads_are_those_of_pyproject():
     assert not missing, f'{missing} not installed: run `pip install --no-deps -e .` again'
 
 
+def test_every_file_of_a_head_is_registered():
+    package = TESTS.parent / 'timm_fisher' / 'heads'
+    files = {path.stem for path in package.glob('*.py')} - {'__init__'}
+    assert files == {value.partition(':')[0].rpartition('.')[2] for value in BUILT_IN.values()}
+
+
 @pytest.mark.parametrize('name', BUILT_IN)
 def test_a_built_in_head_is_complete(name):
-    """The checklist: one file, one line in pyproject.toml, one reference, a plain signature."""
+    """The checklist: one file, one line in pyproject.toml, one reference, a section of the
+    catalogue, a plain signature."""
     module, _, class_name = BUILT_IN[name].partition(':')
     package, _, file = module.rpartition('.')
     assert package == 'timm_fisher.heads'
     head = getattr(importlib.import_module(module), class_name)
     assert head.__module__ == module, 'a head lives in the file that its entry point names'
     assert (TESTS / 'references' / f'{file}.py').is_file(), 'no float64 reference'
+    catalogue = (TESTS.parent / 'timm_fisher' / 'heads' / 'README.md').read_text()
+    assert f'| [`{name}`](#{name}) |' in catalogue, 'no row in the table of heads/README.md'
+    assert f'\n## `{name}`\n' in catalogue, 'no section in heads/README.md'
 
     first, *others = inspect.signature(head).parameters.values()
     assert first.name == 'in_features'

@@ -59,7 +59,7 @@ def create_backbone(
 
     Args:
         name: any name that `timm.create_model` takes, `hf-hub:` and `local-dir:` included.
-        arguments: of `timm.create_model`; None stands for those that are not given.
+        arguments: of `timm.create_model`.
         img_size: side or (height, width); None for the backbone's own.
         stages: that are read, -1 for the output.
         class_token: 'drop', 'keep' or 'append'.
@@ -70,8 +70,7 @@ def create_backbone(
         ValueError: an unknown backbone, stage or class-token mode.
     """
     check_backbone(name)
-    arguments = {key: value for key, value in arguments.items() if value is not None}
-    arguments['num_classes'] = 0
+    arguments = {**arguments, 'num_classes': 0}
     with torch.inference_mode(False), torch.device('meta'):
         seen = timm.create_model(name, **arguments)
         if img_size is not None and get_model_input_config(seen)['fixed_input_size']:

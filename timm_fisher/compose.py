@@ -38,14 +38,14 @@ class ConcatHeads(nn.ModuleList):
         return self._concatenate([head(x[place]) for head, place in self.placed()])
 
     def forward_with_loss(self, x: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """As `forward`, and the sum of the heads' own losses."""
+        """As `forward`, and the sum of the heads' unsupervised losses."""
         pooled, losses = zip(
             *(head.forward_with_loss(x[place]) for head, place in self.placed()), strict=True
         )
         return self._concatenate(pooled), torch.stack(losses).sum()
 
     def partial_fit(self, streams: Sequence[DescriptorStream]) -> None:
-        """Each head's own update on a mini-batch, one stream a stage."""
+        """Each head's update rule on a mini-batch, one stream a stage."""
         for head, place in self.placed():
             head.partial_fit(streams[place])
 

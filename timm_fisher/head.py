@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import reprlib
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from timm_fisher.fitting.stream import DescriptorStream
+
+MOST_FEATURES = 65_536  # of a size that an argument sets: dimensions, components, units
+MOST_ITERATIONS = 1000
 
 
 class PoolingHead(nn.Module):
@@ -15,12 +19,18 @@ class PoolingHead(nn.Module):
 
     A subclass sets `in_features` and `out_features` in `__init__` and writes `forward`; the rest
     is optional. Its constructor takes `in_features` first, then keyword-only hyper-parameters
-    with JSON values: the signature is the configuration that is saved and checked. It also runs on
-    the meta device, where a saved model is built first to be held against its weights.
+    with JSON values and no `**kwargs`: the signature is the configuration that is saved and that an
+    unknown argument is checked against. A downloaded config chooses these values, so a constructor
+    that builds or computes as much as they say refuses what is out of range (`check_range`). It
+    also runs on the meta device, where a saved model is built first to be held against its weights.
 
     Whatever is fitted is a parameter or a persistent buffer, so that `state_dict()` is the head.
-    A head sees tensors and a `DescriptorStream`; it never imports timm, accelerate or
-    `torch.distributed`.
+    A buffer that is derived from the arguments, such as an index, is not persistent; a method
+    `init_non_persistent_buffers()` fills it again, as timm's layers have it.
+
+    A head sees tensors and a `DescriptorStream`; it imports neither accelerate nor
+    `torch.distributed`, and of timm only `timm.layers`. Second-order and log-probability
+    mathematics run in float32 or better, with autocast off (`numerics.linalg`).
 
     Attributes:
         in_features: channels C of one descriptor.
@@ -42,7 +52,7 @@ class PoolingHead(nn.Module):
         raise NotImplementedError(f'{type(self).__name__} must define forward().')
 
     def forward_with_loss(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Pool descriptors, and give the head's own unsupervised loss.
+        """Pool descriptors, and give the head's unsupervised loss.
 
         Args:
             x: local descriptors `[B, N, C]`.
@@ -62,8 +72,8 @@ class PoolingHead(nn.Module):
         """
 
     def partial_fit(self, stream: DescriptorStream) -> None:
-        """One round of the head's own update rule on a mini-batch, in place; a head that learns by
-        gradients alone does nothing. Unsupervised stages call it before each step.
+        """One round of an update rule that the head brings, on a mini-batch, in place; a head that
+        learns by gradients alone does nothing. Unsupervised stages call it before each step.
 
         Args:
             stream: the mini-batch: `batches()` gives this rank's part of it, `sum` adds over ranks.
@@ -76,3 +86,31 @@ class PoolingHead(nn.Module):
 
     def project_(self) -> None:
         """Bring the parameters back to their feasible set, in place, after an optimizer step."""
+
+
+def check_range(
+    head: str, /, **arguments: tuple[Any, float, float] | tuple[Any, int, int, None]
+) -> None:
+    """Refuse arguments of a head that are not numbers, or outside their range.
+
+    ```python
+    check_range('3g', blocks=(blocks, 0, 64), reduce_dim=(reduce_dim, 1, MOST_FEATURES, None))
+    ```
+
+    Args:
+        head: name of the head, to begin the error with.
+        **arguments: for each argument its value, the least and the most that is allowed, and None
+            where that is allowed too. Limits that are whole numbers ask for a whole number.
+
+    Raises:
+        ValueError: names the argument, its range and the value.
+    """
+    for name, (value, least, most, *others) in arguments.items():
+        whole = isinstance(least, int) and isinstance(most, int)
+        number = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
+        if not (number and least <= value <= most) and not (value is None and others):
+            kind = ' (whole numbers)' if whole and not number else ''
+            raise ValueError(
+                f'{head} takes {name} from {least:g} to {most:g}{kind}{" or None" * bool(others)}, '
+                f'got {reprlib.repr(value)}.'
+            )

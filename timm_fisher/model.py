@@ -11,12 +11,13 @@ from timm.data.loader import adapt_to_chs
 from timm.layers.helpers import to_2tuple
 from timm.models import get_model_input_config, group_parameters
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from timm_fisher.backbone import can_resize, create_backbone, describe_weights
 from timm_fisher.compose import ConcatHeads
 from timm_fisher.descriptors import StageDescriptors
 from timm_fisher.head import PoolingHead
-from timm_fisher.registry import create_head
+from timm_fisher.registry import check_head_output, create_head
 
 # What a pretrained_cfg says about images; the rest of it is about the backbone's own weights.
 _DATA_KEYS = (
@@ -86,15 +87,16 @@ class PooledModel(nn.Module):
         super().__init__()
         heads = parse_heads(head, head_kwargs, stage)
         stages = sorted({place for _, place, _ in heads})
+        requested = {
+            'in_chans': in_chans,
+            'drop_path_rate': drop_path_rate,
+            'pretrained_cfg_overlay': pretrained_cfg_overlay,
+            'cache_dir': cache_dir,
+        }
+        requested = {key: value for key, value in requested.items() if value is not None}
         built = create_backbone(
             backbone,
-            {
-                'cache_dir': cache_dir,
-                'pretrained_cfg_overlay': pretrained_cfg_overlay,
-                **(backbone_kwargs or {}),
-                'in_chans': in_chans,
-                'drop_path_rate': drop_path_rate,
-            },
+            {**(backbone_kwargs or {}), **requested},
             img_size=img_size,
             stages=stages,
             class_token=class_token,
@@ -115,6 +117,8 @@ class PooledModel(nn.Module):
             create_head(name, channels[place], **options)
             for (name, _, options), place in zip(heads, places, strict=True)
         ]
+        for (name, _, _), part in zip(heads, made, strict=True):
+            _try_head(name, part)
         self.head = made[0] if isinstance(head, str) else ConcatHeads(made, places)
         self.head_drop = nn.Dropout(drop_rate)
 
@@ -335,6 +339,21 @@ def parse_heads(
     return heads
 
 
+def _try_head(name: str, head: PoolingHead) -> None:
+    """Check what a head returns, on the meta device, where that costs nothing."""
+    state = {**dict(head.named_parameters()), **dict(head.named_buffers())}
+    state = {key: torch.empty_like(value, device='meta') for key, value in state.items()}
+    x = torch.empty(2, 100, head.in_features, device='meta')
+    training = head.training
+    try:
+        pooled = functional_call(head.eval(), state, (x,))
+    except Exception:  # a head need not run on the meta device; it fails where it is used
+        return
+    finally:
+        head.train(training)
+    check_head_output(name, head, pooled)
+
+
 def _set_input_size(cfg: dict[str, Any], input_size: tuple[int, ...]) -> None:
     """Another size of input in an image configuration; what it says of testing goes with the old
     one."""
@@ -354,11 +373,7 @@ def _wrap_cfg(backbone: Any, input_size: tuple[int, ...], num_classes: int) -> d
     cfg = {key: source[key] for key in _DATA_KEYS if key in source}
     _set_input_size(cfg, input_size)
     # Of grey images timm's loader takes the average, its transform refuses three values.
-    cfg |= {
-        key: adapt_to_chs(cfg[key], input_size[0])  # type: ignore[no-untyped-call]
-        for key in ('mean', 'std')
-        if key in cfg
-    }
+    cfg |= {key: adapt_to_chs(cfg[key], input_size[0]) for key in ('mean', 'std') if key in cfg}
     stem = source.get('first_conv')
     if stem is not None:
         names = [f'backbone.{name}' for name in ([stem] if isinstance(stem, str) else stem)]

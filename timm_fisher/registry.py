@@ -12,6 +12,8 @@ from collections.abc import Callable, Collection, Mapping
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
+from torch import Tensor
+
 from timm_fisher.head import PoolingHead
 
 GROUP = 'timm_fisher.heads'
@@ -33,36 +35,17 @@ def get_head(name: str) -> type[PoolingHead]:
         ImportError: the head's distribution is installed but broken.
         TypeError: the entry point is not a subclass of `PoolingHead`.
     """
-    if not isinstance(name, str):
-        raise TypeError(f'A head is given by its name, one of {list_heads()}, not by {name!r}.')
-    found = list(entry_points(group=GROUP, name=name))
-    if not found:
-        names = list_heads()
-        if not names:
-            raise ValueError(
-                f"Unknown head '{name}': no head is registered at all, so timm_fisher is not "
-                'installed in this environment. Run `pip install -e .` in its folder.'
-            )
-        raise ValueError(
-            f"Unknown head '{name}'.{nearest(name, names)} Installed: {', '.join(names)}."
-        )
-    if len(found) > 1:
-        owners = ' and '.join(sorted(f"'{_distribution(entry)}'" for entry in found))
-        raise ValueError(
-            f"Head '{name}' is registered by {owners}. Uninstall one, or rename its entry point."
-        )
-    entry = found[0]
+    entry = _find(name)
     try:
         head = entry.load()
     except Exception as error:
         raise ImportError(
-            f"Head '{name}' of the distribution '{_distribution(entry)}' ({entry.value}) cannot be "
-            f'imported: {type(error).__name__}: {error}'
+            f'{_title(entry)} ({entry.value}) cannot be imported: {type(error).__name__}: {error}'
         ) from error
     if not (isinstance(head, type) and issubclass(head, PoolingHead)):
         raise TypeError(
-            f"Head '{name}' of the distribution '{_distribution(entry)}' ({entry.value}) is "
-            f'{head!r}, not a subclass of timm_fisher.PoolingHead.'
+            f'{_title(entry)} ({entry.value}) is {head!r}, not a subclass of '
+            'timm_fisher.PoolingHead.'
         )
     return head
 
@@ -77,10 +60,52 @@ def create_head(name: str, in_features: int, /, **arguments: Any) -> PoolingHead
 
     Raises:
         TypeError: an argument that the head does not take; the nearest one is named.
+        ValueError: `in_features` is not a positive whole number, the head refuses a value, or
+            does not set its sizes.
+        RuntimeError: the head's constructor fails otherwise.
     """
+    if not _is_size(in_features):
+        raise ValueError(f'in_features of a head is a positive whole number, not {in_features!r}.')
     head = get_head(name)
     check_arguments(f"Head '{name}'", head, arguments, given=('in_features',))
-    return head(in_features, **arguments)
+    try:
+        made = head(in_features, **arguments)
+    except (TypeError, ValueError) as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f'{_title(_find(name))} cannot be built: {error}') from error
+    except Exception as error:
+        raise RuntimeError(
+            f'{_title(_find(name))} cannot be built: {type(error).__name__}: {error}'
+        ) from error
+    sizes = [getattr(made, key, None) for key in ('in_features', 'out_features')]
+    if sizes[0] != in_features or not all(map(_is_size, sizes)):
+        raise ValueError(
+            f'{_title(_find(name))} must set in_features to {in_features} and out_features to a '
+            f'positive whole number in __init__; it sets {sizes[0]!r} and {sizes[1]!r}.'
+        )
+    return made
+
+
+def check_head_output(name: str, head: PoolingHead, pooled: Any) -> None:
+    """Refuse what a head returns if it is no tensor `[B, out_features]`. Whoever builds a head
+    checks it once, best on the meta device.
+
+    Args:
+        name: entry-point name of the head.
+        head: the head.
+        pooled: what its `forward` has returned.
+
+    Raises:
+        TypeError: it is not a tensor.
+        ValueError: it has another shape.
+    """
+    wanted = f'a tensor [B, {head.out_features}]'
+    if not isinstance(pooled, Tensor):
+        raise TypeError(f'{_title(_find(name))} returns a {type(pooled).__name__}, not {wanted}.')
+    if pooled.ndim != 2 or pooled.shape[1] != head.out_features:
+        raise ValueError(
+            f'{_title(_find(name))} returns a tensor {list(pooled.shape)}, not {wanted}.'
+        )
 
 
 def check_arguments(
@@ -122,6 +147,37 @@ def nearest(name: str, names: Collection[str]) -> str:
     """` Did you mean 'x' or 'y'?` for a misspelt name, or an empty string if nothing is near."""
     matches = difflib.get_close_matches(name, names, n=3)
     return f' Did you mean {" or ".join(repr(match) for match in matches)}?' if matches else ''
+
+
+def _find(name: str) -> EntryPoint:
+    """The entry point of an installed head; see `get_head` for the errors."""
+    if not isinstance(name, str):
+        raise TypeError(f'A head is given by its name, one of {list_heads()}, not by {name!r}.')
+    entries = list(entry_points(group=GROUP, name=name))
+    if not entries:
+        names = list_heads()
+        if not names:
+            raise ValueError(
+                f"Unknown head '{name}': no head is registered at all, so timm_fisher is not "
+                'installed in this environment. Run `pip install -e .` in its folder.'
+            )
+        raise ValueError(
+            f"Unknown head '{name}'.{nearest(name, names)} Installed: {', '.join(names)}."
+        )
+    if len(entries) > 1:
+        owners = ' and '.join(sorted(f"'{_distribution(entry)}'" for entry in entries))
+        raise ValueError(
+            f"Head '{name}' is registered by {owners}. Uninstall one, or rename its entry point."
+        )
+    return entries[0]
+
+
+def _title(entry: EntryPoint) -> str:
+    return f"Head '{entry.name}' of the distribution '{_distribution(entry)}'"
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def _distribution(entry: EntryPoint) -> str:

@@ -111,8 +111,3 @@ def test_fit_refuses_what_is_not_finite():
     x[3, 2, 1] = torch.nan
     with pytest.raises(ValueError, match='NaN or infinite'):
         head(x)
-
-
-def test_wrong_arguments_are_named():
-    with pytest.raises(ValueError, match='reduce_dim=0'):
-        Bilinear(24, reduce_dim=0)

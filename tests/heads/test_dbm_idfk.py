@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from limits import LargestTensor
 from references import dbm_idfk as reference
 from sklearn.neural_network import BernoulliRBM
 from torch import Tensor
@@ -247,8 +248,6 @@ def test_kernel_does_not_change_under_a_linear_map_of_the_scores():
 
 def test_fisher_information_is_never_formed():
     """d = 4 900 of 40 images: no tensor of the fit comes near d x d."""
-    from test_heads import LargestTensor
-
     v = (torch.rand(40, 70, generator=torch.Generator().manual_seed(0)) < 0.3).float()
     head = DBMFisher(70, hidden=[60, 11], rank=10, squash=False, epochs=1)
     with LargestTensor() as largest:
@@ -276,16 +275,6 @@ def test_values_that_are_not_finite_are_refused():
         DBMFisher(2).fit(ListStream([torch.tensor([[torch.nan, 0.5]])]))
 
 
-@pytest.mark.parametrize(
-    'options',
-    [dict(hidden=[]), dict(hidden=[3, 3, 3]), dict(hidden=40), dict(hidden=[0]), dict(rank=0),
-     dict(ridge=-1.0), dict(mean_field_steps=0), dict(epochs=0), dict(learning_rate=0.0)],
-)  # fmt: skip
-def test_wrong_arguments(options):
-    with pytest.raises(ValueError, match=next(iter(options))):
-        DBMFisher(4, **options)
-
-
 def test_an_rbm_is_a_machine_of_one_layer():
     v = bars(200)
     trained = train_machine(v, [4], 3, 0.05, seed=0)
@@ -293,3 +282,15 @@ def test_an_rbm_is_a_machine_of_one_layer():
     head = fitted(v, hidden=[4], whiten=False)
     assert head.out_features == 36
     assert sorted(dict(head.named_parameters())) == ['biases.0', 'weights.0']
+
+
+@pytest.mark.parametrize('hidden', [[], [3, 3, 3], 40, None, '40', {40: 80}])
+def test_hidden_layers_are_a_list_of_one_or_two(hidden):
+    with pytest.raises(ValueError, match='hidden as a list of one or two sizes, got'):
+        DBMFisher(4, hidden=hidden)
+
+
+@pytest.mark.parametrize('units', [0, 65_537, True, 2.0, '3', None])
+def test_units_of_a_hidden_layer(units):
+    with pytest.raises(ValueError, match=f'hidden from 1 to 65536.*got {units!r}'):
+        DBMFisher(4, hidden=[3, units])

@@ -12,7 +12,7 @@ from skimage.feature import fisher_vector
 from sklearn.mixture import GaussianMixture
 from torch import Tensor
 
-from timm_fisher import ListStream, create_head
+from timm_fisher import ListStream
 from timm_fisher.heads.gmm_fisher import (
     VARIANCE_FLOOR,
     GMMFisher,
@@ -263,10 +263,3 @@ def test_project_keeps_variances_above_the_floor():
         made.log_stds[0] = -100.0
     made.project_()
     assert torch.equal(made.log_stds[0], made.log_std_floor)
-
-
-@pytest.mark.parametrize('wrong', [{'components': 0}, {'reduce_dim': 0}])
-def test_wrong_arguments_are_named(wrong):
-    ((key, value),) = wrong.items()
-    with pytest.raises(ValueError, match=f'{key}={value}'):
-        create_head('gmm_fisher', 24, **wrong)

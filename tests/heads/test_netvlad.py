@@ -163,10 +163,3 @@ def test_fit_refuses_what_is_not_finite():
     for reduce_dim in (None, 7):
         with pytest.raises(ValueError, match='NaN or infinite'):
             head(x, reduce_dim=reduce_dim)
-
-
-@pytest.mark.parametrize('wrong', [{'clusters': 0}, {'reduce_dim': 0}])
-def test_wrong_arguments_are_named(wrong):
-    ((key, value),) = wrong.items()
-    with pytest.raises(ValueError, match=f'{key}={value}'):
-        NetVLAD(24, **wrong)

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
+from references import isqrt_cov
+from torch import Tensor
 
-from timm_fisher.numerics.linalg import at_least_float32, power_l2, without_autocast
+from timm_fisher.numerics.linalg import (
+    at_least_float32,
+    covariance_root,
+    gram_root,
+    matrix_root,
+    newton_schulz,
+    power_l2,
+    without_autocast,
+)
 
 
 def test_power_l2_is_the_signed_root_of_unit_length():
@@ -47,3 +58,73 @@ def test_dtypes():
         assert (x @ x).dtype == torch.float32
     with without_autocast(torch.empty(1, device='meta')):
         pass
+
+
+# Roots of covariances
+
+TRACES = [10.0, 1.0, 1e-2, 1e-4, 0.0]
+
+
+def points(number: int, dim: int, trace: float) -> Tensor:
+    """Descriptors `[2, number, dim]` off the origin, whose covariance has a given trace."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, number, dim, dtype=torch.float64, generator=generator)
+    x = x - x.mean(1, keepdim=True)
+    return (trace * number / x.square().sum((1, 2), keepdim=True)).sqrt() * x + 0.1
+
+
+def root_and_gradient(root, x: Tensor, *arguments: float) -> tuple[Tensor, Tensor]:
+    x = x.clone().requires_grad_()
+    out = root(x, *arguments)
+    cotangent = torch.randn(
+        out.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
+    )
+    return out.detach(), torch.autograd.grad(out, x, cotangent.to(out.dtype))[0]
+
+
+def assert_near(actual: Tensor, expected: Tensor, relative: float) -> None:
+    assert (actual - expected).abs().max() <= relative * expected.abs().max()
+
+
+@pytest.mark.parametrize('trace', TRACES)
+@pytest.mark.parametrize('eps', [1e-7, 1e-3, 0.1])
+@pytest.mark.parametrize('iterations', [1, 2, 5])
+def test_smaller_side_is_exact(trace, eps, iterations):
+    """Value and gradient, with an eps that is next to nothing or outweighs the descriptors."""
+    x = points(12, 40, trace)
+    for row, root in zip(x, covariance_root(x, iterations, eps), strict=True):
+        matrix = isqrt_cov.covariance(row.numpy()) + eps * np.eye(40)
+        assert_near(root, torch.from_numpy(isqrt_cov.root(matrix, iterations)), 1e-12)
+    x = x - x.mean(1, keepdim=True)
+    expected = root_and_gradient(matrix_root, x, iterations, eps)
+    for ours, theirs in zip(
+        root_and_gradient(gram_root, x, iterations, eps), expected, strict=True
+    ):
+        assert_near(ours, theirs, 1e-12)
+    for ours, theirs in zip(
+        root_and_gradient(gram_root, x.float(), iterations, eps), expected, strict=True
+    ):
+        assert_near(ours, theirs, 1e-5)
+
+
+@pytest.mark.parametrize('trace', [10.0, 1e-4, 0.0])
+def test_smaller_side_without_eps(trace):
+    x = points(12, 40, trace)
+    x = x - x.mean(1, keepdim=True)
+    actual, gradient = root_and_gradient(gram_root, x, 5, 0.0)
+    expected, expected_gradient = root_and_gradient(matrix_root, x, 5, 0.0)
+    assert_near(actual, expected, 1e-12)
+    assert_near(gradient, expected_gradient, 1e-12)
+
+
+def test_many_iterations_are_the_square_root():
+    x = torch.randn(2, 30, 6, dtype=torch.float64)
+    x = x - x.mean(1, keepdim=True)
+    root = matrix_root(x, 30, 0.0)
+    torch.testing.assert_close(root @ root, x.transpose(1, 2) @ x)
+    identity = torch.eye(6, dtype=torch.float64)[None]
+    torch.testing.assert_close(newton_schulz(identity / 4, 30), 2 * identity)
+    x = x[:, :4]
+    root = gram_root(x, 30, 1e-3)
+    expected = x.transpose(1, 2) @ x + 1e-3 * identity
+    torch.testing.assert_close(root @ root, expected)

@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import yaml
 from conftest import ROOT, load_script
 from PIL import Image
 
+from timm_fisher.training.config import Config
+from timm_fisher.training.run import create_model
+
 
 @pytest.fixture
-def compare(recipes):
+def compare():
     return load_script('compare')
 
 
@@ -30,29 +32,28 @@ def test_settings_are_chosen_on_validation_data_of_the_first_seed(compare, tmp_p
     """A better test accuracy, or another seed, must not count."""
     val = {0.1: 0.6, 0.2: 0.8, 0.3: 0.8, 0.4: 0.7}
     calls = []
-    monkeypatch.setattr(compare, 'plot', lambda *_: None)
 
-    def run(options, chosen, seed, folder):
-        calls.append((chosen['stages.a.lr'], seed))
-        lr = chosen['stages.a.lr']
+    def run(options, settings, folder, *, seed):
+        lr = settings['stages.a.lr']
+        calls.append((lr, seed))
         return metrics(val[lr] if seed == 5 else 1.0 - val[lr], 1.0 - lr + seed / 100)
 
-    monkeypatch.setattr(compare, 'run', run)
+    monkeypatch.setattr(compare.search, 'run', run)
     comparison = compare.Comparison(seeds=[5, 6], search={'stages.a.lr': list(val)})
     row = compare.compare_variant('x', {'head': 'avg'}, comparison, tmp_path)
-    assert calls == [(0.1, 5), (0.2, 5), (0.3, 5), (0.4, 5), (0.2, 6)]
+    assert calls == [(0.1, 5), (0.2, 5), (0.3, 5), (0.4, 5), (0.2, 5), (0.2, 6)]
     assert row['chosen'] == {'stages.a.lr': 0.2}
     assert row['accuracy'] == pytest.approx([0.85, 0.86])
     assert row['val_accuracy'] == pytest.approx([0.8, 0.2])
-    assert [each['val_accuracy'] for each in row['tried']] == [0.6, 0.8, 0.8, 0.7]
+    assert [entry['val_accuracy'] for entry in row['tried']] == [0.6, 0.8, 0.8, 0.7]
     assert row['step_milliseconds'] == [200.0, 200.0]
-    assert '| lr 0.2 |' in compare.table([row], comparison)
+    assert '| lr 0.2 |' in compare.describe([row], [5, 6])
     row['chosen'] = {'head_kwargs.reduce_dim': None, 'stages.a.sched': 'cosine'}
-    assert '| reduce_dim None, sched cosine |' in compare.table([row], comparison)
+    assert '| reduce_dim None, sched cosine |' in compare.describe([row], [5, 6])
 
 
 def test_table_and_plot(compare, tmp_path, monkeypatch):
-    monkeypatch.setattr(compare, 'run', lambda o, c, seed, f: metrics(0.5, 0.5 + seed / 10))
+    monkeypatch.setattr(compare.search, 'run', lambda *_, seed: metrics(0.5, 0.5 + seed / 10))
     comparison = compare.Comparison(seeds=[0, 1, 2])
     names = ('a', 'b + c')
     rows = [compare.compare_variant(n, {'head': 'avg'}, comparison, tmp_path) for n in names]
@@ -67,53 +68,27 @@ def test_table_and_plot(compare, tmp_path, monkeypatch):
         picture.verify()
 
 
-def test_options_of_a_run(compare, tmp_path, monkeypatch):
-    """Those of all, then its own, then what is tried; a finished run is not run again."""
-    started = []
-
-    class Process:
-        exitcode = 0
-
-        def __init__(self, target, args):
-            (_, file), _ = args
-            started.append(yaml.safe_load(Path(file).read_text()))
-            folder = tmp_path / 'lr0.5-s3'
-            folder.mkdir(exist_ok=True)
-            (folder / 'metrics.json').write_text(json.dumps(metrics(0.5, 0.5)))
-
-        def start(self):
-            pass
-
-        join = start
-
-    monkeypatch.setattr(compare.PROCESSES, 'Process', Process)
-    base = {'batch_size': 8, 'stages': {'a': {'lr': 1.0, 'epochs': 3}}}
-    options = {**base, 'head': 'gem'}
-    for _ in range(2):
-        compare.run(options, {'stages.a.lr': 0.5}, 3, tmp_path)
-    assert options == {**base, 'head': 'gem'}
-    assert started == [
-        {
-            'batch_size': 8,
-            'stages': {'a': {'lr': 0.5, 'epochs': 3}},
-            'head': 'gem',
-            'output': str(tmp_path / 'lr0.5-s3'),
-            'seed': 3,
-        }
+def test_variants(compare):
+    """The baselines are always there; `only` chooses among the others."""
+    variants = {'x': {'head': 'gem'}, 'y': {'head': 'gem'}}
+    assert [*compare.Comparison(variants=variants, only=['y']).variants] == [
+        *compare.BASELINES,
+        'y',
     ]
-    with pytest.raises(ValueError, match='holds a run with other options'):
-        compare.run({**options, 'batch_size': 9}, {'stages.a.lr': 0.5}, 3, tmp_path)
+    assert [*compare.Comparison(variants=variants).variants] == [*compare.BASELINES, 'x', 'y']
+    for seeds in ([], [1, 1]):
+        with pytest.raises(ValueError, match='seeds is'):
+            compare.Comparison(seeds=seeds)
 
 
-def test_configuration_is_one_of_train(compare, recipes):
+def test_configuration_is_one_of_train(compare):
     """Each variant of the configuration that is shipped is a model that can be built."""
     config = yaml.safe_load((ROOT / 'recipes/configs/compare.yaml').read_text())
     for variant in {**compare.BASELINES, **config['variants']}.values():
         options = {**config['train'], **variant}
-        options.pop('search', None)
         options |= {'backbone': 'test_resnet', 'pretrained': False}
-        parsed = recipes.config.Config(**{k: v for k, v in options.items() if k != 'stages'})
-        recipes.train.create_model(parsed, 3)
+        settings = {key: options[key] for key in options if key not in ('stages', 'search')}
+        create_model(Config(**settings), 3)
 
 
 COMMAND = [sys.executable, 'recipes/compare.py']

@@ -1,4 +1,4 @@
-"""timm_fisher.training.evaluate: the accuracy by hand, and what is refused."""
+"""Accuracy of a model on a split of a data set."""
 
 from __future__ import annotations
 
@@ -8,59 +8,76 @@ import numpy as np
 import pytest
 import torch
 from conftest import write_images
+from sklearn.metrics import accuracy_score, balanced_accuracy_score
 
 import timm_fisher
-from timm_fisher.training.evaluate import evaluate
+from timm_fisher.training.evaluate import accuracies, evaluate
 
 
-def create(**arguments):
+def create_tiny(**arguments):
     torch.manual_seed(0)
     arguments = {'num_classes': 3, 'img_size': 32, **arguments}
     return timm_fisher.create_model('test_resnet', 'avg', **arguments)
 
 
+def test_accuracies():
+    """Classes that the labels lack do not count in the balanced one."""
+    labels, predicted = [0, 0, 0, 2, 2], [0, 0, 1, 3, 2]
+    assert accuracies(labels, predicted) == {
+        'accuracy': 0.6, 'balanced_accuracy': pytest.approx((2 / 3 + 1 / 2) / 2), 'samples': 5,
+    }  # fmt: skip
+    random = np.random.default_rng(0)
+    labels, predicted = random.integers(0, 4, (2, 100)).tolist()
+    assert accuracies(labels, predicted) == {
+        'accuracy': accuracy_score(labels, predicted),
+        'balanced_accuracy': balanced_accuracy_score(labels, predicted),
+        'samples': 100,
+    }
+
+
 def test_arrays(tmp_path):
-    """Of a file of arrays: the accuracy by hand, of any split; other classes are refused."""
+    """The accuracy by hand, of any split; other classes are refused."""
     random = np.random.default_rng(0)
     x, y = random.random((60, 9, 9)), np.arange(60) % 3
-    path = tmp_path / 'digits.npz'
+    path = str(tmp_path / 'digits.npz')
     np.savez(path, x_train=x[:40], y_train=y[:40], x_test=x[40:], y_test=y[40:])
     torch.manual_seed(0)
-    model = timm_fisher.create_model(
-        'pixels', 'avg', num_classes=3, backbone_kwargs={'img_size': 9}
-    ).eval()
+    pixels = {'backbone_kwargs': {'img_size': 9}}
+    model = timm_fisher.create_model('pixels', 'avg', num_classes=3, **pixels).eval()
     with torch.no_grad():
-        pixels = torch.from_numpy(np.rint(x[40:] * 255) / 255).float()[:, None]
-        right = model(pixels).argmax(1) == torch.from_numpy(y[40:])
-    metrics = evaluate(model, str(path), 'test', workers=0)
-    assert metrics['accuracy'] == right.float().mean().item()
-    assert metrics['samples'] == 20
-    assert evaluate(model, str(path), 'val', workers=0)['samples'] == 6
+        images = torch.from_numpy(np.rint(x[40:] * 255) / 255).float()[:, None]
+        right = model(images).argmax(1) == torch.from_numpy(y[40:])
+    result = evaluate(model, path, 'test', workers=0)
+    assert result['accuracy'] == right.float().mean().item()
+    assert result['samples'] == 20
+    assert evaluate(model, path, 'val', workers=0)['samples'] == 6
+    with pytest.raises(ValueError, match=r"has no split 'tset', only \['train', 'test', 'val'\]"):
+        evaluate(model, path, 'tset', workers=0)
     model.pretrained_cfg['label_names'] = ['0', '1', 'two']
     with pytest.raises(ValueError, match=r"are \['0', '1', '2'\], those of the model"):
-        evaluate(model, str(path), 'test', workers=0)
+        evaluate(model, path, 'test', workers=0)
 
 
-def test_needs_one_split_alone(tmp_path):
+def test_one_split_is_enough(tmp_path):
     """Its labels are the model's names, in whatever order, and one of them may be missing."""
     folder = write_images(tmp_path / 'images', test=3)
     shutil.rmtree(folder / 'test' / 'green')
     (folder / 'test' / 'blue' / '000.png').unlink()
-    model = create()
+    model = create_tiny()
     model.pretrained_cfg['label_names'] = ['red', 'green', 'blue']
     model.forward = lambda x: x.mean((2, 3))  # the strongest colour
-    metrics = evaluate(model, str(folder), 'test', workers=0)
-    assert metrics == {'accuracy': 1, 'balanced_accuracy': 1, 'samples': 5}
+    result = evaluate(model, str(folder), 'test', workers=0)
+    assert result == {'accuracy': 1, 'balanced_accuracy': 1, 'samples': 5}
 
 
-def test_measures_in_evaluation_mode(images):
+def test_in_evaluation_mode(images):
     """A model that comes from training: no dropout, and the batch norms learn nothing."""
-    model = create(drop_rate=0.9)
+    model = create_tiny(drop_rate=0.9)
     expected = evaluate(model.eval(), str(images), 'test', batch_size=51, workers=0)
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    metrics = evaluate(model.train(), str(images), 'test', batch_size=7, workers=0)
-    assert metrics == expected
+    assert evaluate(model.train(), str(images), 'test', batch_size=7, workers=0) == expected
     assert all(value.equal(before[key]) for key, value in model.state_dict().items())
+    assert model.training
 
 
 @pytest.mark.parametrize(
@@ -77,7 +94,7 @@ def test_measures_in_evaluation_mode(images):
 )  # fmt: skip
 def test_refuses(tmp_path, model, data, error):
     write_images(tmp_path / 'images', test=1)
-    tiny = create(**{key: value for key, value in model.items() if key != 'names'})
+    tiny = create_tiny(**{key: value for key, value in model.items() if key != 'names'})
     tiny.pretrained_cfg['label_names'] = model.get('names')
     with pytest.raises(ValueError, match=error):
         evaluate(tiny, str(tmp_path / data), 'test', workers=0)

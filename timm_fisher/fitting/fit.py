@@ -6,8 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import DataLoader
 
-from timm_fisher.compose import ConcatHeads
-from timm_fisher.fitting.shared_stream import fit_together
 from timm_fisher.fitting.stream import ModelStream
 
 if TYPE_CHECKING:
@@ -15,8 +13,8 @@ if TYPE_CHECKING:
 
 
 def fit(model: PooledModel, loader: DataLoader[Any], *, from_features: bool = False) -> None:
-    """Start a model's pooling head from data (PCA, dictionary, ...), in place; several heads in
-    common passes over the data.
+    """Start a model's pooling heads from data (PCA, dictionary, ...), in place, one after the
+    other.
 
     The backbone runs in eval mode and is not changed. Under `torch.distributed` every rank must
     call it with the same data set; each reads its share, and the fit is that of one process.
@@ -30,8 +28,5 @@ def fit(model: PooledModel, loader: DataLoader[Any], *, from_features: bool = Fa
         TypeError: the loader is not a `DataLoader` over a map-style data set.
         ValueError: an empty data set, or descriptors that are not finite.
     """
-    stream = ModelStream(model, loader, from_features=from_features)
-    if isinstance(model.head, ConcatHeads):
-        fit_together(model.head.placed(), stream)
-    else:
-        model.head.fit(stream)
+    for head, place in model.heads:
+        head.fit(ModelStream(model, loader, place=place, from_features=from_features))

@@ -77,20 +77,20 @@ class DescriptorStream(ABC):
         """
         generator = torch.Generator().manual_seed(seed)
         images = torch.randperm(len(self), generator=generator)[:n].sort().values.tolist()
-        each = math.ceil(n / len(images))
-        rows = torch.zeros(len(images), each, self.num_features)
-        found = torch.zeros(len(images), each)
+        per_image = math.ceil(n / len(images))
+        rows = torch.zeros(len(images), per_image, self.num_features)
+        filled = torch.zeros(len(images), per_image)
         for positions, x in self.read(images):
             # By image: the choice must not depend on how images are shared out to batches.
             keys = _scatter([images[i] for i in positions], x.shape[1], seed)
-            order = keys.argsort(1)[:, :each].to(x.device)
+            order = keys.argsort(1)[:, :per_image].to(x.device)
             x = x.to(at_least_float32(x.dtype))
-            rows, found = rows.to(x), found.to(x.device)
+            rows, filled = rows.to(x), filled.to(x.device)
             where = torch.as_tensor(positions, device=x.device)
             rows[where, : order.shape[1]] = x.gather(1, order[..., None].expand(-1, -1, x.shape[2]))
-            found[where, : order.shape[1]] = 1
-        rows, found = self.sum(rows, found)
-        rows = rows[found > 0]
+            filled[where, : order.shape[1]] = 1
+        rows, filled = self.sum(rows, filled)
+        rows = rows[filled > 0]
         if len(rows) > n:
             keep = torch.randperm(len(rows), generator=generator)[:n].sort().values
             rows = rows[keep.to(rows.device)]
@@ -204,7 +204,7 @@ class BatchStream(ListStream):
 
 
 class ModelStream(DescriptorStream):
-    """What a model's backbone gives for the images of a data loader, on this rank's device.
+    """What one head of a model pools of the images of a data loader, on this rank's device.
 
     The loader's data set is read in its own order, whatever the loader's sampler does; leave
     random augmentation out of it, or each pass sees other descriptors.
@@ -214,6 +214,7 @@ class ModelStream(DescriptorStream):
         loader: a torch `DataLoader` over a map-style data set of (image, ...) tuples or images. It
             may be one that accelerate has prepared. The data set, batch size, workers and
             collation are used.
+        place: which of the model's descriptors the head pools; see `PooledModel.heads`.
         from_features: the data set holds what `model.forward_features` gives, not images.
 
     Raises:
@@ -222,7 +223,12 @@ class ModelStream(DescriptorStream):
     """
 
     def __init__(
-        self, model: PooledModel, loader: DataLoader[Any], *, from_features: bool = False
+        self,
+        model: PooledModel,
+        loader: DataLoader[Any],
+        *,
+        place: int = 0,
+        from_features: bool = False,
     ) -> None:
         dataset: Any = getattr(loader, 'dataset', None)
         if not isinstance(loader, DataLoader) or isinstance(dataset, IterableDataset):
@@ -236,8 +242,10 @@ class ModelStream(DescriptorStream):
             raise ValueError('fit needs at least one image; the data set of the loader is empty.')
         self.model = model
         self.loader = loader
+        self.place = place
         self.from_features = from_features
-        self.num_features = model.num_features
+        self.descriptors = list(model.descriptors)[place]
+        self.num_features = self.descriptors.num_features
         self.batch_size = (
             loader.batch_size or getattr(loader.batch_sampler, 'batch_size', None) or 32
         )
@@ -246,13 +254,8 @@ class ModelStream(DescriptorStream):
     def __len__(self) -> int:
         return len(self.loader.dataset)  # type: ignore[arg-type]
 
-    def read(self, images: Sequence[int]) -> Iterator[tuple[Sequence[int], Tensor]]:
-        for batch, descriptors in self.read_stages(images):
-            yield batch, descriptors[-1]
-
     @torch.no_grad()
-    def read_stages(self, images: Sequence[int]) -> Iterator[tuple[Sequence[int], list[Tensor]]]:
-        """As `read`, with the descriptors of each stage that the model pools."""
+    def read(self, images: Sequence[int]) -> Iterator[tuple[Sequence[int], Tensor]]:
         device = next(self.model.parameters()).device
         batches = [
             range(start, min(start + self.batch_size, len(images)))
@@ -270,15 +273,11 @@ class ModelStream(DescriptorStream):
             progress = tqdm(loader, 'fit: descriptors', leave=False, disable=self.rank > 0 or None)
             for batch, item in zip(batches, progress, strict=True):
                 x: Any = item[0] if isinstance(item, tuple | list) else item
-                x = x.to(device) if isinstance(x, Tensor) else [each.to(device) for each in x]
-                model = self.model
-                features = (
-                    x if self.from_features else model.descriptors.features(model.backbone, x)
-                )
-                yield (
-                    batch,
-                    model.descriptors(features if isinstance(features, list) else [features]),
-                )
+                if self.from_features:
+                    features = (x if isinstance(x, tuple | list) else [x])[self.place].to(device)
+                else:
+                    features = self.descriptors.features(self.model.backbone, x.to(device))
+                yield batch, self.descriptors(features)
         finally:
             self.model.train(was_training)
 

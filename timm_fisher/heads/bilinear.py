@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from timm_fisher.fitting.stream import DescriptorStream
-from timm_fisher.head import PoolingHead
+from timm_fisher.head import MOST_FEATURES, PoolingHead, check_range
 from timm_fisher.numerics.clustering import pca
 from timm_fisher.numerics.linalg import at_least_float32, power_l2, triangle_index, without_autocast
 
@@ -38,7 +38,7 @@ class Bilinear(PoolingHead):
     Output: `[B, d (d + 1) / 2]`, the upper triangle row by row, sqrt(2) beside the diagonal.
 
     Raises:
-        ValueError: `reduce_dim` below 1.
+        ValueError: a number out of range.
     """
 
     index: Tensor
@@ -47,9 +47,8 @@ class Bilinear(PoolingHead):
         self, in_features: int, *, reduce_dim: int | None = 128, normalize: bool = True
     ) -> None:
         super().__init__()
-        d = in_features if reduce_dim is None else min(reduce_dim, in_features)
-        if d < 1:
-            raise ValueError(f'bilinear needs reduce_dim >= 1, got {reduce_dim=}.')
+        check_range('bilinear', reduce_dim=(reduce_dim, 1, MOST_FEATURES, None))
+        d = min(reduce_dim or in_features, in_features)
         self.in_features = in_features
         self.out_features = d * (d + 1) // 2
         self.normalize = normalize
@@ -57,7 +56,14 @@ class Bilinear(PoolingHead):
         if reduce_dim is not None:
             self.reduce = nn.Linear(in_features, d, bias=False)
             nn.init.orthogonal_(self.reduce.weight)
-        self.register_buffer('index', triangle_index(d), persistent=False)
+        self.matrix_size = d
+        index = torch.empty(self.out_features, dtype=torch.long)
+        self.register_buffer('index', index, persistent=False)
+        self.init_non_persistent_buffers()
+
+    def init_non_persistent_buffers(self) -> None:
+        """Fill the positions of the triangle, as timm's layers fill such buffers."""
+        self.index.copy_(triangle_index(self.matrix_size, device=self.index.device))
 
     def forward(self, x: Tensor) -> Tensor:
         with without_autocast(x):

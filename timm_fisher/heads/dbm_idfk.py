@@ -38,7 +38,7 @@ import torch
 from torch import Tensor, nn
 
 from timm_fisher.fitting.stream import DescriptorStream
-from timm_fisher.head import PoolingHead
+from timm_fisher.head import MOST_FEATURES, MOST_ITERATIONS, PoolingHead, check_range
 from timm_fisher.numerics.boltzmann import mean_field, train_machine
 from timm_fisher.numerics.clustering import check_finite, leading_axes
 from timm_fisher.numerics.linalg import at_least_float32, unit_length, without_autocast
@@ -71,8 +71,7 @@ class DBMFisher(PoolingHead):
     Output: `[B, r]`; without whitening `[B, C * L1 + L1 * L2]`, or `[B, C * L1]` of an RBM.
 
     Raises:
-        ValueError: not one or two hidden layers, a size or a number of steps below 1, or a negative
-            ridge.
+        ValueError: not one or two hidden layers, or a number out of range.
     """
 
     low: Tensor
@@ -99,14 +98,22 @@ class DBMFisher(PoolingHead):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        layers = list(hidden) if isinstance(hidden, Sequence) else []
-        positive = [*layers, 1 if rank is None else rank, mean_field_steps, epochs]
-        if len(layers) not in (1, 2) or min(positive) < 1 or ridge < 0 or learning_rate <= 0:
+        if not isinstance(hidden, list | tuple) or len(hidden) not in (1, 2):
             raise ValueError(
-                'dbm_idfk needs a list of one or two hidden layers of 1 unit or more, rank >= 1, '
-                'ridge >= 0, mean_field_steps >= 1, epochs >= 1 and learning_rate > 0; got '
-                f'{hidden=}, {rank=}, {ridge=}, {mean_field_steps=}, {epochs=}, {learning_rate=}.'
+                f'dbm_idfk takes hidden as a list of one or two sizes, got {hidden!r:.99}.'
             )
+        layers = list(hidden)
+        for units in layers:
+            check_range('dbm_idfk', hidden=(units, 1, MOST_FEATURES))
+        check_range(
+            'dbm_idfk',
+            rank=(rank, 1, MOST_FEATURES, None),
+            ridge=(ridge, 0.0, 1e6),
+            mean_field_steps=(mean_field_steps, 1, MOST_ITERATIONS),
+            epochs=(epochs, 1, 100_000),
+            learning_rate=(learning_rate, 1e-9, 1e3),
+            seed=(seed, 0, 2**63 - 1),
+        )
         self.in_features = in_features
         self.hidden = layers
         self.ridge = ridge
@@ -183,10 +190,10 @@ class DBMFisher(PoolingHead):
         v = self._visible(rows[:, None])
         trained = train_machine(v, self.hidden, self.epochs, self.learning_rate, seed=self.seed)
         self.visible_bias.copy_(trained.biases[0])
-        for own, found in zip(self.weights, trained.weights, strict=True):
-            own.copy_(found)
-        for own, found in zip(self.biases, trained.biases[1:], strict=True):
-            own.copy_(found)
+        for weight, trained_weight in zip(self.weights, trained.weights, strict=True):
+            weight.copy_(trained_weight)
+        for bias, trained_bias in zip(self.biases, trained.biases[1:], strict=True):
+            bias.copy_(trained_bias)
         self.model_moments.copy_(trained.model_moments())
 
         low = high = self._moments(v[:1])[0]

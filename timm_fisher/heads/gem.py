@@ -21,7 +21,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from timm_fisher.head import PoolingHead
+from timm_fisher.head import PoolingHead, check_range
 from timm_fisher.numerics.linalg import at_least_float32, without_autocast
 
 FLOOR = 1e-6  # of the channel's maximum
@@ -43,8 +43,7 @@ class GeM(PoolingHead):
 
     def __init__(self, in_features: int, *, p: float = 3.0) -> None:
         super().__init__()
-        if not LEAST <= p <= MOST:
-            raise ValueError(f'gem needs {LEAST} <= p <= {MOST}, got {p=}.')
+        check_range('gem', p=(p, LEAST, MOST))
         self.in_features = self.out_features = in_features
         self.log_p = nn.Parameter(torch.tensor([math.log(p)]))
 

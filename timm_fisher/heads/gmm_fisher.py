@@ -15,7 +15,7 @@ for the variance. Eq. 3 divides by the square root of the L1 norm, which is the 
 signed square roots.
 
 `fit` is PCA, then EM: from k-means on a sample, then on over the whole stream. The paper's own
-training is Algorithm 1, `recipes/deep_fisher_svm.py`; end to end works as well.
+training is Algorithm 1, `recipes/papers/deep_fisher_svm.py`; end to end works as well.
 
 Paper: Sydorov, Sakurada and Lampert, "Deep Fisher Kernels - End to End Learning of the Fisher
 Kernel GMM Parameters", CVPR 2014.
@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from timm_fisher.fitting.stream import DescriptorStream
-from timm_fisher.head import PoolingHead
+from timm_fisher.head import MOST_FEATURES, PoolingHead, check_range
 from timm_fisher.numerics.clustering import kmeans, start_reduction
 from timm_fisher.numerics.linalg import at_least_float32, power_l2, unit_length, without_autocast
 
@@ -57,7 +57,7 @@ class GMMFisher(PoolingHead):
     Output: `[B, 2 K D]`: F of all components, then G.
 
     Raises:
-        ValueError: a size below 1.
+        ValueError: a number out of range.
     """
 
     log_std_floor: Tensor
@@ -72,12 +72,12 @@ class GMMFisher(PoolingHead):
         normalize: bool = True,
     ) -> None:
         super().__init__()
-        d = in_features if reduce_dim is None else min(reduce_dim, in_features)
-        if d < 1 or components < 1:
-            raise ValueError(
-                f'gmm_fisher needs reduce_dim >= 1 and components >= 1, got {reduce_dim=}, '
-                f'{components=}.'
-            )
+        check_range(
+            'gmm_fisher',
+            reduce_dim=(reduce_dim, 1, MOST_FEATURES, None),
+            components=(components, 1, MOST_FEATURES),
+        )
+        d = min(reduce_dim or in_features, in_features)
         self.in_features = in_features
         self.out_features = 2 * components * d
         self.l2_descriptors = l2_descriptors
@@ -224,7 +224,7 @@ def expectation_maximisation(
         mixture: to start from, float64.
         chunks: gives this rank's descriptors `[M, D]`, float64, again at each call.
         floor: smallest variances `[D]`.
-        rounds: at most so many; fewer when the relative gain falls below `TOLERANCE`.
+        rounds: at most this many; fewer when the relative gain falls below `TOLERANCE`.
         sum_over_ranks: adds tensors up over ranks.
 
     Returns:
@@ -233,7 +233,7 @@ def expectation_maximisation(
     history: list[float] = []
     constant = 0.5 * mixture.means.shape[1] * math.log(2 * math.pi)
     for _ in range(rounds):
-        totals = [torch.zeros_like(each) for each in (floor.sum(), *mixture[:2], mixture.means)]
+        totals = [torch.zeros_like(like) for like in (floor.sum(), *mixture[:2], mixture.means)]
         for y in chunks():
             squares = y.square()
             joint = mixture.log_joint(y, squares)

@@ -4,7 +4,8 @@
     x = p / |p|                                  C values, or 2 C, none of them negative
     h <- h * (W^T x) / (W^T W h + l2 h + l1)     the code: a fixed number of updates (eq. 6)
 
-W has unit columns, none of its entries negative. The own loss is the mean over images of eq. 2,
+W has unit columns, none of its entries negative. The unsupervised loss is the
+mean over images of eq. 2,
 
     1/2 |x - W h|^2 + l2/2 |h|^2 + l1 |h|_1,
 
@@ -32,7 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from timm_fisher.fitting.stream import DescriptorStream
-from timm_fisher.head import PoolingHead
+from timm_fisher.head import MOST_FEATURES, MOST_ITERATIONS, PoolingHead, check_range
 from timm_fisher.numerics.clustering import check_finite
 from timm_fisher.numerics.linalg import at_least_float32, without_autocast
 
@@ -60,7 +61,7 @@ class GSNMF(PoolingHead):
     Output: `[B, L]`, not negative.
 
     Raises:
-        ValueError: a number below 1, a negative penalty, or an unknown `signed`.
+        ValueError: a number out of range, or an unknown `signed`.
     """
 
     def __init__(
@@ -74,12 +75,16 @@ class GSNMF(PoolingHead):
         signed: str = 'relu',
     ) -> None:
         super().__init__()
-        penalties = l2_penalty >= 0 and l1_penalty >= 0
-        if components < 1 or updates < 1 or not penalties or signed not in SIGNS:
+        check_range(
+            'gsnmf',
+            components=(components, 1, MOST_FEATURES),
+            updates=(updates, 1, MOST_ITERATIONS),
+            l2_penalty=(l2_penalty, 0.0, 1e6),
+            l1_penalty=(l1_penalty, 0.0, 1e6),
+        )
+        if signed not in SIGNS:
             raise ValueError(
-                f'gsnmf needs components >= 1, updates >= 1, l2_penalty >= 0, l1_penalty >= 0 and '
-                f'signed one of {", ".join(SIGNS)}; got {components=}, {updates=}, {l2_penalty=}, '
-                f'{l1_penalty=}, {signed=}.'
+                f'gsnmf takes signed as one of {", ".join(SIGNS)}, got {signed!r:.99}.'
             )
         self.in_features = in_features
         self.out_features = components
@@ -203,7 +208,7 @@ def factorize(
         components: L.
         l2_penalty: weight of |H|^2 / 2.
         l1_penalty: weight of |H|_1.
-        rounds: at most so many.
+        rounds: at most this many.
         tolerance: stop where a round gains less than this share of the objective.
 
     Returns:
@@ -316,8 +321,8 @@ def worst_residuals(x: Tensor, w: Tensor, h: Tensor, count: int, least: float) -
             for i in range(0, len(x), size)
         ]
     )
-    found = reach.topk(min(count, len(x)))
-    rows = found.indices[found.values > least]
+    farthest = reach.topk(min(count, len(x)))
+    rows = farthest.indices[farthest.values > least]
     return F.normalize((x[rows] - h[:, rows].T @ w).clamp_min(0).double(), dim=1)
 
 

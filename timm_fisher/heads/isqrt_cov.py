@@ -15,9 +15,10 @@ of a ResNet, without dilation (`last_stride=1` of the model).
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
-from timm_fisher.head import PoolingHead
+from timm_fisher.head import MOST_FEATURES, MOST_ITERATIONS, PoolingHead, check_range
 from timm_fisher.numerics.linalg import (
     LinearNorm,
     at_least_float32,
@@ -39,7 +40,7 @@ class ISqrtCov(PoolingHead):
     Output: `[B, d (d + 1) / 2]`, the upper triangle row by row.
 
     Raises:
-        ValueError: a size or a number of iterations below 1.
+        ValueError: a number out of range.
     """
 
     index: Tensor
@@ -48,17 +49,24 @@ class ISqrtCov(PoolingHead):
         self, in_features: int, *, reduce_dim: int | None = 256, iterations: int = 5
     ) -> None:
         super().__init__()
-        d = in_features if reduce_dim is None else min(reduce_dim, in_features)
-        if d < 1 or iterations < 1:
-            raise ValueError(
-                f'isqrt_cov needs reduce_dim >= 1 and iterations >= 1, got {reduce_dim=}, '
-                f'{iterations=}.'
-            )
+        check_range(
+            'isqrt_cov',
+            reduce_dim=(reduce_dim, 1, MOST_FEATURES, None),
+            iterations=(iterations, 1, MOST_ITERATIONS),
+        )
+        d = min(reduce_dim or in_features, in_features)
         self.in_features = in_features
         self.out_features = d * (d + 1) // 2
         self.iterations = iterations
         self.reduce = LinearNorm(in_features, d) if reduce_dim is not None else None
-        self.register_buffer('index', triangle_index(d), persistent=False)
+        self.matrix_size = d
+        index = torch.empty(self.out_features, dtype=torch.long)
+        self.register_buffer('index', index, persistent=False)
+        self.init_non_persistent_buffers()
+
+    def init_non_persistent_buffers(self) -> None:
+        """Fill the positions of the triangle, as timm's layers fill such buffers."""
+        self.index.copy_(triangle_index(self.matrix_size, device=self.index.device))
 
     def forward(self, x: Tensor) -> Tensor:
         with without_autocast(x):

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from timm_fisher.fitting.stream import DescriptorStream
-from timm_fisher.head import PoolingHead
+from timm_fisher.head import MOST_FEATURES, PoolingHead, check_range
 from timm_fisher.numerics.clustering import kmeans, pca
 from timm_fisher.numerics.linalg import at_least_float32, unit_length, without_autocast
 
@@ -39,16 +39,19 @@ class NetVLAD(PoolingHead):
     Output: `[B, K * d]`, row-major in (K, d).
 
     Raises:
-        ValueError: `reduce_dim` or `clusters` below 1.
+        ValueError: a number out of range.
     """
 
     def __init__(
         self, in_features: int, *, reduce_dim: int | None = 128, clusters: int = 32
     ) -> None:
         super().__init__()
-        d = in_features if reduce_dim is None else min(reduce_dim, in_features)
-        if d < 1 or clusters < 1:
-            raise ValueError(f'netvlad needs sizes of 1 or more, got {reduce_dim=}, {clusters=}.')
+        check_range(
+            'netvlad',
+            reduce_dim=(reduce_dim, 1, MOST_FEATURES, None),
+            clusters=(clusters, 1, MOST_FEATURES),
+        )
+        d = min(reduce_dim or in_features, in_features)
         self.in_features, self.out_features = in_features, clusters * d
         self.reduce = nn.Linear(in_features, d) if reduce_dim is not None else None
         self.assign = nn.Linear(d, clusters)

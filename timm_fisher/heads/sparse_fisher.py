@@ -5,8 +5,8 @@
     G  = 1/N sum_i (y_i - B u_i) u_i^T          Fisher code, d x m (eq. 4)
     z  = power_l2(vec G)
 
-T is the soft threshold with one positive value per atom. The own loss (eq. 1), used while the
-backbone is frozen, is the mean of `|y - B u|^2 + sparsity |u|_1`.
+T is the soft threshold with one positive value per atom. The unsupervised loss (eq. 1), used while
+the backbone is frozen, is the mean of `|y - B u|^2 + sparsity |u|_1`.
 
 Where the paper is silent, and what is done here:
 - The normalisation at the end is the one of the off-the-shelf method that the paper builds on
@@ -15,8 +15,8 @@ Where the paper is silent, and what is done here:
   scales the reduction by one number, such that the mean squared length of y is 1.
 - Eq. 1 alone can be lowered without end by longer atoms and shorter codes. `project_` keeps each
   atom within the unit ball, the usual constraint of dictionary learning.
-- Eq. 1 is least, zero, where the reduction gives zero. So its y is held fixed: the own loss trains
-  dictionary and LISTA, the cross-entropy alone trains the reduction.
+- Eq. 1 is least, zero, where the reduction gives zero. So its y is held fixed: the unsupervised
+  loss trains dictionary and LISTA, the cross-entropy alone trains the reduction.
 
 Paper: "Deep sparse coding Fisher vector"; sections and equations are numbered as there.
 """
@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from timm_fisher.fitting.stream import DescriptorStream
-from timm_fisher.head import PoolingHead
+from timm_fisher.head import MOST_FEATURES, MOST_ITERATIONS, PoolingHead, check_range
 from timm_fisher.numerics.clustering import start_reduction
 from timm_fisher.numerics.linalg import at_least_float32, power_l2, without_autocast
 
@@ -51,7 +51,7 @@ class SparseFisher(PoolingHead):
     Output: `[B, d * m]`, row-major in (d, m).
 
     Raises:
-        ValueError: a size or a number of iterations below 1, or a penalty that is not positive.
+        ValueError: a number out of range.
     """
 
     def __init__(
@@ -66,12 +66,14 @@ class SparseFisher(PoolingHead):
         normalize: bool = True,
     ) -> None:
         super().__init__()
-        d = in_features if reduce_dim is None else min(reduce_dim, in_features)
-        if d < 1 or code_dim < 1 or iterations < 1 or not sparsity > 0:
-            raise ValueError(
-                f'sparse_fisher needs reduce_dim >= 1, code_dim >= 1, iterations >= 1 and '
-                f'sparsity > 0, got {reduce_dim=}, {code_dim=}, {iterations=}, {sparsity=}.'
-            )
+        check_range(
+            'sparse_fisher',
+            reduce_dim=(reduce_dim, 1, MOST_FEATURES, None),
+            code_dim=(code_dim, 1, MOST_FEATURES),
+            iterations=(iterations, 1, MOST_ITERATIONS),
+            sparsity=(sparsity, 1e-6, 1e6),
+        )
+        d = min(reduce_dim or in_features, in_features)
         self.in_features = in_features
         self.out_features = d * code_dim
         self.iterations = iterations

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import relu
 
-from timm_fisher.head import PoolingHead
+from timm_fisher.head import MOST_FEATURES, MOST_ITERATIONS, PoolingHead, check_range
 from timm_fisher.numerics.linalg import (
     LinearNorm,
     at_least_float32,
@@ -49,13 +49,12 @@ class ThreeG(PoolingHead):
             reduction with its batch norm and ReLU stays).
         blocks: T, re-weighting blocks.
         iterations: of Newton-Schulz, for a shrinkage of 1.
-        shrinkage: lambda of theorem 1.
+        shrinkage: lambda of theorem 1, positive.
 
     Output: `[B, d (d + 1) / 2]`, the lower triangle row by row, as the authors read it.
 
     Raises:
-        ValueError: a size or a number of iterations below 1, a negative number of blocks, or a
-            shrinkage that is not positive.
+        ValueError: a number out of range.
     """
 
     index: Tensor
@@ -70,19 +69,28 @@ class ThreeG(PoolingHead):
         shrinkage: float = 1.0,
     ) -> None:
         super().__init__()
-        d = in_features if reduce_dim is None else min(reduce_dim, in_features)
-        if d < 1 or blocks < 0 or iterations < 1 or not shrinkage > 0:
-            raise ValueError(
-                f'3g needs reduce_dim >= 1, blocks >= 0, iterations >= 1 and shrinkage > 0, got '
-                f'{reduce_dim=}, {blocks=}, {iterations=}, {shrinkage=}.'
-            )
+        check_range(
+            '3g',
+            reduce_dim=(reduce_dim, 1, MOST_FEATURES, None),
+            blocks=(blocks, 0, 64),
+            iterations=(iterations, 1, MOST_ITERATIONS),
+            shrinkage=(shrinkage, 1e-6, 1e6),
+        )
+        d = min(reduce_dim or in_features, in_features)
         self.in_features = in_features
         self.out_features = d * (d + 1) // 2
         self.iterations = iterations
         self.shrinkage = shrinkage
         self.reduce = LinearNorm(in_features, d)
         self.blocks = nn.ModuleList(Reweighting(d) for _ in range(blocks))
-        self.register_buffer('index', triangle_index(d, lower=True), persistent=False)
+        self.matrix_size = d
+        index = torch.empty(self.out_features, dtype=torch.long)
+        self.register_buffer('index', index, persistent=False)
+        self.init_non_persistent_buffers()
+
+    def init_non_persistent_buffers(self) -> None:
+        """Fill the positions of the triangle, as timm's layers fill such buffers."""
+        self.index.copy_(triangle_index(self.matrix_size, lower=True, device=self.index.device))
 
     def forward(self, x: Tensor) -> Tensor:
         with without_autocast(x):

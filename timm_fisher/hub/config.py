@@ -215,6 +215,7 @@ def _is_window(value: Any) -> bool:
 _BACKBONE_ARGUMENTS: dict[str, _Check] = {
     'output_stride': ('8, 16 or 32', _is_one_of(8, 16, 32)),
     'global_pool': ('a short text', _is_text(20)),
+    'img_size': ('one or two whole numbers up to 2048', _is_size(1, 2, LARGEST_IMAGE)),
     'patch_size': ('one or two whole numbers from 1 to 64', _is_size(1, 2, 64)),
     'window_size': ('whole numbers from 1 to 64', _is_window),
     'embed_dim': ('whole numbers from 1 to 4096', lambda v: _is_whole(1, 4096)(v) or _wide(v)),

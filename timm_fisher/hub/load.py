@@ -337,7 +337,7 @@ def _image_cfg(
 ) -> dict[str, Any]:
     """timm's pretrained configuration of a loaded model."""
     origin = {'source': source, 'hf_hub_id' if source == 'hf-hub' else 'file': place}
-    cfg = resolve_pretrained_cfg(  # type: ignore[no-untyped-call]
+    cfg = resolve_pretrained_cfg(
         'timm_fisher', {**saved.images, **origin, **(overlay or {})}
     ).to_dict()
     own = {key: model.pretrained_cfg[key] for key in ('classifier', 'first_conv')}

@@ -1,0 +1,1 @@
+"""Mathematics that two heads or more use."""

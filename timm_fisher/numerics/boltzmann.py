@@ -118,9 +118,9 @@ class Machine:
         sums = [torch.zeros_like(weight) for weight in self.weights]
         for _ in range(sweeps):
             layers = self.sample(1)
-            for found, below, above in zip(sums, layers, layers[1:], strict=False):
-                found.addmm_(below.T, above, alpha=1 / (sweeps * CHAINS))
-        return torch.cat([found.flatten() for found in sums])
+            for moment, below, above in zip(sums, layers, layers[1:], strict=False):
+                moment.addmm_(below.T, above, alpha=1 / (sweeps * CHAINS))
+        return torch.cat([moment.flatten() for moment in sums])
 
     def _gradients(self, data: list[Tensor], model: list[Tensor]) -> Iterator[Tensor]:
         """Centred: first of the weights, then of the biases."""

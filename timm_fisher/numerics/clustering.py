@@ -129,7 +129,7 @@ def kmeans(rows: Tensor, clusters: int, *, seed: int = 0, iterations: int = 100)
         rows: descriptors `[M, C]`.
         clusters: K, number of centroids.
         seed: of the k-means++ draws.
-        iterations: at most so many of Lloyd's steps.
+        iterations: at most this many of Lloyd's steps.
 
     Returns:
         Centroids `[K, C]`, float64.
@@ -189,11 +189,11 @@ def _kmeans_seeds(rows: Tensor, length: Tensor, clusters: int, seed: int) -> Ten
 def _nearest(rows: Tensor, length: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     """Nearest centroid `[M]` of each row, and the squared distance to it `[M]`."""
     size = max(1, DISTANCES // len(centroids))
-    found = [
+    parts = [
         _squared_distances(rows[i : i + size], length[i : i + size], centroids).min(1)
         for i in range(0, len(rows), size)
     ]
-    distance, nearest = (torch.cat(parts) for parts in zip(*found, strict=True))
+    distance, nearest = (torch.cat(values) for values in zip(*parts, strict=True))
     return nearest, torch.where(distance > ROUNDING * length.amax(), distance, 0.0)
 
 

@@ -132,25 +132,52 @@ def matrix_root(x: Tensor, iterations: int, eps: float) -> Tensor:
 
 
 def gram_root(x: Tensor, iterations: int, eps: float) -> Tensor:
-    """`covariance_root` by way of the N x N Gram matrix `x x^T` of `[B, N, d]`.
-
-    With `A = (x^T x + eps I) / trace` the root is `A p(A) = x^T p(G) x / trace + e p(A)`, where
-    `e = eps / trace`. The last term is taken as `e p(e) I`: exact where x has nothing, and off by
-    at most `e 1.5^iterations` elsewhere.
-    """
-    n, d = x.shape[1:]
+    """`covariance_root` by way of the N x N Gram matrix `x x^T` of `[B, N, d]`."""
+    d = x.shape[2]
     gram = x @ x.transpose(1, 2)
     trace = _safe_trace(gram.diagonal(dim1=1, dim2=2).sum(1) + eps * d)
-    e = eps / trace
-    g = gram / trace + e * torch.eye(n, dtype=x.dtype, device=x.device)
-    root = x.transpose(1, 2) @ (newton_schulz(g, iterations) / trace.sqrt()) @ x
-    if eps:
-        # In place and without a graph (the gradient is of the order of eps): the d x d result is by
-        # far the largest tensor here. `diagonal().add_` is what torch.onnx cannot translate.
-        with torch.no_grad():
-            floor = eps / trace.sqrt() * newton_schulz(e, iterations)
-            root.view(-1, d * d)[:, :: d + 1].add_(floor[:, 0])
+    if not eps:
+        return x.transpose(1, 2) @ (newton_schulz(gram / trace, iterations) / trace.sqrt()) @ x
+    constant, inner = shifted_root(gram / trace, eps / trace, iterations)
+    root = x.transpose(1, 2) @ (inner / trace.sqrt()) @ x
+    # In place: the d x d result is by far the largest tensor here. And on a strided view:
+    # `diagonal().add_` is what torch.onnx cannot translate.
+    root.view(-1, d * d)[:, :: d + 1].add_((constant * trace.sqrt())[:, 0])
     return root
+
+
+def shifted_root(g: Tensor, e: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
+    """The Newton-Schulz iterate near the root of `A = e I + X^T X`, exactly, from `G = X X^T`.
+
+    Every polynomial in A is `c I + X^T M X`, a pair of a number and an N x N matrix, and pairs
+    multiply as `(c1, M1) (c2, M2) = (c1 c2, c1 M2 + M1 (c2 I + G M2))`. The bracket is the same
+    polynomial of `e I + G`, so it is carried along. One iteration is `P = (3 I - W) / 2`,
+    `Y <- Y P`, `W <- W P P`, from `Y = W = A`: 4 products of N x N matrices, where 3 are needed
+    without e.
+
+    Args:
+        g: G `[B, N, N]`, eigenvalues of `e I + G` in [0, 1].
+        e: `[B, 1, 1]`.
+        iterations: 1 or more.
+
+    Returns:
+        The pair: c `[B, 1, 1]` and M `[B, N, N]`.
+    """
+    identity = torch.eye(g.shape[1], dtype=g.dtype, device=g.device)
+    y, w = e, e  # c of Y and of W
+    of_w = identity  # M of W
+    value = g + e * identity  # W of e I + G
+    p, factor = 1.5 - 0.5 * w, 1.5 * identity - 0.5 * value  # P, as a number and of e I + G
+    of_y = factor - 0.5 * y * identity  # M of Y
+    for iteration in range(1, iterations):
+        product = factor @ value
+        step = p * p * identity - 0.5 * (product + p * value)
+        of_w = step if iteration == 1 else of_w @ step
+        value = factor @ product
+        y, w = p * y, p * p * w
+        p, factor = 1.5 - 0.5 * w, 1.5 * identity - 0.5 * value
+        of_y = torch.baddbmm(-0.5 * y * of_w, of_y, factor)
+    return p * y, of_y
 
 
 def newton_schulz(a: Tensor, iterations: int) -> Tensor:
@@ -172,17 +199,21 @@ def newton_schulz(a: Tensor, iterations: int) -> Tensor:
     return z
 
 
-def triangle_index(size: int, *, lower: bool = False) -> Tensor:
+def triangle_index(
+    size: int, *, lower: bool = False, device: torch.device | str | None = None
+) -> Tensor:
     """Positions of one triangle, diagonal included, in a flattened matrix, row by row.
 
     Args:
         size: d, rows of the matrix.
         lower: the lower triangle instead of the upper one.
+        device: of the result.
 
     Returns:
         int64 `[d (d + 1) / 2]`.
     """
-    places = torch.tril_indices(size, size) if lower else torch.triu_indices(size, size)
+    indices = torch.tril_indices if lower else torch.triu_indices
+    places = indices(size, size, device=device)
     return places[0] * size + places[1]
 
 

@@ -26,11 +26,15 @@ def run(
     """Call `main` with the settings of the command line; see `parse`.
 
     A mistake of the user (ValueError, OSError, LoadError, PushError) becomes a sentence and exit
-    status 2; `python -X dev` shows the traceback, too.
+    status 2, of which `python -X dev` shows the traceback, too; an interruption becomes a sentence
+    and exit status 130.
     """
     chosen = parse(settings, positional=positional, arguments=arguments)
     try:
         main(chosen)
+    except KeyboardInterrupt as error:
+        print(str(error) or 'Interrupted.', file=sys.stderr)
+        sys.exit(130)  # as a shell says it of SIGINT
     except (LoadError, PushError, OSError, ValueError) as error:
         if sys.flags.dev_mode:
             raise
@@ -51,15 +55,16 @@ def parse(
         positional: field whose value, or list of values, is given without a name.
         arguments: None for those of this process.
     """
-    parser = _Parser(description=(settings.__doc__ or '').partition('\n')[0])
-    parser.known = _names(settings)
+    # jsonargparse makes parsers of nested settings from the class of this one.
+    parser_class: type[_Parser] = type('_Parser', (_Parser,), {'known': _names(settings)})
+    parser = parser_class(description=(settings.__doc__ or '').partition('\n')[0])
     parser.add_argument('--config', action='config', help='YAML file of these options')
     parser.add_class_arguments(settings, skip={positional} if positional else set())
     if positional:
         _add_positional(parser, settings, positional)
     names = [field.name for field in dataclasses.fields(settings)]  # type: ignore[arg-type]
-    given = [_with_underscores(each) for each in (sys.argv[1:] if arguments is None else arguments)]
-    parsed = parser.instantiate(parser.parse_args(given))
+    given = sys.argv[1:] if arguments is None else arguments
+    parsed = parser.instantiate(parser.parse_args([_with_underscores(word) for word in given]))
     if positional and not parsed[positional]:  # jsonargparse gives them no default
         names.remove(positional)
     try:
@@ -82,7 +87,7 @@ class _Parser(jsonargparse.ArgumentParser):
 
 def _add_positional(parser: _Parser, settings: type[Any], name: str) -> None:
     kind = get_type_hints(settings)[name]
-    field = next(each for each in dataclasses.fields(settings) if each.name == name)
+    field = next(field for field in dataclasses.fields(settings) if field.name == name)
     required = field.default is field.default_factory is dataclasses.MISSING
     if get_origin(kind) is list:
         parser.add_argument(name, nargs='+' if required else '*', type=get_args(kind)[0])

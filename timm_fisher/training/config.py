@@ -1,4 +1,4 @@
-"""The configuration of recipes/train.py: typed, from a YAML file, overridden by arguments."""
+"""The settings of a training run, typed: what a YAML file and the command line say."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ class Stage:
             backbone alone. What is not trained is frozen.
         layers: names of the backbone's modules that are trained, such as conv_head or blocks.6;
             empty for all of it. The rest of it is frozen, and stays in evaluation mode.
-        unsupervised: the loss is the head's own alone; no label is read, and the classifier is
-            frozen. Before each step the head updates itself by its own rule, if it has one. Images
-            left over at the end of an epoch, too few for a batch, are left out of it. After a
-            supervised stage only last/ gets what it learns: model/ keeps the epoch of the best
-            validation accuracy.
+        unsupervised: the loss is the head's unsupervised loss alone; no label is read, and the
+            classifier is frozen. Before each step the head updates itself by its own rule, if it
+            has one. Images left over at the end of an epoch, too few for a batch, are left out of
+            it. After a supervised stage only last/ gets what it learns: model/ keeps the epoch of
+            the best validation accuracy.
         epochs: passes over the training set.
         opt: optimizer, any that timm.optim knows; sgd is Nesterov's, momentum the plain one.
         lr: learning rate.
@@ -34,7 +34,7 @@ class Stage:
         decay_rate: factor of the step and plateau schedules.
         patience_epochs: epochs without a lower training loss before plateau decays.
         min_lr: where cosine and plateau end.
-        head_loss: weight of the head's own unsupervised loss, added to the cross-entropy; in an
+        head_loss: weight of the head's unsupervised loss, added to the cross-entropy; in an
             unsupervised stage 0 stands for 1.
         label_smoothing: of the cross-entropy.
         clip_grad: largest norm of the gradient; null for none.
@@ -88,12 +88,12 @@ class Config:
         val_fraction: share of the training split that is carved off, stratified by class.
         test_fraction: share of the images of an .npz with x and y alone that is the test split,
             stratified by class and always the same.
-        folds: cut such an .npz into so many parts instead, stratified by class and always the
-            same; 0 for none.
+        folds: number of parts that such an .npz is cut into instead, stratified by class and
+            always the same; 0 for none.
         fold: which of them, from 0, is the test split.
-        max_train: take so many training images at most, at random but always the same, before
-            validation images are carved off; null for all.
-        max_test: take so many test images at most, likewise.
+        max_train: at most this many training images are taken, at random but always the same,
+            before validation images are carved off; null for all.
+        max_test: at most this many test images, likewise.
         backbone: any name that timm.create_model takes, local-dir:FOLDER included.
         pretrained: load the backbone's pretrained weights.
         backbone_kwargs: further arguments of the backbone.
@@ -177,9 +177,9 @@ class Config:
                 f'folds is {self.folds}: only a data set of arrays (npz) is cut into folds.'
             )
         for name in ('max_train', 'max_test'):
-            most = getattr(self, name)
-            if most is not None and most < 1:
-                raise ValueError(f'{name} is {most}; give 1 or more, or null for all images.')
+            limit = getattr(self, name)
+            if limit is not None and limit < 1:
+                raise ValueError(f'{name} is {limit}; give 1 or more, or null for all images.')
 
     def caches(self, stage: Stage) -> bool:
         """Whether this stage trains on cached features of its frozen backbone."""

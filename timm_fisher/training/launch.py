@@ -15,7 +15,7 @@ from timm_fisher.files import write
 
 # Forked from one process that has imported the packages once, where there is such a thing.
 _FORKS = 'forkserver' in multiprocessing.get_all_start_methods()
-_PROCESSES = multiprocessing.get_context('forkserver' if _FORKS else 'spawn')
+_PROCESSES: Any = multiprocessing.get_context('forkserver' if _FORKS else 'spawn')
 if _FORKS:
     _PROCESSES.set_forkserver_preload(['timm_fisher.training.run'])
 
@@ -34,15 +34,15 @@ def launch(options: Mapping[str, Any], output: Path, *, log: Path | None = None)
         RuntimeError: the run failed; the message has the end of its log.
     """
     file, metrics = Path(f'{output}.yaml'), output / 'metrics.json'
-    text = yaml.safe_dump({**options, 'output': str(output)}, sort_keys=False)
+    settings = {**options, 'output': str(output)}
     if metrics.exists():
-        if file.read_text() != text:
+        if yaml.safe_load(file.read_text()) != settings:
             raise ValueError(
                 f"'{output}' holds a run with other options, see {file}. Give another --output."
             )
         return _read(metrics)
     output.parent.mkdir(parents=True, exist_ok=True)
-    write(file, text)
+    write(file, yaml.safe_dump(settings, sort_keys=False))
     arguments = ['--config', str(file)]
     if (output / 'config.yaml').exists():
         arguments += ['--resume', 'true']
@@ -66,5 +66,5 @@ def _train(arguments: list[str], log: Path | None) -> None:
 
 
 def _read(metrics: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(metrics.read_text())
-    return found
+    content: dict[str, Any] = json.loads(metrics.read_text())
+    return content

@@ -1,0 +1,73 @@
+"""`create_model` and `timm.create_model`: arguments, and who takes them."""
+
+import pytest
+import timm
+import torch
+
+import timm_fisher
+
+BACKBONES = ['test_resnet', 'test_efficientnet', 'test_convnext', 'test_vit']
+
+
+def create(backbone='test_resnet', head='avg', **arguments):
+    torch.manual_seed(0)
+    arguments = {'num_classes': 5} | arguments
+    return timm_fisher.create_model(backbone, head=head, **arguments).eval()
+
+
+def images(channels=3, size=64):
+    return torch.randn(2, channels, size, size, generator=torch.Generator().manual_seed(1))
+
+
+def names(model):
+    return set(dict(model.named_parameters()))
+
+
+# Creation
+
+
+def test_both_ways_to_create_are_the_same():
+    arguments = {'backbone': 'test_resnet', 'head': 'sparse_fisher', 'num_classes': 3}
+    torch.manual_seed(0)
+    long = timm.create_model('timm_fisher', head_kwargs={'code_dim': 3}, **arguments)
+    torch.manual_seed(0)
+    short = timm_fisher.create_model(code_dim=3, **arguments)
+    assert timm.is_model('timm_fisher')
+    assert repr(long) == repr(short)
+    torch.testing.assert_close(long.state_dict(), short.state_dict(), rtol=0, atol=0)
+
+
+def test_arguments_of_the_head_may_come_both_ways():
+    head = create(
+        head='sparse_fisher', head_kwargs={'iterations': 4, 'code_dim': 9}, code_dim=3
+    ).head
+    assert head.iterations == 4
+    assert head.dictionary.shape[1] == 3
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'error'),
+    [
+        ({'head': 'sparse_fisher', 'cod_dim': 3}, "head 'sparse_fisher' .*'cod_dim'.*'code_dim'"),
+        ({'head': 'avg', 'code_dim': 3}, "head 'avg' has an argument 'code_dim'"),
+        ({'drop_rat': 0.5}, "'drop_rat'.*'drop_rate'"),
+        ({'head_kwargs': {'normalise': True}}, "Head 'avg' has no .*'normalise'.*'normalize'"),
+    ],
+)
+def test_unknown_arguments(arguments, error):
+    with pytest.raises(TypeError, match=error):
+        create(**arguments)
+
+
+def test_unknown_argument_of_the_architecture():
+    with pytest.raises(TypeError, match=r"timm_fisher has no argument 'hed'.*Did you mean 'head'"):
+        timm.create_model('timm_fisher', backbone='test_resnet', hed='avg')
+    with pytest.raises(TypeError, match="timm_fisher needs the argument 'backbone'"):
+        timm.create_model('timm_fisher', head='avg')
+
+
+@pytest.mark.parametrize('mode', [torch.no_grad, torch.inference_mode])
+def test_creation_needs_no_gradient_mode(mode):
+    with mode():
+        model = timm_fisher.create_model('mobilenetv3_small_050', num_classes=3)
+    assert not any('conv_head' in name for name, _ in model.named_parameters())

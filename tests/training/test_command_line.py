@@ -1,0 +1,75 @@
+"""The one command line: mistakes are a sentence and a status, not a traceback."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import pytest
+
+from timm_fisher.errors import LoadError, PushError
+from timm_fisher.training.command_line import parse, run
+
+
+@dataclass
+class Settings:
+    """Do something.
+
+    Args:
+        names: what to do it with.
+        data_dir: where.
+        count: how often.
+    """
+
+    names: list[str] = field(default_factory=list)
+    data_dir: str = ''
+    count: int = 1
+
+    def __post_init__(self) -> None:
+        if self.count < 1:
+            raise ValueError(f'count is {self.count}; give 1 or more.')
+
+
+def test_dashes_and_underscores_are_the_same():
+    for option in ('--data-dir', '--data_dir'):
+        assert parse(Settings, arguments=[option, 'a-b']) == Settings(data_dir='a-b')
+        assert parse(Settings, arguments=[f'{option}=a-b']) == Settings(data_dir='a-b')
+
+
+def test_positional():
+    arguments = ['x', 'y', '--count', '2']
+    assert parse(Settings, positional='names', arguments=arguments) == Settings(['x', 'y'], count=2)
+    assert parse(Settings, positional='names', arguments=[]) == Settings()
+
+
+def test_value_that_the_settings_refuse(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parse(Settings, arguments=['--count', '0'])
+    assert stopped.value.code == 2
+    assert 'count is 0; give 1 or more.' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ('error', 'status', 'text'),
+    [
+        (ValueError('a value'), 2, 'error: a value'),
+        (OSError('no file'), 2, 'error: no file'),
+        (LoadError('not this'), 2, 'error: not this'),
+        (PushError('not there'), 2, 'error: not there'),
+        (KeyboardInterrupt(), 130, 'Interrupted.'),
+        (KeyboardInterrupt('stopped'), 130, 'stopped'),
+    ],
+    ids=repr,
+)
+def test_error_is_a_sentence(capsys, error, status, text):
+    def fail(settings):
+        raise error
+
+    with pytest.raises(SystemExit) as stopped:
+        run(fail, Settings, arguments=[])
+    assert stopped.value.code == status
+    assert capsys.readouterr().err == f'{text}\n'
+
+
+def test_mistake_of_ours_is_a_traceback():
+    with pytest.raises(ZeroDivisionError):
+        run(lambda settings: 1 // 0, Settings, arguments=[])

@@ -1,0 +1,160 @@
+"""Cached features: the same result, used again, and only where they are valid."""
+
+from __future__ import annotations
+
+import errno
+import os
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from run_checks import (
+    COMPOSED,
+    parse_config,
+    read_log,
+    read_metrics,
+    read_weights,
+    slow,
+    small,
+)
+
+import timm_fisher
+from timm_fisher.descriptors import StageDescriptors
+from timm_fisher.training.data import Images, load_splits
+from timm_fisher.training.features import cache_features
+
+HEAD_ONLY = {'warm': {'train': 'head', 'epochs': 2, 'opt': 'momentum', 'lr': 0.001}}
+
+
+@pytest.mark.parametrize(
+    ('head', 'train'),
+    [
+        slow('avg', 'head'),
+        slow('sparse_fisher', 'head'),
+        ('3g', 'head'),
+        slow('3g', 'classifier'),
+        slow(COMPOSED, 'head'),
+        (COMPOSED, 'classifier'),
+        slow([{'name': 'avg'}, {'name': 'gem'}], 'classifier'),  # both on one stage
+    ],
+    ids=str,
+)
+def test_cache_does_not_change_the_result(recipe, images, tmp_path, head, train):
+    """That of features, and, where the classifier alone is trained, that of pooled vectors."""
+    stages = {'warm': {**HEAD_ONLY['warm'], 'train': train}}
+    options = {'data_dir': images, 'head': head, 'head_kwargs': small(head), 'stages': stages}
+    cached = recipe(output=tmp_path / 'cached', **options)
+    files = 6 if head is COMPOSED else 3
+    assert len(list((tmp_path / 'cache').glob('*.npy'))) == files
+    assert not (tmp_path / 'cached' / 'pooled').exists()
+    plain = recipe(output=tmp_path / 'plain', cache_dir=tmp_path / 'none', cache=False, **options)
+    assert not (tmp_path / 'none').exists()
+    options['stages'] = {'warm': {**stages['warm'], 'lr': 0.0}}
+    start = recipe(output=tmp_path / 'start', **options)
+
+    def distance(a, b):
+        a, b = read_weights(a / 'last'), read_weights(b / 'last')
+        return torch.stack([(a[name] - b[name]).abs().max() for name in a]).max().item()
+
+    # Steps of training make more of a difference in the last bit: hence relative to what is learnt.
+    assert distance(cached, plain) < 0.01 * distance(cached, start)
+    for a, b in zip(read_log(cached), read_log(plain), strict=True):
+        assert a['train_loss'] == pytest.approx(b['train_loss'], rel=1e-4)
+        assert a['val_loss'] == pytest.approx(b['val_loss'], rel=1e-4)
+    assert read_metrics(cached)['test'] == pytest.approx(read_metrics(plain)['test'], rel=1e-4)
+
+
+def test_cache_is_used_again(recipe, few_images, tmp_path, monkeypatch):
+    options = {'data_dir': few_images, 'stages': HEAD_ONLY, 'test_split': None}
+    first = recipe(output=tmp_path / 'first', **options)
+
+    def refuse(*arguments):
+        raise AssertionError('the backbone runs although its features are there')
+
+    monkeypatch.setattr(StageDescriptors, 'features', refuse)
+    second = recipe(output=tmp_path / 'second', **options)
+    assert read_metrics(first) == read_metrics(second)
+    with pytest.raises(AssertionError, match='the backbone runs'):
+        recipe(output=tmp_path / 'third', **options, cache_dir=tmp_path / 'other')
+
+
+@pytest.mark.parametrize(
+    'change',
+    [
+        {'seed': 1},  # of the random weights
+        {'img_size': 64},
+        {'crop_pct': 0.8},
+        {'backbone_stage': -3},
+        {'mixed_precision': 'bf16'},
+    ],
+    ids=str,
+)
+def test_cache_is_not_used_for_something_else(recipe, few_images, tmp_path, change):
+    options = {'data_dir': few_images, 'stages': HEAD_ONLY, 'test_split': None}
+    recipe(output=tmp_path / 'first', **options)
+    before = set((tmp_path / 'cache').iterdir())
+    assert len(before) == 2
+    recipe(output=tmp_path / 'second', **{**options, **change})
+    assert len(set((tmp_path / 'cache').iterdir()) - before) == 2
+
+
+def test_cache_is_not_used_for_other_images(recipe, few_images, tmp_path):
+    options = {'data_dir': few_images, 'stages': HEAD_ONLY, 'test_split': None}
+    recipe(output=tmp_path / 'first', **options)
+    before = set((tmp_path / 'cache').iterdir())
+    image = few_images / 'train/red/000.png'
+    Image.new('RGB', (32, 32)).save(image)
+    recipe(output=tmp_path / 'second', **options)
+    assert len(set((tmp_path / 'cache').iterdir()) - before) == 1
+
+
+def test_cache_is_not_used_after_the_backbone_was_trained(recipe, few_images, tmp_path):
+    stages = {'tune': {'train': 'all', 'epochs': 1, 'lr': 0.01}, **HEAD_ONLY}
+    recipe(data_dir=few_images, stages=stages, test_split=None)
+    after = {'head_first': {'train': 'head', 'epochs': 1}, **stages}
+    recipe(data_dir=few_images, stages=after, test_split=None, output=tmp_path / 'second')
+    # Two files for the trained backbone of each run, and two for the untrained one of the second.
+    assert len(list((tmp_path / 'cache').glob('*.npy'))) == 6
+
+
+def test_cache_that_does_not_fit(recipe, few, tmp_path, monkeypatch):
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, 'posix_fallocate', full)
+    with pytest.raises(OSError, match=r'No space left.*--cache false'):
+        recipe(data_dir=few, test_split=None, stages=HEAD_ONLY)
+    assert not list((tmp_path / 'cache').iterdir())
+
+
+def test_two_runs_that_fill_one_cache_at_the_same_time(recipe, few, tmp_path):
+    """The second run starts, and ends, while the first is half through the images."""
+    from accelerate import Accelerator
+
+    config = parse_config(
+        [f'--data_dir={few}', '--test_split=null', f'--cache_dir={tmp_path}/cache', '--workers=0']
+    )
+    splits, _ = load_splits(config)
+    torch.manual_seed(0)
+    model = timm_fisher.create_model('test_resnet', num_classes=3)
+    accelerator = Accelerator(cpu=True)
+    transform = timm.data.create_transform(32)
+    plain = Images(splits['train'], transform, 'RGB')
+
+    class Interrupted(Images):
+        done = False
+
+        def __getitem__(self, i):
+            if i == 6 and not self.done:
+                self.done = True
+                cache_features(model, plain, config, accelerator)
+            return super().__getitem__(i)
+
+    interrupted = Interrupted(splits['train'], transform, 'RGB')
+    cached = cache_features(model, interrupted, config, accelerator)
+    expected = torch.stack([plain[i][0] for i in range(len(plain))])
+    with torch.no_grad():
+        expected = model.eval().forward_features(expected)
+    torch.testing.assert_close(torch.from_numpy(np.array(cached.arrays[0])), expected)

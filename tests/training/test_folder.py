@@ -1,0 +1,72 @@
+"""The folder of a run: neither overwritten nor shared."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from timm_fisher.training.folder import lock
+
+ONE_EPOCH = {'only': {'train': 'head', 'epochs': 1}}
+NO_TEST = {'test_split': None, 'stages': ONE_EPOCH}
+
+
+def test_resume_without_a_run(recipe, images, tmp_path):
+    with pytest.raises(ValueError, match=r"run' holds no run"):
+        recipe(data_dir=images, resume=True)
+    assert not (tmp_path / 'run').exists()
+
+
+def test_run_is_neither_overwritten_nor_resumed_with_other_settings(recipe, few):
+    run = recipe(data_dir=few, **NO_TEST)
+    before = {path: path.read_bytes() for path in run.rglob('*') if path.is_file()}
+    with pytest.raises(ValueError, match=r"run' holds a run already.*--resume true"):
+        recipe(data_dir=few, **NO_TEST)
+    with pytest.raises(ValueError, match=r'must keep the settings.*batch_size was 16, is 8'):
+        recipe(data_dir=few, resume=True, **{**NO_TEST, 'batch_size': 8})
+    assert before == {path: path.read_bytes() for path in run.rglob('*') if path.is_file()}
+
+
+def test_failure_before_training_leaves_the_output_free(recipe, few):
+    """A misspelt name must not make the corrected command fail."""
+    with pytest.raises(ValueError, match='Unknown head'):
+        recipe(data_dir=few, head='avgg', **NO_TEST)
+    assert (recipe(data_dir=few, head='avg', **NO_TEST) / 'metrics.json').exists()
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from timm_fisher.training.folder import lock
+with lock(Path(sys.argv[1])):
+    print('locked', flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """Another process that has the lock of `run`."""
+    (tmp_path / 'run').mkdir()
+    command = [sys.executable, '-c', HOLD, str(tmp_path / 'run')]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == 'locked\n'
+        yield process
+        process.kill()
+
+
+def test_two_runs_cannot_share_a_folder(recipe, few, holder):
+    with pytest.raises(ValueError, match=r"Another run is writing to '.*run'.*another --output"):
+        recipe(data_dir=few, **NO_TEST)
+    holder.kill()  # leaves its lock file behind
+    holder.wait()
+    assert (recipe(data_dir=few, **NO_TEST) / 'metrics.json').exists()
+
+
+def test_lock_is_free_after_a_run_that_failed(tmp_path):
+    with pytest.raises(KeyError), lock(tmp_path):
+        raise KeyError
+    with lock(tmp_path):
+        pass

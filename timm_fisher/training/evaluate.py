@@ -1,0 +1,95 @@
+"""How good a model is on a split of a data set."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from sklearn.metrics import accuracy_score, balanced_accuracy_score
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from timm_fisher import PooledModel
+from timm_fisher.explain import class_names
+from timm_fisher.training.config import Config
+from timm_fisher.training.data import Split, create_datasets, load_folder, load_splits
+
+
+def accuracies(labels: Sequence[int], predicted: Sequence[int]) -> dict[str, Any]:
+    """`accuracy`, `balanced_accuracy` and `samples`: the share of images that are right, its mean
+    over the classes that the labels have, and the number of images."""
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', UserWarning)  # a class that no label of a split has
+        balanced = balanced_accuracy_score(labels, predicted)
+    return {
+        'accuracy': float(accuracy_score(labels, predicted)),
+        'balanced_accuracy': float(balanced),
+        'samples': len(labels),
+    }
+
+
+@torch.no_grad()
+def evaluate(
+    model: PooledModel, data_dir: str, split: str, *, batch_size: int = 32, workers: int = 2
+) -> dict[str, Any]:
+    """`accuracy`, `balanced_accuracy` and `samples` of a split, by the model's own preprocessing,
+    on the model's device.
+
+    Args:
+        model: with a classifier.
+        data_dir: folder with SPLIT/CLASS/IMAGE, or a file of arrays, FILE.npz.
+        split: 'train', 'val' or 'test', or the name of another subfolder.
+        batch_size: images per step.
+        workers: processes that load images.
+
+    Raises:
+        ValueError: the model has no classes, there is no such split, or its classes are not those
+            of the model.
+    """
+    class_names(model)  # refuses embeddings, and names that are not those of its classes
+    images = _load_split(data_dir, split, model)
+    data_config = timm.data.resolve_model_data_config(model)
+    dataset = create_datasets(Config(), {split: images}, data_config)[split]
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    predicted: list[int] = []
+    labels: list[int] = []
+    try:
+        for x, y in tqdm(DataLoader(dataset, batch_size, num_workers=workers), split, disable=None):
+            predicted += model(x.to(device)).argmax(1).tolist()
+            labels += y.tolist()
+    finally:
+        model.train(was_training)
+    return accuracies(labels, predicted)
+
+
+def _load_split(data_dir: str, split: str, model: PooledModel) -> Split:
+    """The images of a split, labelled by the classes of a model."""
+    names = model.pretrained_cfg.get('label_names') or None
+    if data_dir.endswith('.npz'):
+        if not Path(data_dir).is_file():
+            raise ValueError(f"'{data_dir}' is no file.")
+        splits, classes = load_splits(Config(data_dir=data_dir, dataset='npz'))
+        if split not in splits:
+            raise ValueError(f"'{data_dir}' has no split '{split}', only {list(splits)}.")
+        images = splits[split]
+    else:
+        known = None if names is None else {name: i for i, name in enumerate(names)}
+        images = load_folder(data_dir, split, known)
+        index = images.dataset.reader.class_to_idx
+        classes = sorted(index, key=index.__getitem__)
+    if names is not None and classes != list(names):
+        raise ValueError(
+            f"The classes of '{data_dir}' are {classes}, those of the model {list(names)}."
+        )
+    if len(classes) != model.num_classes:
+        raise ValueError(
+            f"'{data_dir}' has the {len(classes)} classes {classes}; the model has "
+            f'{model.num_classes}, without names.'
+        )
+    return images

@@ -1,0 +1,136 @@
+"""What a run says of itself: metrics.json, the command that repeats it, the curve.
+
+metrics.json may be published with the model, so nothing in it tells of this machine's folders.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shlex
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from matplotlib.figure import Figure
+
+from timm_fisher import PooledModel
+from timm_fisher.files import save_png
+from timm_fisher.hub.card import installed_versions
+from timm_fisher.training.config import Config, Stage
+
+
+def describe(config: Config, model: PooledModel, accelerator: Accelerator) -> dict[str, Any]:
+    """What metrics.json says of a run, besides its results."""
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    settings = without_paths(
+        {
+            'head': config.head,
+            'head_kwargs': config.head_kwargs,
+            'backbone': config.backbone,
+            'backbone_stage': config.backbone_stage,
+            # A folder, or a file of arrays, is not named: its name need not be the data set's.
+            'dataset': '' if config.dataset == 'npz' else config.dataset,
+            'seed': config.seed,
+        }
+    )
+    return {
+        **settings,
+        'out_features': model.head_hidden_size,
+        'parameters': parameters,
+        'head_parameters': parameters - sum(p.numel() for p in model.backbone.parameters()),
+        'peak_memory_mb': round(_peak_memory(accelerator.device) / 2**20),
+        'processes': accelerator.num_processes,
+        'device': str(accelerator.device),
+        'command': command(config, accelerator),
+        'versions': installed_versions(),
+    }
+
+
+def head_names(config: Config) -> str:
+    """`avg + sparse_fisher`."""
+    if isinstance(config.head, str):
+        return config.head
+    return ' + '.join(head.get('name', '?') for head in config.head)
+
+
+def command(config: Config, accelerator: Accelerator) -> str:
+    """The command that repeats a run, with whatever configuration file it was started; PATH stands
+    for the images, and of other folders only the last name is left."""
+    default = asdict(Config())
+    settings = {key: value for key, value in asdict(config).items() if value != default[key]}
+    for key in ('output', 'resume', 'cache_dir'):
+        settings.pop(key, None)
+    if config.data_dir:
+        settings['data_dir'] = 'PATH'
+    settings['stages'] = {
+        name: {key: value for key, value in asdict(stage).items() if value != getattr(Stage(), key)}
+        for name, stage in config.stages.items()
+    }
+    settings['seed'] = config.seed
+    if accelerator.mixed_precision != 'no':
+        settings['mixed_precision'] = accelerator.mixed_precision
+    processes = accelerator.num_processes
+    option = f' --num_processes {processes}' if processes > 1 else ''
+    parts = [f'accelerate launch{option} recipes/train.py']
+    for name, value in without_paths(settings).items():
+        text = value if isinstance(value, str) else json.dumps(value)
+        parts.append(f'--{name.replace("data_dir", "data-dir")} {shlex.quote(text)}')
+    return ' \\\n    '.join(parts)
+
+
+def without_paths(value: Any) -> Any:
+    """The same, with the last name alone of each folder or file: of what follows 'local-dir:', and
+    of all texts that are absolute paths, or relative ones that begin with a dot or `~`."""
+    if isinstance(value, dict):
+        return {key: without_paths(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_paths(item) for item in value]
+    if not isinstance(value, str):
+        return value
+    source = next((kind for kind in ('local-dir:', 'hfds/') if value.startswith(kind)), '')
+    path = value.removeprefix(source)
+    is_path = source == 'local-dir:' or os.path.isabs(path) or re.match(r'(\.\.?|~)[\\/]', path)
+    return source + os.path.basename(os.path.abspath(path)) if is_path else value
+
+
+def draw_curve(history: list[dict[str, Any]], path: Path) -> None:
+    """Losses and, if any stage is supervised, validation accuracy by epoch; the stages are set off
+    by lines."""
+    accuracies = [100 * row.get('val_accuracy', math.nan) for row in history]
+    supervised = any(map(math.isfinite, accuracies))
+    figure = Figure(figsize=(10, 4))
+    axes = figure.subplots(1, 1 + supervised, squeeze=False)[0]
+    epochs = range(1, len(history) + 1)
+    for key in ('train_loss', 'val_loss'):
+        axes[0].plot(epochs, [row[key] for row in history], label=key.replace('_', ' '))
+    axes[0].set(xlabel='epoch', ylabel='loss', yscale='log')
+    axes[0].legend()
+    if supervised:
+        axes[1].plot(epochs, accuracies)
+        axes[1].set(xlabel='epoch', ylabel='validation accuracy (%)')
+    for i, row in enumerate(history):
+        if row['epoch'] == 1:
+            for plot in axes:
+                plot.axvline(i + 0.5, color='grey', linewidth=0.8, linestyle=':')
+            axes[-1].annotate(row['stage'], (i + 0.6, 0.02), xycoords=('data', 'axes fraction'))
+    figure.tight_layout()
+    save_png(figure, path)
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Bytes allocated on the GPU, or, on a CPU, resident of this process; 0 on Windows, which does
+    not tell."""
+    if device.type == 'cuda':
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == 'win32':
+        return 0
+    import resource
+
+    unit = 1 if sys.platform == 'darwin' else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

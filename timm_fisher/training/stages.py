@@ -1,0 +1,245 @@
+"""What a stage trains, with which loss, optimizer and schedule.
+
+`Supervised` and `Unsupervised` are the two kinds of training. Each is a module, which DDP wraps:
+called with a batch it gives the loss, and `evaluate` measures a model on a whole data set.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate.utils import gather_object
+from timm.optim import create_optimizer_v2, param_groups_weight_decay
+from timm.scheduler import create_scheduler_v2
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from timm_fisher import PooledModel
+from timm_fisher.fitting.stream import BatchStream
+from timm_fisher.registry import nearest
+from timm_fisher.training.config import Stage
+from timm_fisher.training.data import Gives
+from timm_fisher.training.evaluate import accuracies
+
+Batches = Iterable[tuple[Any, Tensor]]
+
+
+class Supervised(nn.Module):
+    """Cross-entropy of the labels, plus the head's unsupervised loss with the stage's weight.
+
+    Args:
+        model: what is trained.
+        stage: how.
+        gives: what the batches hold.
+    """
+
+    whole_batches = False
+    weight = 1.0  # of the loss in the gradient
+    loss_name = 'loss'  # in the results of `evaluate`
+
+    def __init__(self, model: PooledModel, stage: Stage, gives: Gives) -> None:
+        super().__init__()
+        self.model, self.stage, self.gives = model, stage, gives
+
+    def forward(self, x: Any, y: Tensor) -> Tensor:
+        """The loss of a batch, a scalar.
+
+        Args:
+            x: images `[B, 3, H, W]`, or a list of features or pooled vectors.
+            y: labels `[B]`.
+        """
+        logits, unsupervised = self._logits(x, head_loss=self.stage.head_loss > 0)
+        smoothing = self.stage.label_smoothing
+        loss = F.cross_entropy(logits.float(), y, label_smoothing=smoothing)
+        return loss + self.stage.head_loss * unsupervised
+
+    @torch.no_grad()
+    def evaluate(self, batches: Batches) -> dict[str, Any]:
+        """`loss`, the cross-entropy, `accuracy`, `balanced_accuracy` and `samples` of a data set.
+
+        Args:
+            batches: this rank's share of it.
+        """
+        losses: list[float] = []
+        labels: list[int] = []
+        predicted: list[int] = []
+        for x, y in batches:
+            logits = self._logits(x)[0].float()
+            losses += F.cross_entropy(logits, y, reduction='none').tolist()
+            labels += y.tolist()
+            predicted += logits.argmax(1).tolist()
+        losses, labels, predicted = map(gather_object, (losses, labels, predicted))
+        return {'loss': statistics.fmean(losses), **accuracies(labels, predicted)}
+
+    def _logits(self, x: Any, head_loss: bool = False) -> tuple[Tensor, Tensor | float]:
+        """Logits `[B, num_classes]`, and the head's unsupervised loss if it is asked for."""
+        model: Any = self.model
+        if self.gives == 'pooled':
+            return model.classifier(model.head_drop(x[0])), 0.0
+        forward = model.forward_head if self.gives == 'features' else model
+        return forward(x, head_loss=True) if head_loss else (forward(x), 0.0)
+
+
+class Unsupervised(nn.Module):
+    """The unsupervised loss of the model's heads; no label is read.
+
+    In training mode each head first updates itself by its own rule on the mini-batch
+    (`PoolingHead.partial_fit`): the gradient that follows is that of the loss with the new
+    parameters, in what the stage trains.
+
+    Args:
+        model: what is trained.
+        stage: how.
+        gives: what the batches hold, images or features.
+    """
+
+    # A head's own rule takes every batch at full weight: a few images left over would undo what the
+    # others taught it.
+    whole_batches = True
+    loss_name = 'unsupervised_loss'
+
+    def __init__(self, model: PooledModel, stage: Stage, gives: Gives) -> None:
+        super().__init__()
+        self.model, self.gives = model, gives
+        self.weight = stage.head_loss or 1.0
+
+    def forward(self, x: Any, y: Tensor) -> Tensor:
+        """The loss of a batch, a scalar.
+
+        Args:
+            x: images `[B, 3, H, W]`, or a list of features.
+            y: labels, which are ignored.
+        """
+        model = self.model
+        features = x if self.gives == 'features' else model.descriptors.features(model.backbone, x)
+        descriptors = model.descriptors(features)
+        if self.training:
+            for head, place in model.heads:
+                head.partial_fit(BatchStream(descriptors[place].detach()))
+        losses = [head.forward_with_loss(descriptors[place])[1] for head, place in model.heads]
+        return torch.stack(losses).sum()
+
+    @torch.no_grad()
+    def evaluate(self, batches: Batches) -> dict[str, Any]:
+        """`unsupervised_loss`, the mean over images, and `samples` of a data set.
+
+        Args:
+            batches: this rank's share of it.
+        """
+        rows = gather_object([(self(x, y).item(), len(y)) for x, y in batches])
+        samples = sum(count for _, count in rows)
+        total = sum(loss * count for loss, count in rows)
+        return {'unsupervised_loss': total / samples, 'samples': samples}
+
+
+Objective = Supervised | Unsupervised
+
+
+def create_objective(model: PooledModel, stage: Stage, gives: Gives) -> Objective:
+    """The objective of a stage, on batches of what a data set gives."""
+    return (Unsupervised if stage.unsupervised else Supervised)(model, stage, gives)
+
+
+def freeze(model: PooledModel, name: str, stage: Stage) -> None:
+    """Leave only what a stage trains with gradients.
+
+    Raises:
+        ValueError: a layer that the backbone does not have, or nothing that can be trained.
+    """
+    model.requires_grad_(True)
+    model.freeze_backbone(not stage.trains_backbone)
+    layers = _trained_layers(model, stage)
+    for layer_name, layer in zip(stage.layers, layers, strict=True):
+        if not any(parameter.requires_grad for parameter in layer.parameters()):
+            raise ValueError(
+                f"Layer '{layer_name}' of the backbone has no parameters that the head depends on."
+            )
+    if layers:
+        trained = {id(parameter) for layer in layers for parameter in layer.parameters()}
+        for parameter in model.backbone.parameters():
+            parameter.requires_grad_(parameter.requires_grad and id(parameter) in trained)
+    if stage.train in ('classifier', 'backbone'):
+        model.head.requires_grad_(False)
+    if stage.train == 'backbone' or stage.unsupervised:
+        model.classifier.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        reasons = {
+            'backbone': 'the backbone has no parameters that the head depends on',
+            'head': 'the head has no parameters',
+        }
+        reason = reasons.get(stage.train, 'neither backbone nor head has parameters')
+        raise ValueError(f"Stage '{name}' has nothing to train: {reason}.")
+
+
+def set_training_mode(model: PooledModel, stage: Stage) -> None:
+    """Leave what a stage does not train in evaluation mode; the model is in training mode."""
+    layers = _trained_layers(model, stage)
+    if layers:
+        model.backbone.eval()
+        for layer in layers:
+            layer.train()
+    if stage.freeze_bn:
+        for module in model.backbone.modules():
+            if isinstance(module, _BatchNorm):
+                module.eval()
+
+
+def _trained_layers(model: PooledModel, stage: Stage) -> list[nn.Module]:
+    """The modules of the backbone that a stage names."""
+    modules = dict(model.backbone.named_modules())
+    for name in stage.layers:
+        if not name or name not in modules:
+            hint = nearest(name, [known for known in modules if known])
+            raise ValueError(f"The backbone has no layer '{name}'.{hint}")
+    return [modules[name] for name in stage.layers]
+
+
+def create_optimizer(model: PooledModel, stage: Stage) -> torch.optim.Optimizer:
+    """An optimizer of what has gradients: no weight decay on vectors, head and classifier with
+    learning rates of their own."""
+    groups = []
+    for scale, modules in (
+        (1.0, {'backbone': model.backbone}),
+        (stage.head_lr_scale, {'head': model.head, 'classifier': model.classifier}),
+    ):
+        for group in param_groups_weight_decay(
+            nn.ModuleDict(modules), stage.weight_decay, no_weight_decay_list=model.no_weight_decay()
+        ):
+            groups.append({**group, 'lr': stage.lr * scale})
+    return create_optimizer_v2(groups, opt=stage.opt, lr=stage.lr, momentum=stage.momentum)
+
+
+def create_scheduler(optimizer: torch.optim.Optimizer, stage: Stage, updates: int) -> Any:
+    """The schedule of the learning rate: `ReduceLROnPlateau`, or one of timm's.
+
+    Args:
+        optimizer: whose rates it sets.
+        stage: its settings.
+        updates: steps of the optimizer in an epoch.
+    """
+    if stage.sched == 'plateau':
+        # timm's plateau schedule is deprecated, and does not save its counters.
+        return ReduceLROnPlateau(
+            optimizer,
+            factor=stage.decay_rate,
+            patience=stage.patience_epochs,
+            min_lr=stage.min_lr,
+        )
+    scheduler, _ = create_scheduler_v2(
+        optimizer,
+        stage.sched,
+        num_epochs=stage.epochs,
+        decay_epochs=stage.decay_epochs,
+        decay_rate=stage.decay_rate,
+        warmup_epochs=stage.warmup_epochs,
+        warmup_lr=0.0,
+        min_lr=stage.min_lr,
+        step_on_epochs=False,
+        updates_per_epoch=updates,
+    )
+    return scheduler
