@@ -219,8 +219,8 @@ def binary_images(path: Path | None) -> Tensor:
     """Images as rows of zeros and ones `[n, H * W]`, float32: all training images of an .npz, or
     random mixtures of a few patterns, and noise."""
     if path is None:
-        n, pixels = IMAGES.values()
-        x: Tensor = torch.randn(n, 10) @ torch.randn(10, pixels) / 10**0.5
+        n, d = IMAGES.values()
+        x: Tensor = torch.randn(n, 10) @ torch.randn(10, d) / 10**0.5
         return (x + 0.3 * torch.randn_like(x) > 0.7).float()
     reads_no_labels = {'': Stage(unsupervised=True)}
     splits, _ = load_splits(

@@ -155,7 +155,7 @@ def head_alone(name: str, channels: int, **arguments: int) -> tuple[Row, nn.Modu
 
 def difference(ours: Tensor, theirs: Tensor) -> float:
     """Relative."""
-    return ((ours - theirs).norm() / theirs.norm()).item()
+    return float((ours - theirs).norm() / theirs.norm())
 
 
 # The parts: each gives its Markdown text and its rows
@@ -228,7 +228,7 @@ def measure_newton_schulz(settings: Settings) -> tuple[str, list[Row]]:
     x = ((x - x.mean(1, keepdim=True)) * n**-0.5).requires_grad_()
     cotangent = torch.randn(b, d, d, device=settings.device)
 
-    def step(root: Callable[..., Tensor], eps: float) -> Tensor:
+    def step(root: Callable[..., Tensor], eps: float) -> Any:
         return torch.autograd.grad(root(x, iterations, eps), x, cotangent)[0]
 
     @torch.no_grad()

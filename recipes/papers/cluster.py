@@ -34,7 +34,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from accelerate import Accelerator
 from sklearn.decomposition import PCA
 from sklearn.preprocessing import normalize
 
@@ -106,14 +105,16 @@ def main(clustering: Clustering) -> None:
         if not path.exists():
             write(path, json.dumps(measure(clustering, seed, output), indent=2) + '\n')
         results.append(json.loads(path.read_text()))
-        write_results(results, clustering, output)
+        seeds = clustering.seeds[: len(results)]
+        write(output / 'table.md', report(results, seeds))
+        everything = {'seeds': seeds, 'settings': asdict(clustering), 'results': results}
+        write(output / 'results.json', json.dumps(everything, indent=2) + '\n')
     print((output / 'table.md').read_text())
 
 
 def measure(clustering: Clustering, seed: int, output: Path) -> dict[str, Any]:
     """All representations with one seed, clustered and classified."""
     # Data and frozen backbone
-    accelerator = Accelerator()
     options = {**clustering.train, 'seed': seed}
     config = parse_options(options)
     if not config.unsupervised:
@@ -130,24 +131,22 @@ def measure(clustering: Clustering, seed: int, output: Path) -> dict[str, Any]:
     config = parse_options(options)
     labels = {name: split.labels for name, split in splits.items()}
     model = create_embedder(config)
-    frozen = cache_splits(model, splits, config, accelerator)
+    frozen = cache_splits(model, splits, config)
 
     # Representations
     vectors = {'CNN': {name: mean_vectors(model, part) for name, part in frozen.items()}}
     pca = PCA(min(components, *vectors['CNN']['train'].shape), random_state=seed)
     pca.fit(vectors['CNN']['train'])
     vectors['PCA-CNN'] = {name: normalize(pca.transform(x)) for name, x in vectors['CNN'].items()}
-    for name, penalties in (
-        ('NMF-FCN', {'l1_penalty': 0.0, 'l2_penalty': 0.0}),
-        ('GSNMF-FCN-OTS', {}),
-    ):
-        model = create_embedder(config, **penalties)
+    no_penalties = {'l1_penalty': 0.0, 'l2_penalty': 0.0}
+    for name, head_kwargs in (('NMF-FCN', no_penalties), ('GSNMF-FCN-OTS', {})):
+        model = create_embedder(config, **head_kwargs)
         fit_once(model, frozen['train'], output / name / f's{seed}', config)
         vectors[name] = {split: head_vectors(model, part) for split, part in frozen.items()}
     folder = output / 'GSNMF-FCN-FT' / f's{seed}'
     launch(options, folder, log=Path(f'{folder}.log'))
     load_weights(model, folder / 'model')
-    tuned = cache_splits(model, splits, config, accelerator)
+    tuned = cache_splits(model, splits, config)
     vectors['GSNMF-FCN-FT'] = {name: head_vectors(model, part) for name, part in tuned.items()}
     if seed == clustering.seeds[0]:
         panels = {
@@ -182,14 +181,6 @@ def measure(clustering: Clustering, seed: int, output: Path) -> dict[str, Any]:
 def files(features: dict[str, Cached]) -> set[Path]:
     """Where cached features lie."""
     return {Path(str(array.filename)) for part in features.values() for array in part.arrays}
-
-
-def write_results(results: list[dict[str, Any]], clustering: Clustering, output: Path) -> None:
-    """table.md and results.json of the seeds so far."""
-    seeds = clustering.seeds[: len(results)]
-    write(output / 'table.md', report(results, seeds))
-    everything = {'seeds': seeds, 'settings': asdict(clustering), 'results': results}
-    write(output / 'results.json', json.dumps(everything, indent=2) + '\n')
 
 
 def report(results: list[dict[str, Any]], seeds: list[int]) -> str:

@@ -4,7 +4,7 @@
         --output runs/kernel_usps
 
 For each seed, and each fold if there are any, `dbm_idfk` is fitted to the training split, as a DBM
-and as an RBM, and saved. Three kinds of Fisher vectors come from them:
+and as an RBM. Three kinds of Fisher vectors come from them:
 
     IDFK  of the DBM, with the leading axes of its Fisher information (eq. 8)
     DFK   of the same DBM, without
@@ -35,7 +35,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from accelerate import Accelerator
 from matplotlib.figure import Figure
 from sklearn.linear_model import SGDClassifier
 from sklearn.svm import LinearSVC
@@ -61,6 +60,7 @@ EPOCHS = 30  # of SGD in sgd.png
 TOP = 3  # features of each sign and class in features.png
 METHODS = ('IDFK', 'DFK', 'FK')
 CLASSIFIERS = ('svm', '1nn')
+Setting = dict[str, Any]  # rank and ridge of IDFK, C of an SVM
 
 
 @dataclass
@@ -76,7 +76,7 @@ class Kernels:
         ranks: to choose from; the largest is computed.
         ridges: to choose from.
         svm_c: C of the linear SVM, to choose from.
-        search_images: training images that the search uses at most.
+        search_images: at most this many training images are used by the search.
     """
 
     output: str = 'runs/kernel'
@@ -98,9 +98,10 @@ class Kernels:
         if self.data_dir:
             self.train['data_dir'] = self.data_dir
 
-    def config(self, seed: int, fold: int) -> Config:
-        """The configuration of the DBM with the largest rank."""
-        head_kwargs = {**self.train.get('head_kwargs', {}), 'rank': max(self.ranks)}
+    def config(self, seed: int, fold: int, **head_kwargs: Any) -> Config:
+        """The configuration of the DBM with the largest rank, or with other arguments."""
+        common = {**self.train.get('head_kwargs', {}), 'rank': max(self.ranks), 'seed': seed}
+        head_kwargs = {**common, **head_kwargs}
         return parse_options({**self.train, 'head_kwargs': head_kwargs, 'seed': seed, 'fold': fold})
 
 
@@ -127,7 +128,9 @@ def main(kernels: Kernels) -> None:
             result = measure(vectors, chosen, seed)
             write(path, json.dumps({'fold': fold, **result}, indent=2) + '\n')
         results.append(json.loads(path.read_text()))
-        write_results(results, kernels, output)
+        write(output / 'table.md', report(results))
+        everything = {'settings': asdict(kernels), 'results': results}
+        write(output / 'results.json', json.dumps(everything, indent=2) + '\n')
     print((output / 'table.md').read_text())
 
 
@@ -141,28 +144,27 @@ class Vectors:
     """
 
     def __init__(self, kernels: Kernels, seed: int, fold: int, output: Path) -> None:
-        self.config = config = kernels.config(seed, fold)
+        self.config = config = kernels.config(seed, fold, whiten=True)
+        rbm = kernels.config(seed, fold, **{**kernels.rbm, 'whiten': False})
         splits, self.classes = load_splits(config)
         if 'test' not in splits:
             raise ValueError(f"'{config.data_dir or config.dataset}' must have a test split.")
         self.labels = {name: split.labels for name, split in splits.items()}
-        features = cache_splits(create_embedder(config), splits, config, Accelerator())
-        self.machines = {}
-        for name, folder, head_kwargs in (
-            ('DFK', 'dbm', {'whiten': True, 'seed': seed}),
-            ('FK', 'rbm', {**kernels.rbm, 'whiten': False, 'seed': seed}),
-        ):
-            # The models of all folds would fill a disk.
-            kept = output / folder / f's{seed}' if fold == 0 else None
-            self.machines[name] = BoltzmannKernel(config, features, kept, **head_kwargs)
+        features = cache_splits(create_embedder(config), splits, config)
+        # The models of all folds would fill a disk.
+        folders = [output / name / f's{seed}' if fold == 0 else None for name in ('dbm', 'rbm')]
+        self.machines = {
+            'DFK': BoltzmannKernel(config, features, folders[0]),
+            'FK': BoltzmannKernel(rbm, features, folders[1]),
+        }
 
-    def get(self, method: str, setting: dict[str, Any]) -> dict[str, Any]:
+    def get(self, method: str, setting: Setting) -> dict[str, Any]:
         """Vectors of unit length `[n, d]` of each split; dense for IDFK."""
         if method == 'IDFK':
             return self.machines['DFK'].whitened(setting['rank'], setting['ridge'])
         return self.machines[method].vectors
 
-    def save(self, setting: dict[str, Any], folder: Path) -> None:
+    def save(self, setting: Setting, folder: Path) -> None:
         """The DBM with a rank and a ridge of its own, as a model without classifier."""
         model = self.machines['DFK'].truncated(setting['rank'], setting['ridge'])
         timm_fisher.save_model(model, folder, data_config=preprocessing(model, self.config))
@@ -172,37 +174,45 @@ def svm(c: float, seed: int) -> LinearSVC:
     return LinearSVC(C=c, tol=1e-3, random_state=seed)
 
 
+def accuracy(
+    classifier: str, setting: Setting, seed: int, train: Any, y: np.ndarray, z: Any, truth: Any
+) -> float:
+    """Of a classifier on vectors z `[m, d]`, trained on `[n, d]`."""
+    if classifier == 'svm':
+        return float(svm(setting['C'], seed).fit(train, y).score(z, truth))
+    return float((nearest_labels(train, y, z) == truth).mean())
+
+
 def search(kernels: Kernels, vectors: Vectors, seed: int) -> dict[str, Any]:
     """The settings of each method and classifier with the best accuracy on validation images."""
     y, truth = vectors.labels['train'], vectors.labels['val']
     some = np.random.default_rng(seed).permutation(len(y))[: kernels.search_images]
+    pairs = product(kernels.ranks, kernels.ridges)
+    grids: dict[str, list[Setting]] = {'DFK': [{}], 'FK': [{}]}
+    grids['IDFK'] = [{'rank': rank, 'ridge': ridge} for rank, ridge in pairs]
     chosen: dict[str, Any] = {}
     for method in METHODS:
-        grid: list[dict[str, Any]] = [{}]
-        if method == 'IDFK':
-            pairs = product(kernels.ranks, kernels.ridges)
-            grid = [{'rank': rank, 'ridge': ridge} for rank, ridge in pairs]
-        tried: dict[str, list[tuple[float, dict[str, Any]]]] = {key: [] for key in CLASSIFIERS}
-        for setting in grid:
+        tried: dict[str, list[tuple[float, Setting]]] = {key: [] for key in CLASSIFIERS}
+        for setting in grids[method]:
             z = vectors.get(method, setting)
-            train, val = z['train'][some], z['val']
-            for c in kernels.svm_c:
-                accuracy = float(svm(c, seed).fit(train, y[some]).score(val, truth))
-                tried['svm'].append((accuracy, {**setting, 'C': c}))
-            accuracy = float((nearest_labels(train, y[some], val) == truth).mean())
-            tried['1nn'].append((accuracy, setting))
+            candidates = [('svm', {**setting, 'C': c}) for c in kernels.svm_c] + [('1nn', setting)]
+            for classifier, candidate in candidates:
+                share = accuracy(
+                    classifier, candidate, seed, z['train'][some], y[some], z['val'], truth
+                )
+                tried[classifier].append((share, candidate))
         chosen[method] = {'tried': tried}
-        for classifier, candidates in tried.items():
-            accuracy, best = max(candidates, key=lambda pair: pair[0])  # the first of equals
-            chosen[method] |= {classifier: best, f'{classifier}_validation': accuracy}
-            print(f'{method}, {classifier}: validation {accuracy:.2%} with {best}', flush=True)
+        for classifier, pairs_tried in tried.items():
+            share, best = max(pairs_tried, key=lambda pair: pair[0])  # the first of equals
+            chosen[method] |= {classifier: best, f'{classifier}_validation': share}
+            print(f'{method}, {classifier}: validation {share:.2%} with {best}', flush=True)
     return chosen
 
 
 def measure(vectors: Vectors, chosen: dict[str, Any], seed: int) -> dict[str, Any]:
     """Test accuracy of each method and classifier."""
-    y = np.concatenate([vectors.labels['train'], vectors.labels['val']])
-    truth = vectors.labels['test']
+    labels = vectors.labels
+    y = np.concatenate([labels['train'], labels['val']])
     rows: dict[str, Any] = {}
     for method in METHODS:
         rows[method] = {}
@@ -210,31 +220,19 @@ def measure(vectors: Vectors, chosen: dict[str, Any], seed: int) -> dict[str, An
             setting = chosen[method][classifier]
             z = vectors.get(method, setting)
             train = stack(z['train'], z['val'])
-            if classifier == 'svm':
-                predicted = svm(setting['C'], seed).fit(train, y).predict(z['test'])
-            else:
-                predicted = nearest_labels(train, y, z['test'])
+            share = accuracy(classifier, setting, seed, train, y, z['test'], labels['test'])
             rows[method][classifier] = {
-                'accuracy': float((predicted == truth).mean()),
-                'dimensions': int(z['test'].shape[1]),
-                **setting,
-            }
+                'accuracy': share, 'dimensions': int(train.shape[1]), **setting
+            }  # fmt: skip
         print(f'seed {seed}, {method}: {rows[method]}', flush=True)
     return {
         'seed': seed,
-        'images': {name: len(labels) for name, labels in vectors.labels.items()},
+        'images': {name: len(part) for name, part in labels.items()},
         'classes': len(vectors.classes),
         'seconds': {name: machine.seconds for name, machine in vectors.machines.items()},
         'saturated': {name: machine.saturated for name, machine in vectors.machines.items()},
         'rows': rows,
     }
-
-
-def write_results(results: list[dict[str, Any]], kernels: Kernels, output: Path) -> None:
-    """table.md and results.json of what there is so far."""
-    write(output / 'table.md', report(results))
-    everything = {'settings': asdict(kernels), 'results': results}
-    write(output / 'results.json', json.dumps(everything, indent=2) + '\n')
 
 
 def report(results: list[dict[str, Any]]) -> str:
@@ -249,12 +247,8 @@ def report(results: list[dict[str, Any]]) -> str:
             shares.append(percent([float(np.mean(part)) for part in of_seed], digits=2))
             values = {key: sorted({row[key] for _, row in rows}) for key in rows[0][1]}
             del values['accuracy']
-            settings.append(
-                ', '.join(
-                    f'{key} {" or ".join(f"{value:g}" for value in different)}'
-                    for key, different in values.items()
-                )
-            )
+            chosen = (f'{key} {" or ".join(f"{v:g}" for v in vs)}' for key, vs in values.items())
+            settings.append(', '.join(chosen))
         machine = 'FK' if method == 'FK' else 'DFK'
         seconds = float(np.median([result['seconds'][machine] for result in results]))
         lines.append([method, *shares, f'{seconds:.0f} s', *settings])
@@ -297,26 +291,24 @@ def plot_features(z: dict[str, np.ndarray], vectors: Vectors, c: float, path: Pa
     """
     some = np.random.default_rng(0).permutation(len(z['train']))[:10_000]
     machine = svm(c, 0).fit(z['train'][some], vectors.labels['train'][some])
-    centred = z['test'] - z['train'].mean(0)
+    centred, y = z['test'] - z['train'].mean(0), vectors.labels['test']
     weights = machine.coef_
     if len(weights) == 1:  # two classes share one
         weights = np.concatenate([-weights, weights])
-    of_class = dict(zip(machine.classes_, weights, strict=True))
-    present = [k for k in of_class if (vectors.labels['test'] == k).any()]
-    rows = -(-len(present) // 5)
+    of_class = {k: w for k, w in zip(machine.classes_, weights, strict=True) if (y == k).any()}
+    rows = -(-len(of_class) // 5)
     figure = Figure(figsize=(14, 2.3 * rows))
-    axes = figure.subplots(rows, 5, squeeze=False)
-    for ax in axes.flat[len(present) :]:
-        ax.set_axis_off()
-    for ax, k in zip(axes.flat, present, strict=False):
-        inside = vectors.labels['test'] == k
-        for_it = of_class[k] * centred[inside].mean(0)
-        against = of_class[k] * centred[~inside].mean(0)
+    axes = figure.subplots(rows, 5, squeeze=False).flat
+    for ax, (k, weight) in zip(axes, of_class.items(), strict=False):
+        for_it = weight * centred[y == k].mean(0)
+        against = weight * centred[y != k].mean(0)
         refuting, supporting = against.argsort()[:TOP], for_it.argsort()[-TOP:]
         ax.barh([str(f) for f in refuting], against[refuting], color='tab:red')
         ax.barh([f'{f} ' for f in supporting], for_it[supporting], color='tab:green')
         ax.set_title(f'class {vectors.classes[k]}', fontsize=9)
         ax.tick_params(labelsize=7)
+    for ax in axes[len(of_class) :]:
+        ax.set_axis_off()
     figure.supxlabel('mean SHAP value of axis number ...', fontsize=9)
     figure.tight_layout()
     save_png(figure, path)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import timm
@@ -11,12 +13,16 @@ from sklearn.preprocessing import normalize
 
 import timm_fisher
 from timm_fisher.training.boltzmann_kernels import BoltzmannKernel
-from timm_fisher.training.embeddings import create_embedder, parse_options
+from timm_fisher.training.config import Config
+from timm_fisher.training.embeddings import create_embedder
 
-CONFIG = {
-    'backbone': 'pixels', 'backbone_kwargs': {'img_size': 8}, 'head': 'dbm_idfk', 'seed': 1,
-    'head_kwargs': {'hidden': [6, 4], 'squash': False, 'epochs': 5, 'rank': 30},
-}  # fmt: skip
+CONFIG = Config(
+    backbone='pixels',
+    backbone_kwargs={'img_size': 8},
+    head='dbm_idfk',
+    seed=1,
+    head_kwargs={'hidden': [6, 4], 'squash': False, 'epochs': 5, 'rank': 30, 'seed': 1},
+)
 PARTS = {'train': slice(0, 60), 'test': slice(60, 80)}
 
 
@@ -29,14 +35,14 @@ def images():
 @pytest.fixture(scope='module')
 def features(images):
     with torch.no_grad():
-        maps = create_embedder(parse_options(CONFIG)).forward_features(images)
+        maps = create_embedder(CONFIG).forward_features(images)
     return {name: [([x], 0) for x in maps[part]] for name, part in PARTS.items()}
 
 
 @pytest.fixture(scope='module')
 def kernel(features, tmp_path_factory):
     folder = tmp_path_factory.mktemp('dbm')
-    return BoltzmannKernel(parse_options(CONFIG), features, folder / 'model', seed=1), folder
+    return BoltzmannKernel(CONFIG, features, folder / 'model'), folder
 
 
 @torch.no_grad()
@@ -75,7 +81,7 @@ def test_smaller_rank_and_other_ridge(kernel, images, tmp_path):
 def test_fitted_once_and_saturation(kernel, features, images):
     machine, folder = kernel
     written = (folder / 'model/model.safetensors').stat().st_mtime_ns
-    again = BoltzmannKernel(parse_options(CONFIG), features, folder / 'model', seed=1)
+    again = BoltzmannKernel(CONFIG, features, folder / 'model')
     assert (folder / 'model/model.safetensors').stat().st_mtime_ns == written
     assert again.seconds == machine.seconds
     assert (again.vectors['test'] != machine.vectors['test']).nnz == 0
@@ -89,6 +95,7 @@ def test_fitted_once_and_saturation(kernel, features, images):
 
 
 def test_one_layer_without_information(features):
-    machine = BoltzmannKernel(parse_options(CONFIG), features, None, hidden=[3], whiten=False)
+    head_kwargs = {**CONFIG.head_kwargs, 'hidden': [3], 'whiten': False}
+    machine = BoltzmannKernel(replace(CONFIG, head_kwargs=head_kwargs), features, None)
     assert machine.vectors['train'].shape == (60, 64 * 3)
     assert len(machine.saturated) == 1

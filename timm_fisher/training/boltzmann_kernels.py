@@ -30,35 +30,35 @@ class BoltzmannKernel:
         config: of the model.
         features: of the images of each split.
         folder: where the fitted model is kept, or found; None does not save it.
-        **head_kwargs: arguments of the head in place of those in the configuration.
 
     Attributes:
         model: the fitted model, without classifier.
+        head: its `DBMFisher`.
         seconds: that the fit took.
         vectors: phi of unit length, without Fisher information (DFK; FK of an RBM): CSR `[n, d]`
             float32 of each split. Sparse, for where a pixel is off, so are its products.
         saturated: share of posteriors within 0.05 of 0 or 1, for each layer, over 1024 images.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        features: Mapping[str, Cached],
-        folder: Path | None,
-        **head_kwargs: object,
-    ) -> None:
-        self._config, self._head_kwargs = config, head_kwargs
-        self.model = create_embedder(config, **head_kwargs)
-        self.seconds = fit_once(self.model, features['train'], folder, config)
-        self.vectors = {
-            split: _fisher_vectors(self.model, part) for split, part in features.items()
-        }
-        self.saturated = _saturated(self.model, features['train'])
+    def __init__(self, config: Config, features: Mapping[str, Cached], folder: Path | None) -> None:
+        self._config = config
+        self.model = model = create_embedder(config)
+        self.head = head = cast(DBMFisher, model.head)
+        self.seconds = fit_once(model, features['train'], folder, config)
 
-    @property
-    def head(self) -> DBMFisher:
-        """The fitted head."""
-        return cast(DBMFisher, self.model.head)
+        def vectors(x: list[Tensor]) -> Tensor:
+            return head.normalized_score(model.descriptors(x)[0])
+
+        def saturated(x: list[Tensor]) -> Tensor:
+            layers = head.posteriors(model.descriptors(x)[0])
+            return torch.stack([((mu - 0.5).abs() > 0.45).float().mean() for mu in layers])
+
+        self.vectors = {}
+        for split, part in features.items():
+            parts = [sparse.csr_matrix(x.cpu().numpy()) for x in outputs(model, part, vectors)]
+            self.vectors[split] = sparse.vstack(parts, format='csr')
+        first = outputs(model, features['train'], saturated, batch_size=SATURATION_IMAGES)
+        self.saturated: list[float] = next(first).tolist()
 
     @cached_property
     def _along_axes(self) -> dict[str, np.ndarray]:
@@ -81,29 +81,9 @@ class BoltzmannKernel:
 
     def truncated(self, rank: int, ridge: float) -> PooledModel:
         """The model with a smaller rank and another ridge."""
-        head_kwargs = {**self._head_kwargs, 'rank': rank, 'ridge': ridge}
-        model = create_embedder(self._config, **head_kwargs)
+        model = create_embedder(self._config, rank=rank, ridge=ridge)
         state = self.model.state_dict()
         state['head.axes'] = state['head.axes'][:, :rank].contiguous()
         state['head.variances'] = state['head.variances'][:rank]
         model.load_state_dict(state)
         return model
-
-
-def _fisher_vectors(model: PooledModel, features: Cached) -> sparse.csr_matrix:
-    def vectors(x: list[Tensor]) -> Tensor:
-        return cast(DBMFisher, model.head).normalized_score(model.descriptors(x)[0])
-
-    parts = [sparse.csr_matrix(x.cpu().numpy()) for x in outputs(model, features, vectors)]
-    return sparse.vstack(parts, format='csr')
-
-
-def _saturated(model: PooledModel, features: Cached) -> list[float]:
-    def near_bounds(x: list[Tensor]) -> Tensor:
-        layers = cast(DBMFisher, model.head).posteriors(model.descriptors(x)[0])
-        return torch.stack([((mu - 0.5).abs() > 0.45).float().mean() for mu in layers])
-
-    shares: list[float] = next(
-        outputs(model, features, near_bounds, batch_size=SATURATION_IMAGES)
-    ).tolist()
-    return shares

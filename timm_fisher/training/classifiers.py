@@ -41,29 +41,27 @@ def validated_svm(
 
 
 def nearest_labels(train: Any, labels: np.ndarray, queries: Any) -> np.ndarray:
-    """Label of the nearest training vector, once all have their mean taken off and unit length.
+    """Labels `[m]` of the nearest training vectors, once all vectors have the mean of the training
+    vectors taken off, and unit length.
 
     Args:
         train: `[n, D]`, an array or a sparse matrix.
         labels: `[n]`.
         queries: `[m, D]`, likewise.
-
-    Returns:
-        Labels `[m]`.
     """
     mean = np.asarray(train.mean(0), np.float32).reshape(1, -1)
 
     def prepared(part: Any) -> Tensor:
         return torch.from_numpy(normalize(dense(part) - mean))
 
-    best = np.full(queries.shape[0], -np.inf, np.float32)
-    nearest = np.zeros(queries.shape[0], labels.dtype)
     asked = prepared(queries)
-    for start in range(0, train.shape[0], CHUNK):
-        similarity, index = (asked @ prepared(train[start : start + CHUNK]).T).max(1)
-        closer = similarity.numpy() > best
-        best[closer] = similarity.numpy()[closer]
-        nearest[closer] = labels[start + index.numpy()[closer]]
+    parts = [
+        (asked @ prepared(train[start : start + CHUNK]).T).max(1)
+        for start in range(0, train.shape[0], CHUNK)
+    ]
+    part = torch.stack([similarity for similarity, _ in parts]).argmax(0)
+    index = torch.stack([index for _, index in parts]).gather(0, part[None])[0]
+    nearest: np.ndarray = labels[(CHUNK * part + index).numpy()]
     return nearest
 
 

@@ -1,4 +1,5 @@
-"""Clusters of vectors, and how well they agree with classes."""
+"""Clusters of vectors, and how well they agree with classes (Gui et al., "Factorized Convolutional
+Networks", WACV 2018, section 4)."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from sklearn.cluster import KMeans, SpectralClustering
 from sklearn.metrics import normalized_mutual_info_score
 from sklearn.metrics.cluster import contingency_matrix
 
-STARTS = 10  # of k-means, also within spectral clustering (section 4.3 of Gui et al.)
+STARTS = 10  # of k-means, also within spectral clustering (section 4.3)
 
 
 def find_clusters(
@@ -25,6 +26,7 @@ def find_clusters(
     Returns:
         'kmeans' and 'spectral': numbers of the clusters `[n]`.
     """
+    kmeans = KMeans(count, n_init=STARTS, random_state=seed)
     spectral = SpectralClustering(
         count,
         affinity='nearest_neighbors',
@@ -32,27 +34,19 @@ def find_clusters(
         n_init=STARTS,
         random_state=seed,
     )
-    return {
-        'kmeans': KMeans(count, n_init=STARTS, random_state=seed).fit_predict(points),
-        'spectral': spectral.fit_predict(points),
-    }
+    return {'kmeans': kmeans.fit_predict(points), 'spectral': spectral.fit_predict(points)}
 
 
 def matched_accuracy(labels: np.ndarray, clusters: np.ndarray) -> float:
     """Share of images whose cluster is matched with their class, by the best one-to-one matching
-    (Gui et al., eq. 7).
-
-    Args:
-        labels: classes `[n]`.
-        clusters: `[n]`; their numbers mean nothing, and there may be more or fewer than classes.
-    """
+    of any number of clusters `[n]` and classes `[n]` (eq. 7)."""
     counts = contingency_matrix(labels, clusters)
     return float(counts[linear_sum_assignment(counts, maximize=True)].sum() / len(labels))
 
 
 def normalized_information(labels: np.ndarray, clusters: np.ndarray) -> float:
     """Mutual information of classes `[n]` and clusters `[n]` by the larger of the two entropies
-    (NMI; Gui et al., eq. 8)."""
+    (NMI, eq. 8)."""
     return float(normalized_mutual_info_score(labels, clusters, average_method='max'))
 
 
@@ -62,9 +56,8 @@ def evaluate_clusters(
     """'kmeans_accuracy', 'kmeans_nmi', 'spectral_accuracy' and 'spectral_nmi' of as many clusters
     of points `[n, D]` as there are classes; see `find_clusters`."""
     metrics = {}
-    for method, clusters in find_clusters(
-        points, classes, neighbours=neighbours, seed=seed
-    ).items():
+    assigned = find_clusters(points, classes, neighbours=neighbours, seed=seed)
+    for method, clusters in assigned.items():
         metrics[f'{method}_accuracy'] = matched_accuracy(labels, clusters)
         metrics[f'{method}_nmi'] = normalized_information(labels, clusters)
     return metrics

@@ -6,7 +6,6 @@ For experiments that compare representations of the same images, such as those o
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +29,7 @@ from timm_fisher.training.command_line import parse
 from timm_fisher.training.config import Config
 from timm_fisher.training.data import Split, create_datasets
 from timm_fisher.training.features import Cached, cache_features
+from timm_fisher.training.measure import timed
 from timm_fisher.training.run import create_model
 
 
@@ -65,12 +65,10 @@ def preprocessing(model: PooledModel, config: Config) -> dict[str, Any]:
     return dict(resolve_data_config(requested, model=model))  # type: ignore[no-untyped-call]
 
 
-def cache_splits(
-    model: PooledModel, splits: dict[str, Split], config: Config, accelerator: Accelerator
-) -> dict[str, Cached]:
+def cache_splits(model: PooledModel, splits: dict[str, Split], config: Config) -> dict[str, Cached]:
     """Features of the model's backbone for the images of each split, in `config.cache_dir`."""
     datasets = create_datasets(config, splits, preprocessing(model, config))
-    return {name: cache_features(model, datasets[name], config, accelerator) for name in splits}
+    return {name: cache_features(model, datasets[name], config, Accelerator()) for name in splits}
 
 
 def fit_once(model: PooledModel, features: Cached, folder: Path | None, config: Config) -> float:
@@ -88,9 +86,8 @@ def fit_once(model: PooledModel, features: Cached, folder: Path | None, config: 
     if folder is not None and (folder / 'seconds.json').exists():
         load_weights(model, folder)
         return float(json.loads((folder / 'seconds.json').read_text()))
-    start = time.perf_counter()
-    timm_fisher.fit(model, DataLoader(features, config.batch_size), from_features=True)
-    seconds = round(time.perf_counter() - start, 2)
+    loader = DataLoader(features, config.batch_size)
+    seconds, _ = timed(lambda: timm_fisher.fit(model, loader, from_features=True))
     if folder is not None:
         timm_fisher.save_model(model, folder, data_config=preprocessing(model, config))
         write(folder / 'seconds.json', json.dumps(seconds))
@@ -119,11 +116,9 @@ def mean_vectors(model: PooledModel, features: Cached) -> np.ndarray:
 
 def head_vectors(model: PooledModel, features: Cached) -> np.ndarray:
     """L2-normalised pooled vectors `[n, head_hidden_size]`, float64."""
-
-    def pool(x: list[Tensor]) -> Tensor:
-        return cast(Tensor, model.forward_head(x, pre_logits=True))
-
-    return _unit_vectors(model, features, pool)
+    return _unit_vectors(
+        model, features, lambda x: cast(Tensor, model.forward_head(x, pre_logits=True))
+    )
 
 
 def _unit_vectors(

@@ -24,7 +24,7 @@ T = TypeVar('T')
 
 
 def report(
-    parts: Mapping[str, Callable[[], tuple[str, list[Row]]]],
+    parts: Mapping[Any, Callable[[], tuple[str, list[Row]]]],
     path: Path,
     settings: Mapping[str, Any],
     **about: object,
