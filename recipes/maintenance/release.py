@@ -14,7 +14,7 @@ import inspect
 import json
 import shutil
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -51,35 +51,11 @@ class Settings:
     runs: Path = Path('runs/release')
     output: Path = CHECKOUT
 
-    def __post_init__(self) -> None:
-        released = timm_fisher.list_pretrained()
-        if self.name not in released:
-            raise ValueError(f"'{self.name}' is no released model: {', '.join(released)}.")
-        if not Path(self.data_dir).exists():
-            raise ValueError(f"--data-dir '{self.data_dir}' does not exist.")
-
-
-@dataclass
-class Release:
-    """How a released model is made.
-
-    Attributes:
-        train: options of train.py.
-        card: fields of the card, as `timm_fisher.save_pretrained` takes them.
-        backbone_id: the Hub's repository of the backbone's weights, where there are any.
-        float16: tensors that are stored in half precision.
-    """
-
-    train: dict[str, Any]
-    card: dict[str, Any]
-    backbone_id: str | None = None
-    float16: list[str] = field(default_factory=list)
-
 
 def main(settings: Settings) -> None:
     runs, folder = settings.runs / settings.name, settings.output / settings.name
-    release = read_release(settings.models, settings.name)
-    options = {**release.train, 'data_dir': settings.data_dir}
+    options, published = read_release(settings.models, settings.name)
+    options['data_dir'] = settings.data_dir
     # A mistaken folder of images is found before a run binds later calls to these options.
     load_splits(Config(**{key: value for key, value in options.items() if key != 'stages'}))
     metrics = [train(options, seed, runs / f's{seed}') for seed in SEEDS]
@@ -100,12 +76,9 @@ def main(settings: Settings) -> None:
             checked,
             metrics={**metrics[0], 'seeds': seeds},
             label_names=model.pretrained_cfg['label_names'],
-            adapter=release.backbone_id is not None,
-            backbone_id=release.backbone_id,
-            float16=release.float16,
-            card={'repo_id': f'{HUB_USER}/{settings.name}', **release.card},
+            **published,
         )
-        backbone = release.train['backbone'] if release.backbone_id else None
+        backbone = options['backbone'] if published['adapter'] else None
         check(checked, backbone, settings.data_dir)
         if folder.exists():
             folder.rename(Path(beside, 'earlier'))
@@ -113,32 +86,36 @@ def main(settings: Settings) -> None:
     print(f'-> {folder}, in the table of hub_cards/README.md:\n{row(folder)}')
 
 
-def read_release(path: Path, name: str) -> Release:
-    """The entry of a model, together with that of its data."""
+def read_release(path: Path, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Options of a model's training, and arguments of `timm_fisher.save_pretrained`: what the file
+    says of the model and of its data."""
     config = yaml.safe_load(path.read_text())
     if name not in config['models']:
         raise ValueError(f"'{path}' says nothing of '{name}', only of {list(config['models'])}.")
-    entry = config['models'][name]
-    shared = config['data'][entry['data']]
+    model = config['models'][name]
+    data = config['data'][model['data']]
+    commands = [
+        '\n'.join(data['prepare']),
+        f'# PATH: {data["path"]}.\n'
+        '# All seeds, and the folder of this model:\n'
+        f'python recipes/maintenance/release.py {name} --data-dir PATH',
+        f'# The figures above, by the weights here:\n'
+        f'python recipes/evaluate.py --model {name} --data-dir PATH',
+    ]
     card = {
-        **shared['card'],
-        'description': entry['description'],
-        'limits': [*entry.get('limits', []), *shared['limits']],
-        'commands': [
-            '\n'.join(shared['prepare']),
-            f'# PATH: {shared["path"]}.\n'
-            '# All seeds, and the folder of this model:\n'
-            f'python recipes/maintenance/release.py {name} --data-dir PATH',
-            f'# The figures above, by the weights here:\n'
-            f'python recipes/evaluate.py --model {name} --data-dir PATH',
-        ],
+        **data['card'],
+        'repo_id': f'{HUB_USER}/{name}',
+        'description': model['description'],
+        'limits': [*model.get('limits', []), *data['limits']],
+        'commands': commands,
     }
-    return Release(
-        {**shared['train'], **entry['train']},
-        card,
-        shared.get('backbone_id'),
-        entry.get('float16', []),
-    )
+    published = {
+        'adapter': 'backbone_id' in data,
+        'backbone_id': data.get('backbone_id'),
+        'float16': model.get('float16', []),
+        'card': card,
+    }
+    return {**data['train'], **model['train']}, published
 
 
 def train(options: dict[str, Any], seed: int, output: Path) -> dict[str, Any]:

@@ -21,13 +21,12 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import timm
 import torch
-import yaml
 from accelerate import Accelerator
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -61,23 +60,13 @@ from timm_fisher.training.embeddings import (
 
 
 @dataclass
-class DeepFisher:
+class DeepFisher(Config):
     """Learn the Fisher kernel of a linear SVM, on a frozen timm backbone.
+
+    Of the options of training, those of data and backbone count: nothing is trained in stages.
 
     Args:
         output: folder of the run.
-        data_dir: folder with train/, val/ and test/, one subfolder per class; or the root of a
-            torch/ or hfds/ data set.
-        dataset: empty for such a folder, torch/NAME or hfds/NAME as timm takes them, or digits.
-        train_split: name of the training split.
-        val_split: name of the validation split; null carves it from the training split.
-        test_split: name of the test split.
-        val_fraction: share of the training split that is carved off, stratified by class.
-        backbone: any name that timm.create_model takes, local-dir:FOLDER included.
-        pretrained: load the backbone's pretrained weights.
-        backbone_stage: -1 pools the backbone's output, -2, -3, ... an earlier stage.
-        img_size: side of the input image; null for the backbone's own.
-        crop_pct: share of the resized image that is cropped; null for the backbone's own.
         reduce_dim: dimensions of a descriptor after PCA; null for no reduction.
         components: Gaussians of the mixture.
         l2_descriptors: L2-normalise each descriptor before PCA.
@@ -89,24 +78,9 @@ class DeepFisher:
         tolerance: stop when an iteration lowers the objective by less than this share.
         descriptor_fraction: share of each image's descriptors that the gradient is computed from;
             the paper takes 0.1. The objective and the line search use all of them.
-        batch_size: images per step of the backbone.
-        workers: processes that load images.
-        cache_dir: folder of cached features, shared by runs.
-        seed: of everything random.
     """
 
     output: str = 'runs/deep_fisher_svm'
-    data_dir: str = ''
-    dataset: str = ''
-    train_split: str = 'train'
-    val_split: str | None = 'val'
-    test_split: str = 'test'
-    val_fraction: float = 0.15
-    backbone: str = 'resnet50'
-    pretrained: bool = False
-    backbone_stage: int = -1
-    img_size: int | None = None
-    crop_pct: float | None = None
     reduce_dim: int | None = 64
     components: int = 32
     l2_descriptors: bool = True
@@ -116,44 +90,35 @@ class DeepFisher:
     iterations: int = 30
     tolerance: float = 1e-4
     descriptor_fraction: float = 0.1
-    batch_size: int = 64
-    workers: int = 2
-    cache_dir: str = 'runs/cache'
-    seed: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name, allowed, wanted in (
             ('iterations', self.iterations >= 1, '1 or more'),
             ('descriptor_fraction', 0 < self.descriptor_fraction <= 1, 'more than 0, at most 1'),
             ('C', self.C is None or self.C > 0, 'more than 0, or null'),
+            ('test_split', self.test_split, 'the name of a split'),
         ):
             if not allowed:
                 raise ValueError(f'{name} is {getattr(self, name)}; give {wanted}.')
-
-    def training(self) -> Config:
-        """The configuration of data and model."""
-        shared = {field.name for field in fields(Config)} & {field.name for field in fields(self)}
-        head_kwargs = {
-            name: getattr(self, name) for name in ('reduce_dim', 'components', 'l2_descriptors')
-        }
-        options = {name: getattr(self, name) for name in shared}
-        return Config(**options, head='gmm_fisher', head_kwargs=head_kwargs)
+        self.head = 'gmm_fisher'
+        names = ('reduce_dim', 'components', 'l2_descriptors')
+        self.head_kwargs = {name: getattr(self, name) for name in names}
 
 
 def main(config: DeepFisher) -> None:
-    accelerator = Accelerator()
-    if accelerator.num_processes > 1:
-        raise ValueError(f'This runs in one process, not in {accelerator.num_processes}.')
+    if Accelerator().num_processes > 1:
+        raise ValueError(f'This runs in one process, not in {Accelerator().num_processes}.')
     output = Path(config.output)
     if (output / 'metrics.json').exists():
         raise ValueError(f"'{output}' holds a finished run already. Give another --output.")
     output.mkdir(parents=True, exist_ok=True)
-    write(output / 'config.yaml', yaml.safe_dump(asdict(config), sort_keys=False))
+    write(output / 'config.yaml', config.to_yaml())
 
     # Data, backbone, PCA and EM; C
-    model, data, data_config = prepare(config.training(), accelerator)
+    model, data = prepare(config)
+    data_config = preprocessing(model, config)
     classes = data.classes
-    every = list(range(len(classes)))
     kernel = FisherKernel(cast(GMMFisher, model.head), bias=config.bias)
     em = kernel.get()
     if config.C is None:
@@ -162,10 +127,26 @@ def main(config: DeepFisher) -> None:
         costs = [config.C] * len(classes)
     print('C:', ', '.join(f'{name} {c:g}' for name, c in zip(classes, costs, strict=True)))
 
-    # Algorithm 1
+    def solve(mixture: Mixture, task: list[int], *splits: str) -> tuple[Tensor, dict[str, Tensor]]:
+        """SVMs of a mixture, trained on some splits, and their decision values on all."""
+        kernel.set(mixture)
+        phi = {split: kernel.phi(y) for split, y in data.y.items()}
+        signs = torch.cat([data.signs[split] for split in splits])[:, task]
+        svms = solve_svms(
+            torch.cat([phi[split] for split in splits]), signs, [costs[c] for c in task]
+        )
+        return svms, {split: x.double() @ svms for split, x in phi.items()}
+
+    def save(mixture: Mixture, svms: Tensor, folder: Path, names: list[str]) -> None:
+        to_classifier(model, mixture, svms)
+        timm_fisher.save_model(model, folder, label_names=names, data_config=data_config)
+
+    # Algorithm 1, and the models of table (b)
     log: list[dict[str, Any]] = []
-    tasks = {'all': every} if config.mode == 'multi' else {classes[c]: [c] for c in every}
     learned = {}
+    columns: dict[tuple[str, str], list[Tensor]] = defaultdict(list)
+    single = {name: [index] for index, name in enumerate(classes)}
+    tasks = single if config.mode == 'single' else {'all': list(range(len(classes)))}
     for name, task in tasks.items():
 
         def report(row: dict[str, Any], name: str = name) -> None:
@@ -175,7 +156,7 @@ def main(config: DeepFisher) -> None:
             print(line.format(**log[-1]))
 
         kernel.set(em)
-        learned[name] = learn(
+        learned[name] = mixtures = learn(
             kernel,
             data,
             task,
@@ -187,35 +168,18 @@ def main(config: DeepFisher) -> None:
             report=report,
         )
         plot(log, output / 'objective.png')
-
-    # Evaluate, and save the models of table (b)
-    def solve(mixture: Mixture, task: list[int], *splits: str) -> Tensor:
-        kernel.set(mixture)
-        phi = torch.cat([kernel.phi(data.y[split]) for split in splits])
-        signs = torch.cat([data.signs[split] for split in splits])[:, task]
-        return solve_svms(phi, signs, [costs[c] for c in task])
-
-    def decide(mixture: Mixture, svms: Tensor, split: str) -> Tensor:
-        kernel.set(mixture)
-        return kernel.phi(data.y[split]).double() @ svms
-
-    def save(mixture: Mixture, svms: Tensor, folder: Path, names: list[str]) -> None:
-        to_classifier(model, mixture, svms)
-        timm_fisher.save_model(model, folder, label_names=names, data_config=data_config)
-
-    columns: dict[tuple[str, str], list[Tensor]] = defaultdict(list)
-    for name, task in tasks.items():
-        mixtures = learned[name]
         for kind, last, best in (('base', em, em), ('deep', mixtures.last, mixtures.best)):
-            svms = solve(last, task, 'train')
-            for split in ('val', 'test'):
-                columns[split, kind].append(decide(last, svms, split))
-            svms = solve(best, task, 'train', 'val')
-            columns['transfer', kind].append(decide(best, svms, 'test'))
+            _, trained = solve(last, task, 'train')
+            svms, transferred = solve(best, task, 'train', 'val')
+            columns['val', kind].append(trained['val'])
+            columns['test', kind].append(trained['test'])
+            columns['transfer', kind].append(transferred['test'])
             columns['svms', kind].append(svms)
         folder = output / ('model' if config.mode == 'multi' else f'model-{name}')
         save(mixtures.best, svms, folder, [classes[c] for c in task])
     save(em, torch.cat(columns['svms', 'base'], 1), output / 'base', classes)
+
+    # Evaluate
     results = {
         group: {
             kind: evaluate(torch.cat(columns[group, kind], 1), data.signs[split], classes)
@@ -239,21 +203,17 @@ def main(config: DeepFisher) -> None:
     print(f'\n{text}\n-> {output}')
 
 
-def prepare(
-    config: Config, accelerator: Accelerator
-) -> tuple[PooledModel, LabelledDescriptors, dict[str, Any]]:
-    """The model with its head fitted, what the head's reduction gives, and the preprocessing.
+def prepare(config: Config) -> tuple[PooledModel, LabelledDescriptors]:
+    """The model with its head fitted, and what the head's reduction gives of all splits.
 
     Raises:
         ValueError: a split without images of some class, and what `load_splits` refuses.
     """
     splits, classes = load_splits(config)
-    signs = {
-        name: one_vs_rest(split.labels, classes, name).to(accelerator.device)
-        for name, split in splits.items()
-    }
+    # Refuses missing classes before anything is computed
+    signs = {name: one_vs_rest(split.labels, classes, name) for name, split in splits.items()}
     model = create_embedder(config)
-    features = cache_splits(model, splits, config, accelerator)
+    features = cache_splits(model, splits, config)
     fit_once(model, features['train'], None, config)
     head = cast(GMMFisher, model.head)
 
@@ -266,7 +226,8 @@ def prepare(
         name: torch.cat(list(outputs(model, part, reduce, batch_size=BATCH)))
         for name, part in features.items()
     }
-    return model, LabelledDescriptors(y, signs, classes), preprocessing(model, config)
+    signs = {name: part.to(y[name].device) for name, part in signs.items()}
+    return model, LabelledDescriptors(y, signs, classes)
 
 
 def evaluate(scores: Tensor, signs: Tensor, classes: list[str]) -> dict[str, Any]:
@@ -281,12 +242,9 @@ def evaluate(scores: Tensor, signs: Tensor, classes: list[str]) -> dict[str, Any
 
 def table(results: dict[str, Any], config: DeepFisher) -> str:
     """Markdown, as tables 2 and 3 of the paper."""
-    header = [
-        'class',
-        *('(a) val: base', 'deep', 'diff.'),
-        *('(a) test: base', 'deep', 'diff.'),
-        *('(b) test: k_base', 'k_deep', 'diff.'),
-    ]
+    header = (
+        'class|(a) val: base|deep|diff.|(a) test: base|deep|diff.|(b) test: k_base|k_deep|diff.'
+    )
     summary = {'average': 'mean_average_precision', 'accuracy of the highest score': 'accuracy'}
     rows = []
     for name in [*results['val']['base']['average_precision'], *summary]:
@@ -302,7 +260,7 @@ def table(results: dict[str, Any], config: DeepFisher) -> str:
         f'Average precision in %, mode {config.mode}, {"with" if config.bias else "without"} bias. '
         '(a) Deep training: SVMs of the training split, with the EM and with the last mixture. '
         '(b) Kernel transfer: SVMs of training and validation split, with the EM mixture and with '
-        f'the one of the best validation result.\n\n{tables.table(header, rows)}\n'
+        f'the one of the best validation result.\n\n{tables.table(header.split("|"), rows)}\n'
     )
 
 

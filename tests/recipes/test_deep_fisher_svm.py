@@ -140,6 +140,7 @@ def test_run_through_the_launcher(launch, images, tmp_path):
         ({'iterations': 0}, 'iterations is 0; give 1 or more'),
         ({'descriptor_fraction': 0.0}, 'descriptor_fraction is 0.0; give more than 0'),
         ({'C': -1.0}, 'C is -1.0; give more than 0'),
+        ({'test_split': None}, 'test_split is None; give the name of a split'),
         ({'code_dim': 5}, 'code_dim'),
     ],
 )

@@ -143,12 +143,12 @@ def test_options_of_a_run(release, tmp_path, monkeypatch):
 
 
 def test_every_released_model_has_its_settings(release):
-    path = release.Settings('trashnet-3g', '.').models
+    path = release.Settings.models
     for name in timm_fisher.list_pretrained():
-        options = release.read_release(path, name)
-        assert timm_fisher.get_head(options.train['head'])
-        assert options.card['description']
-        assert f'release.py {name} --data-dir PATH' in options.card['commands'][1]
+        options, published = release.read_release(path, name)
+        assert timm_fisher.get_head(options['head'])
+        assert published['card']['description']
+        assert f'release.py {name} --data-dir PATH' in published['card']['commands'][1]
 
 
 def test_mistaken_release_does_not_bind_the_next(release, tmp_path, monkeypatch, capsys):
@@ -169,9 +169,10 @@ def test_mistaken_release_does_not_bind_the_next(release, tmp_path, monkeypatch,
         return capsys.readouterr().err
 
     (tmp_path / 'empty.yaml').write_text('models: {}')
-    assert "'trashnet-4g' is no released model: mnist-dbm" in error(folder, name='trashnet-4g')
-    assert "nowhere' does not exist" in error(tmp_path / 'nowhere')
+    assert "says nothing of 'trashnet-4g', only of [" in error(folder, name='trashnet-4g')
+    assert "nowhere/train' is no folder" in error(tmp_path / 'nowhere')
     assert "train/train' is no folder" in error(folder / 'train')
+    assert 'nowhere.npz' in error(tmp_path / 'nowhere.npz', name='mnist-dbm-idfk')
     assert "says nothing of 'trashnet-3g'" in error(folder, '--models', tmp_path / 'empty.yaml')
     assert not trained
     assert not (tmp_path / 'runs').exists()
