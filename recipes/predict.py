@@ -29,8 +29,6 @@ from timm_fisher.hub.pypi import from_pretrained_or_pypi
 from timm_fisher.hub.text import csv_cell
 from timm_fisher.training.command_line import run
 
-BATCH_SIZE = 8
-
 
 @dataclass
 class Settings:
@@ -68,18 +66,14 @@ def main(settings: Settings) -> None:
     transform = timm.data.create_transform(**data)
 
     explained = settings.overlay
-    table, lines, unreadable = [('image', 'rank', 'class', 'probability')], [], 0
-    for start in tqdm(range(0, len(paths), BATCH_SIZE), 'predict', disable=None):
-        batch = {}
-        for path in paths[start : start + BATCH_SIZE]:
-            try:
-                batch[path] = transform(read_image(path, data['input_size'][0]))
-            except ValueError as error:
-                tqdm.write(f'Skipped: {shown(error)}', file=sys.stderr)
-                unreadable += 1
-        if not batch:
+    table, lines, unreadable = [('image', 'rank', 'class', 'probability')], [], False
+    for path in tqdm(paths, 'predict', disable=None):
+        try:
+            x = transform(read_image(path, data['input_size'][0]))[None].to(device)
+        except ValueError as error:
+            tqdm.write(f'Skipped: {shown(error)}', file=sys.stderr)
+            unreadable = True
             continue
-        x = torch.stack([*batch.values()]).to(device)
         if explained:
             try:
                 logits, heat = explain(model, x)
@@ -89,16 +83,15 @@ def main(settings: Settings) -> None:
         if not explained:
             with torch.no_grad():
                 logits = model(x)
-        top = logits.float().softmax(1).cpu().topk(min(settings.topk, len(names)))
-        for i, path in enumerate(batch):
-            best = [(names[k], p) for k, p in zip(top.indices[i], top.values[i], strict=True)]
-            lines += [shown(path), *(f'  {p:7.2%}  {name}' for name, p in best)]
-            for rank, (name, p) in enumerate(best, 1):
-                table.append((csv_cell(shown(path)), str(rank), csv_cell(name), f'{p:.6f}'))
-            if explained:
-                title = f'{best[0][0]}, {best[0][1]:.1%}'
-                overlays[path].parent.mkdir(parents=True, exist_ok=True)
-                save_png(overlay(model, x[i], heat[i], title=title), overlays[path])
+        top = logits[0].float().softmax(0).cpu().topk(min(settings.topk, len(names)))
+        best = [(names[k], p) for k, p in zip(top.indices, top.values, strict=True)]
+        lines += [shown(path), *(f'  {p:7.2%}  {name}' for name, p in best)]
+        for rank, (name, p) in enumerate(best, 1):
+            table.append((csv_cell(shown(path)), str(rank), csv_cell(name), f'{p:.6f}'))
+        if explained:
+            title = f'{best[0][0]}, {best[0][1]:.1%}'
+            overlays[path].parent.mkdir(parents=True, exist_ok=True)
+            save_png(overlay(model, x[0], heat[0], title=title), overlays[path])
 
     text = io.StringIO()
     csv.writer(text, lineterminator='\n').writerows(table)
@@ -116,21 +109,16 @@ def find_images(given: Sequence[Path], overlays: Path) -> list[Path]:
     drawn = overlays.resolve()
     images: list[Path] = []
     for path in given:
-        if path.is_dir():
-            inside = sorted(
-                p
-                for p in path.rglob('*')
-                if p.suffix.lower() in endings
-                and not p.is_dir()
-                and not p.resolve().is_relative_to(drawn)
-            )
-            if not inside:
-                raise ValueError(f"'{shown(path)}' holds no image ({' '.join(endings)}).")
-            images += inside
-        elif path.exists():
-            images.append(path)
-        else:
+        if not path.exists():
             raise ValueError(f"'{shown(path)}' is neither a file nor a folder.")
+        files = [path]
+        if path.is_dir():
+            inside = (p for p in sorted(path.rglob('*')) if not p.is_dir())
+            files = [p for p in inside if p.suffix.lower() in endings]
+            files = [p for p in files if not p.resolve().is_relative_to(drawn)]
+            if not files:
+                raise ValueError(f"'{shown(path)}' holds no image ({' '.join(endings)}).")
+        images += files
     return list({os.path.abspath(path): path for path in images}.values())
 
 

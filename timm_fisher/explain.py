@@ -35,11 +35,7 @@ if TYPE_CHECKING:
 
 
 def read_image(path: str | Path, channels: int = 3) -> Image.Image:
-    """An image file as a camera's owner sees it: turned upright by its EXIF.
-
-    Args:
-        path: file in any format that Pillow reads.
-        channels: 3 for colour, 1 for grey.
+    """An image file, in colour or of one channel in grey, turned upright by its EXIF.
 
     Raises:
         ValueError: the file cannot be read as an image.
@@ -80,18 +76,18 @@ def grids(
     """
     places: list[tuple[int, int]] = []
     for stage, tensor in zip(model.descriptors, features, strict=True):
-        if stage.layout != 'NLC':
+        if stage.layout == 'NLC':
+            number = tensor.shape[1] - stage.num_prefix_tokens
+            strides = to_2tuple(model.backbone.feature_info[-1]['reduction'])
+            height, width = (side / stride for side, stride in zip(size, strides, strict=True))
+            patches = [(rounded(height), rounded(width)) for rounded in (math.floor, math.ceil)]
+            matches = [grid for grid in patches if math.prod(grid) == number]
+            if not matches:
+                raise ValueError(f'the places of the {number} tokens of this backbone are unknown.')
+            places.append(matches[0])
+        else:
             rows, columns = tensor.shape[1:3] if stage.layout == 'NHWC' else tensor.shape[2:]
             places.append((rows, columns))
-            continue
-        number = tensor.shape[1] - stage.num_prefix_tokens
-        strides = to_2tuple(model.backbone.feature_info[-1]['reduction'])
-        sides = [side / stride for side, stride in zip(size, strides, strict=True)]
-        patches = [(rounded(sides[0]), rounded(sides[1])) for rounded in (math.floor, math.ceil)]
-        matches = [grid for grid in patches if math.prod(grid) == number]
-        if not matches:
-            raise ValueError(f'the places of the {number} tokens of this backbone are not known.')
-        places.append(matches[0])
     return places
 
 
@@ -148,16 +144,9 @@ def explain(model: PooledModel, images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def picture(model: PooledModel, image: Tensor) -> Tensor:
-    """What the model sees, in [0, 1].
-
-    Args:
-        model: whose preprocessing is undone.
-        image: `[C, H, W]`, preprocessed.
-
-    Returns:
-        `[H, W, C]`, or `[H, W]` of one channel, on the CPU.
-    """
-    data = resolve_model_data_config(model)  # type: ignore[no-untyped-call]
+    """What the model sees of a preprocessed image `[C, H, W]`: `[H, W, C]`, or `[H, W]` of one
+    channel, from 0 to 1, on the CPU."""
+    data = resolve_model_data_config(model)
     mean, std = (torch.tensor(data[key])[:, None, None] for key in ('mean', 'std'))
     return (image.cpu() * std + mean).clamp(0, 1).permute(1, 2, 0).squeeze(2)
 
@@ -170,9 +159,6 @@ def overlay(model: PooledModel, image: Tensor, heat: Tensor, *, title: str = '')
         image: `[C, H, W]`, preprocessed.
         heat: `[H, W]`, of `explain`.
         title: one line above both.
-
-    Returns:
-        A figure, to be shown by a notebook or saved by `savefig`.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.

@@ -153,8 +153,7 @@ def head_alone(name: str, channels: int, **arguments: int) -> tuple[Row, nn.Modu
     return {'head': name, 'output': head.out_features}, head
 
 
-def difference(ours: Tensor, theirs: Tensor) -> float:
-    """Relative."""
+def relative_difference(ours: Tensor, theirs: Tensor) -> float:
     return float((ours - theirs).norm() / theirs.norm())
 
 
@@ -245,7 +244,7 @@ def measure_newton_schulz(settings: Settings) -> tuple[str, list[Row]]:
                 row[f'{side} ms'] = 1e3 * taken
                 row[f'{side} MiB'] = peak_memory(call, settings.device) / 2**20
             row['times faster'] = seconds[1] / seconds[0]
-            row['relative difference'] = difference(small(), large())
+            row['relative difference'] = relative_difference(small(), large())
             rows.append(row)
     title = f'### Newton-Schulz on the smaller side: {b} images, N = {n}, d = {d}, float32\n\n'
     return title + records(rows), rows
@@ -274,7 +273,7 @@ def measure_fisher(settings: Settings) -> tuple[str, list[Row]]:
     library = ctypes.util.find_library('vl')
     if library and settings.device == 'cpu':
         calls['VLFeat'] = partial(vlfeat_vectors, library, head, x)
-        apart = difference(calls['VLFeat'](), head(x))
+        apart = relative_difference(calls['VLFeat'](), head(x))
         note = f'VLFeat gives the same vectors, up to {apart:.1e} of their length.'
     seconds = times(settings, *calls.values())
     rows: list[Row] = [

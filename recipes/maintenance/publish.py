@@ -74,7 +74,7 @@ def main(settings: Settings) -> None:
 @torch.no_grad()
 def compare(folder: Path, repo_id: str, backbone: str | None) -> str:
     """'same', or what differs between a folder and the Hub's repository: tensors, or the logits of
-    two images of noise, always the same."""
+    noise."""
     other: dict[str, Any] = {'backbone': backbone} if backbone else {}
     local = timm_fisher.from_pretrained(folder, backbone=backbone).eval()
     with tempfile.TemporaryDirectory() as cache:

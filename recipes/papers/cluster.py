@@ -12,10 +12,8 @@ Five representations of each image, by their names in the paper:
     GSNMF-FCN-FT   gsnmf after unsupervised stages of training, which fine-tune the backbone
 
 L2-normalised, they are clustered by k-means and spectral clustering, with as many clusters as there
-are classes. Labels serve to measure: accuracy under the best matching of clusters to classes, and
-mutual information normalised by the larger entropy; and, apart from that, for a linear SVM on the
-labelled training images (table 5). No setting is chosen by them but the C of that SVM, on the
-validation split.
+are classes. Labels serve to measure: accuracy and mutual information of the clusters, and a linear
+SVM on the labelled training images (table 5), whose C is chosen on the validation split.
 
 A seed is of everything: what is carved off for validation, fine-tuning, clustering. Leaves in
 `--output`: table.md, results.json, tsne.png, the models, each loadable by

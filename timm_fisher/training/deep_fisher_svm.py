@@ -144,15 +144,11 @@ def squared_hinge(phi: Tensor, weights: Tensor, signs: Tensor) -> Tensor:
 
 
 def solve_svms(phi: Tensor, signs: Tensor, costs: Sequence[float]) -> Tensor:
-    """The minimisers of eq. 4 for each task, `[features, tasks]`, float64.
+    """The minimisers `[features, tasks]` of eq. 4 for Fisher vectors phi `[n, features]`, signs
+    `[n, tasks]` and the C of each task, float64.
 
     LIBLINEAR sums the loss over images where eq. 4 takes the mean. Neither has a bias; a constant
     among the features is one, and counts in the norm of w.
-
-    Args:
-        phi: Fisher vectors `[n, features]`.
-        signs: `[n, tasks]`.
-        costs: C of each task.
     """
     x = phi.double().cpu().numpy()
     solutions = []
@@ -178,14 +174,8 @@ def choose_costs(
     shared: bool,
     grid: Sequence[float] = C_GRID,
 ) -> list[float]:
-    """C of each class: of the best average precision on the validation split.
-
-    Args:
-        kernel: with the mixture to choose for.
-        data: whose test split is not read.
-        shared: one C for all classes, of the best mean.
-        grid: to choose from; the first of equals is taken.
-    """
+    """C of each class, or with `shared` one for all: of the best average precision, or mean of it,
+    on the validation split, by the kernel's mixture; the first of equals."""
     count = len(data.classes)
     train, val = kernel.phi(data.y['train']), kernel.phi(data.y['val'])
     precision = np.zeros((len(grid), count))
@@ -287,13 +277,13 @@ def line_search(
     before: float,
     step: float | None,
 ) -> tuple[float, float]:
-    """Move the mixture along the negative gradient to the lowest loss that is tried.
+    """Move the kernel's mixture along the negative gradient to the lowest loss that is tried.
 
     The step is doubled while the loss falls, or divided until it does; a parabola through the
     lowest point and its neighbours then gives one more.
 
     Args:
-        kernel: its mixture is where the search begins, and is moved.
+        kernel: whose mixture is moved.
         gradient: of the loss, from `kernel.gradient`.
         loss: of the kernel's present mixture, the SVMs fixed.
         before: the loss now.
@@ -307,31 +297,31 @@ def line_search(
     if step is None:
         relative = gradient._replace(means=gradient.means * stds)
         step = FIRST_STEP / max(1e-30, *(part.abs().max().item() for part in relative))
+    losses = {0.0: before}
 
     def place(eta: float) -> None:
         kernel.set(Mixture(*(a - eta * b for a, b in zip(old, direction, strict=True))))
 
-    def at(eta: float) -> float:
+    def attempt(eta: float) -> None:
         place(eta)
         value = loss()
-        return value if math.isfinite(value) else math.inf
+        losses[eta] = value if math.isfinite(value) else math.inf
 
-    losses = {0.0: before, step: at(step)}
+    attempt(step)
     if losses[step] < before:
         while losses[step] == min(losses.values()) and len(losses) < TRIALS:
             step *= 2
-            losses[step] = at(step)
+            attempt(step)
     else:
         while losses[step] >= before and len(losses) < TRIALS:
             step /= 4
-            losses[step] = at(step)
+            attempt(step)
     steps = sorted(losses)
     i = steps.index(min(steps, key=losses.__getitem__))
     near = steps[i - 1 : i + 2]
     if 0 < i < len(steps) - 1 and math.isfinite(losses[near[2]]):
         a, b, _ = np.polyfit(near, [losses[eta] for eta in near], 2)
-        vertex = float(-b / (2 * a))
-        losses[vertex] = at(vertex)
+        attempt(float(-b / (2 * a)))
     best = min(losses, key=losses.__getitem__)
     place(best)
     return best, losses[best]
@@ -339,13 +329,9 @@ def line_search(
 
 @torch.no_grad()
 def to_classifier(model: PooledModel, mixture: Mixture, weights: Tensor) -> None:
-    """Turn a `gmm_fisher` model into one whose logits are the SVMs' decision values.
-
-    Args:
-        model: whose head gave the reduction of the descriptors.
-        mixture: from `FisherKernel.get`.
-        weights: of the SVMs, `[features, tasks]`, a constant's included if there is one.
-    """
+    """Turn the `gmm_fisher` model whose head gave the reduction of the descriptors into one whose
+    logits are the decision values of SVMs `[features, tasks]`, a constant's weights included if
+    there is one."""
     for name, value in mixture._asdict().items():
         getattr(model.head, name).copy_(value)
     model.reset_classifier(weights.shape[1])

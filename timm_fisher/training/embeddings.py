@@ -62,7 +62,7 @@ def load_weights(model: PooledModel, folder: Path) -> None:
 def preprocessing(model: PooledModel, config: Config) -> dict[str, Any]:
     """timm's data configuration for a model and the image size and crop of a configuration."""
     requested = {'img_size': config.img_size, 'crop_pct': config.crop_pct}
-    return dict(resolve_data_config(requested, model=model))  # type: ignore[no-untyped-call]
+    return dict(resolve_data_config(requested, model=model))
 
 
 def cache_splits(model: PooledModel, splits: dict[str, Split], config: Config) -> dict[str, Cached]:
