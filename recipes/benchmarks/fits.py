@@ -30,13 +30,11 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import timm
 import torch
 import torch.nn.functional as F
 from sklearn.decomposition import NMF
 from threadpoolctl import threadpool_limits
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from timm_fisher import ListStream
 from timm_fisher.heads.dbm_idfk import DBMFisher
@@ -63,14 +61,12 @@ class Settings:
 
     Args:
         part: what is measured.
-        data: for nmf an .npz with features x [n, C], none negative, or a folder of images, which go
-            through the pretrained backbone; null for random ones of low rank, and noise. For
-            fisher_information an .npz of images, x_train or x, as train.py reads it, where a pixel
-            is on above a quarter; null for random binary images of low rank, and noise.
+        data: for nmf an .npz with features x [n, C], none negative; for fisher_information one of
+            images, x_train or x, as train.py reads it, where a pixel is on above a quarter; null
+            for random ones of low rank, and noise.
         output: folder of results; null for runs/benchmark_fits/PART.
         threads: of PyTorch on the CPU; null for as many as it chooses.
         device: of nmf: cpu, cuda, cuda:1, ...; scikit-learn has the CPU.
-        backbone: of nmf: any timm architecture.
         epochs: of fisher_information: of training each layer, and all.
         full: of fisher_information: form and decompose F at the full size too.
     """
@@ -80,7 +76,6 @@ class Settings:
     output: Path | None = None
     threads: int | None = None
     device: str = 'cpu'
-    backbone: str = 'resnet50'
     epochs: int = 30
     full: bool = False
 
@@ -102,7 +97,7 @@ def main(settings: Settings) -> None:
 
 def measure_nmf(settings: Settings) -> tuple[str, list[Row]]:
     """Both in float32, without penalties, from NNDSVD, which is part of the time."""
-    x = F.normalize(nmf_features(settings), dim=1)
+    x = F.normalize(nmf_features(settings.data), dim=1)
     components, rounds = FACTORIZE['components'], FACTORIZE['rounds']
 
     def objective(w: Tensor, h: Tensor) -> float:
@@ -136,23 +131,15 @@ def measure_nmf(settings: Settings) -> tuple[str, list[Row]]:
     return text, rows
 
 
-def nmf_features(settings: Settings) -> Tensor:
-    """Features `[n, C]` of `data`, float32; or random sparse parts in random sparse mixtures."""
-    if settings.data is None:
+def nmf_features(path: Path | None) -> Tensor:
+    """Features `[n, C]` of a file, float32; or random sparse parts in random sparse mixtures."""
+    if path is None:
         n, c, components, _ = FACTORIZE.values()
         codes = torch.rand(n, components) * (torch.rand(n, components) < 0.1)
         x = codes @ (torch.rand(components, c) * (torch.rand(components, c) < 0.2))
         return (x + 0.3 * x.mean() * torch.randn_like(x)).relu()
-    if settings.data.suffix == '.npz':
-        with np.load(settings.data) as arrays:
-            return torch.from_numpy(arrays['x']).float()
-    model = timm.create_model(settings.backbone, pretrained=True, num_classes=0)
-    model.eval().to(settings.device)
-    transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model))
-    images = timm.data.create_dataset('', root=str(settings.data), transform=transform)
-    with torch.no_grad():
-        batches = [model(x.to(settings.device)).relu().cpu() for x, _ in DataLoader(images, 64)]
-    return torch.cat(batches)
+    with np.load(path) as arrays:
+        return torch.from_numpy(arrays['x']).float()
 
 
 def measure_fisher_information(

@@ -27,8 +27,9 @@ Clustering", WACV 2018.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import numpy as np
@@ -49,7 +50,6 @@ from timm_fisher.training.embeddings import (
     mean_vectors,
     parse_options,
 )
-from timm_fisher.training.features import Cached
 from timm_fisher.training.launch import launch
 from timm_fisher.training.tables import percent, table
 from timm_fisher.training.tsne import plot_tsne
@@ -123,8 +123,7 @@ def measure(clustering: Clustering, seed: int, output: Path) -> dict[str, Any]:
             f"'{config.data_dir or config.dataset}' must have a test split and images of two "
             f'classes or more; it has {list(splits)} and {classes}.'
         )
-    components = config.head_kwargs.get('components', 256)
-    components = min(components, len(splits['train'].indices))
+    components = min(config.head_kwargs.get('components', 256), len(splits['train'].indices))
     options['head_kwargs'] = {**config.head_kwargs, 'components': components}
     config = parse_options(options)
     labels = {name: split.labels for name, split in splits.items()}
@@ -144,19 +143,16 @@ def measure(clustering: Clustering, seed: int, output: Path) -> dict[str, Any]:
     folder = output / 'GSNMF-FCN-FT' / f's{seed}'
     launch(options, folder, log=Path(f'{folder}.log'))
     load_weights(model, folder / 'model')
-    tuned = cache_splits(model, splits, config)
-    vectors['GSNMF-FCN-FT'] = {name: head_vectors(model, part) for name, part in tuned.items()}
-    if seed == clustering.seeds[0]:
-        panels = {
-            'before fine-tuning': vectors['CNN']['test'],
-            'after fine-tuning': mean_vectors(model, tuned['test']),
-        }
-        plot_tsne(panels, labels['test'], classes, output / 'tsne.png')
-    # No other run has this backbone; the features of the frozen one may serve again.
-    unshared = files(tuned) - files(frozen)
-    del tuned  # Windows keeps what is mapped
-    for path in unshared:
-        path.unlink()
+    # No other run has this backbone: its features serve once. (Windows keeps what is mapped.)
+    with TemporaryDirectory(dir=config.cache_dir, ignore_cleanup_errors=True) as once:
+        tuned = cache_splits(model, splits, replace(config, cache_dir=once))
+        vectors['GSNMF-FCN-FT'] = {name: head_vectors(model, part) for name, part in tuned.items()}
+        if seed == clustering.seeds[0]:
+            panels = {
+                'before fine-tuning': vectors['CNN']['test'],
+                'after fine-tuning': mean_vectors(model, tuned['test']),
+            }
+            plot_tsne(panels, labels['test'], classes, output / 'tsne.png')
 
     # Clusters and classes
     one_set = splits['test'].dataset is splits['train'].dataset
@@ -165,20 +161,15 @@ def measure(clustering: Clustering, seed: int, output: Path) -> dict[str, Any]:
     rows = {}
     for name, parts in vectors.items():
         points = np.concatenate([parts[split] for split in chosen])
-        agreement = evaluate_clusters(
+        rows[name] = {'dimensions': points.shape[1]}
+        rows[name] |= evaluate_clusters(
             points, truth, len(classes), neighbours=clustering.neighbours, seed=seed
         )
         accuracy, c = validated_svm(parts, labels, seed=seed)
-        svm = {'svm_accuracy': accuracy, 'svm_C': c}
-        rows[name] = {'dimensions': points.shape[1], **agreement, **svm}
+        rows[name] |= {'svm_accuracy': accuracy, 'svm_C': c}
         print(f'seed {seed}, {name}: {rows[name]}', flush=True)
     about = {'clustered': len(truth), 'splits': chosen, 'classes': len(classes)}
     return {**about, 'images': {name: len(y) for name, y in labels.items()}, 'rows': rows}
-
-
-def files(features: dict[str, Cached]) -> set[Path]:
-    """Where cached features lie."""
-    return {Path(str(array.filename)) for part in features.values() for array in part.arrays}
 
 
 def report(results: list[dict[str, Any]], seeds: list[int]) -> str:

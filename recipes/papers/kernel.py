@@ -10,12 +10,11 @@ and as an RBM. Three kinds of Fisher vectors come from them:
     DFK   of the same DBM, without
     FK    of the RBM, without
 
-each of unit length, and each goes to a linear SVM and to the nearest neighbour (1-NN). The mean
-over the training set is taken off, by the SVM only where the vectors are dense (IDFK): its bias
-stands in for it. Rank, ridge and C are chosen by the accuracy on validation images, for each
-classifier by itself, with the first seed; of folds in each fold by itself, so that no test image
-of any fold has a say. With them it is trained again, on training and validation images, and
-measured on the test images, for every seed.
+each of unit length, and each goes to a linear SVM and to the nearest neighbour (1-NN), less the
+mean over the training set (but for the SVM on DFK and FK, which are sparse: its bias stands in for
+it). Rank, ridge and C of each classifier are chosen by the accuracy on validation images, with the
+first seed; in each fold by itself, so that no test image of any fold has a say. With them it is
+trained on training and validation images, and measured on the test images, for every seed.
 
 Leaves in `--output`: table.md, results.json; of the first fold the models of each seed, with the
 largest rank (`timm.create_model('local-dir:...')`), and model/, with rank and ridge as chosen for
@@ -123,7 +122,10 @@ def main(kernels: Kernels) -> None:
                 write(choice, json.dumps(search(kernels, vectors, seed), indent=2) + '\n')
             chosen = json.loads(choice.read_text())
             if (seed, fold) == (kernels.seeds[0], 0):
-                vectors.save(chosen['IDFK']['svm'], output / 'model')
+                setting = chosen['IDFK']['svm']
+                model = vectors.machines['DFK'].truncated(setting['rank'], setting['ridge'])
+                data_config = preprocessing(model, vectors.config)
+                timm_fisher.save_model(model, output / 'model', data_config=data_config)
                 figures(vectors, chosen, output)
             result = measure(vectors, chosen, seed)
             write(path, json.dumps({'fold': fold, **result}, indent=2) + '\n')
@@ -163,11 +165,6 @@ class Vectors:
         if method == 'IDFK':
             return self.machines['DFK'].whitened(setting['rank'], setting['ridge'])
         return self.machines[method].vectors
-
-    def save(self, setting: Setting, folder: Path) -> None:
-        """The DBM with a rank and a ridge of its own, as a model without classifier."""
-        model = self.machines['DFK'].truncated(setting['rank'], setting['ridge'])
-        timm_fisher.save_model(model, folder, data_config=preprocessing(model, self.config))
 
 
 def svm(c: float, seed: int) -> LinearSVC:

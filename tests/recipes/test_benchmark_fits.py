@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import timm
 import torch
 from conftest import load_script
 
@@ -52,16 +51,12 @@ def run(fits: ModuleType, tmp_path: Path) -> Iterator[Callable[..., list[dict[st
     torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize('data', ['random', 'arrays', 'images'])
-def test_factorization_reaches_the_objective_of_scikit_learn(run, tmp_path, images, data):
+@pytest.mark.parametrize('data', ['random', 'arrays'])
+def test_factorization_reaches_the_objective_of_scikit_learn(run, tmp_path, data):
     options = []
     if data == 'arrays':
         np.savez(tmp_path / 'x.npz', x=np.random.default_rng(0).random((50, 12)))
         options = ['--data', tmp_path / 'x.npz']
-    elif data == 'images':
-        backbone = tmp_path / 'backbone'
-        timm.models.save_for_hf(timm.create_model('test_resnet', num_classes=0), backbone)
-        options = ['--data', images / 'val', '--backbone', f'local-dir:{backbone}']
     rows = run('nmf', *options)
     assert [row['solver'] for row in rows] == ['mu', 'cd']
     for row in rows:
