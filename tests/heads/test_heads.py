@@ -16,9 +16,9 @@ from types import ModuleType
 
 import pytest
 import torch
+from largest_tensor import LargestTensor
 from torch import Tensor
 from torch.func import functional_call
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from timm_fisher import ListStream, PoolingHead, create_head, get_head, list_heads
 
@@ -209,19 +209,6 @@ def test_fit_is_finite_and_repeatable(name, case):
     for key, value in first.items():
         assert torch.isfinite(value).all(), key
         assert torch.equal(value, second[key]), key
-
-
-class LargestTensor(TorchDispatchMode):
-    """Elements of the largest tensor that any operation gives."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, tuple | list) else [out]:
-            if isinstance(tensor, Tensor):
-                self.elements = max(self.elements, tensor.numel())
-        return out
 
 
 @pytest.mark.parametrize('name', HEADS, ids=str)

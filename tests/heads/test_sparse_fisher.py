@@ -76,7 +76,8 @@ def test_free_weights_start_as_tied_ones():
 def test_many_tied_iterations_are_the_lasso(sparsity):
     x = data()
     # Fewer atoms than dimensions, so that the solution is unique and both converge to it.
-    made = head(x, tied=True, iterations=3000, sparsity=sparsity, code_dim=10)
+    made = head(x, tied=True, sparsity=sparsity, code_dim=10)
+    made.iterations = 3000  # more than the constructor takes
     with torch.no_grad():
         y = made.reduce(x).flatten(0, 1).numpy()
         code = made.sparse_code(x).flatten(0, 1).numpy()
@@ -94,7 +95,8 @@ def test_fisher_code_is_the_gradient_of_the_loss():
     """At the optimal code the derivative through the code vanishes (envelope theorem), so that
     G = -1/2 d loss / d B even when autograd goes through all iterations."""
     x = data(images=1)
-    made = head(x, tied=True, iterations=3000, normalize=False)
+    made = head(x, tied=True, normalize=False)
+    made.iterations = 3000
     pooled, loss = made.forward_with_loss(x)
     (gradient,) = torch.autograd.grad(loss, made.dictionary)
     torch.testing.assert_close(pooled[0], -gradient.flatten() / 2, rtol=1e-4, atol=1e-6)
