@@ -11,7 +11,8 @@ from typing import Any
 
 import timm
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
-from torch import Tensor, nn
+from safetensors.torch import save_file
+from timm.models._hub import save_config_for_hf
 
 from timm_fisher.backbone import WEIGHTS, digest
 from timm_fisher.hub import readme
@@ -74,10 +75,9 @@ def save_pretrained(
     reported = read_metrics(metrics or {})
     check_metrics(reported, model)
     folder = Path(folder)
-    for name in FILES:
-        readme.check_regular(folder / name)
+    check_regular(folder)
     old = folder / 'README.md'
-    old_text = readme.read(old) if old.exists() else None
+    old_text = readme.read(old, f"'{old}'") if old.exists() else None
     if backbone_id is not None:
         _name_backbone(model, backbone_id)
     if adapter is not False:
@@ -87,18 +87,10 @@ def save_pretrained(
         adapter = not obstacle
 
     def write(beside: Path) -> None:
-        config = _write_model(
-            model, beside, label_names, data_config, adapter=adapter, float16=float16
-        )
+        config = _write_model(model, beside, label_names, data_config, bool(adapter), float16)
         header = read_header(beside / WEIGHTS, str(folder))
-        text = make_card(
-            model,
-            sum(math.prod(shape) for _, shape in header.tensors.values()),
-            config,
-            reported,
-            adapter=bool(adapter),
-            **card,
-        )
+        stored = sum(math.prod(shape) for _, shape in header.tensors.values())
+        text = make_card(model, stored, config, reported, adapter=bool(adapter), **card)
         if old_text is not None:
             text = readme.update(text, old_text, f"'{old}'")
         (beside / 'README.md').write_bytes(text.encode())
@@ -126,6 +118,21 @@ def save_model(
         lambda beside: _write_model(model, beside, label_names, data_config),
         remove=['metrics.json'],
     )
+
+
+def check_regular(folder: Path) -> None:
+    """Refuse a folder in which one of the files is not an ordinary one.
+
+    Raises:
+        ValueError: it is a symbolic link, which could lead to any file of this machine; a folder or
+            a device.
+    """
+    for path in (folder / name for name in FILES):
+        if path.is_symlink() or (path.exists() and not path.is_file()):
+            raise ValueError(
+                f"'{path}' is a symbolic link or no regular file. Put a copy of the file in its "
+                'place, or delete it.'
+            )
 
 
 def _name_backbone(model: PooledModel, repo_id: str) -> None:
@@ -168,18 +175,11 @@ def _check(model: PooledModel, label_names: Sequence[str] | None) -> None:
             f'{type(model).__name__} is not a PooledModel. Of a wrapped model give the inner one, '
             'such as accelerator.unwrap_model(model).'
         )
-    if label_names is not None:
-        if isinstance(label_names, str | Mapping) or not all(
-            isinstance(name, str) for name in label_names
-        ):
-            raise ValueError(
-                f'label_names must be a list of texts, not {str(label_names)[:200]!r}.'
-            )
-        if len(label_names) != model.num_classes:
-            raise ValueError(
-                f'{len(label_names)} label names were given for {model.num_classes} classes.'
-            )
-    names = label_names or model.pretrained_cfg.get('label_names') or ()
+    names = model.pretrained_cfg.get('label_names') or () if label_names is None else label_names
+    if isinstance(names, str | Mapping):
+        raise ValueError(f'label_names must be a list of texts, not {str(names)[:200]!r}.')
+    if label_names is not None and len(names) != model.num_classes:
+        raise ValueError(f'{len(names)} label names were given for {model.num_classes} classes.')
     if len(names) > MOST_LABELS:
         raise ValueError(f'There are {len(names)} label names; at most {MOST_LABELS} are allowed.')
     for i, name in enumerate(names):
@@ -192,65 +192,43 @@ def _write_model(
     folder: Path,
     label_names: Sequence[str] | None,
     data_config: dict[str, Any] | None,
-    *,
     adapter: bool = False,
     float16: Collection[str] = (),
 ) -> dict[str, Any]:
     """config.json and model.safetensors, in timm's own form; gives the content of the first."""
-    unknown = sorted(set(float16) - set(model.state_dict()))
-    if unknown:
+    state = model.state_dict()
+    if unknown := sorted(set(float16) - set(state)):
         raise ValueError(f"The model has no tensor '{unknown[0]}' to be stored in float16.")
-
-    def arrange(
-        module: nn.Module, state: dict[str, Tensor], prefix: str, metadata: dict[str, Any]
-    ) -> None:
-        if module is not model:
-            return
-        for key in list(state):
-            if adapter and key.startswith('backbone.'):
-                del state[key]
-            else:
-                # safetensors refuses other memory formats, such as that of a channels-last model.
-                state[key] = state[key].contiguous()
-                if not is_finite(state[key]):
-                    raise ValueError(
-                        f"The tensor '{key}' holds NaN or infinite values; such a model is not "
-                        'saved, for it could not be loaded.'
-                    )
-                if key in float16:
-                    state[key] = _halve(key, state[key])
-
-    config = {} if label_names is None else {'label_names': list(label_names)}
-    # For the time of saving only: timm's EMA writes into the tensors of a state dict.
-    hook = model.register_state_dict_post_hook
-    with hook(arrange):  # type: ignore[no-untyped-call]
-        try:
-            timm.models.save_for_hf(
-                model,
-                str(folder),
-                model_config=config,
-                safe_serialization=True,
-                data_config=data_config,
-            )
-        except RuntimeError as error:
-            if 'share memory' not in str(error):
-                raise
+    for key, value in list(state.items()):
+        if adapter and key.startswith('backbone.'):
+            del state[key]
+            continue
+        if not is_finite(value):
             raise ValueError(
-                f'A {type(model.backbone).__name__} uses some tensors in several places, which '
-                'safetensors cannot store. Choose another backbone for a model that is saved.'
-            ) from None
-    written: dict[str, Any] = json.loads((folder / 'config.json').read_text())
+                f"The tensor '{key}' holds NaN or infinite values; such a model is not saved, for "
+                'it could not be loaded.'
+            )
+        # safetensors refuses other memory formats, such as that of a channels-last model.
+        state[key] = (value.half() if key in float16 else value).contiguous()
+        if not is_finite(state[key]):
+            raise ValueError(f"The tensor '{key}' holds numbers that are too large for float16.")
+    try:
+        save_file(state, folder / WEIGHTS)
+    except RuntimeError as error:
+        if 'share memory' not in str(error):
+            raise
+        raise ValueError(
+            f'A {type(model.backbone).__name__} uses some tensors in several places, which '
+            'safetensors cannot store. Choose another backbone for a model that is saved.'
+        ) from None
+    config = {} if label_names is None else {'label_names': list(label_names)}
+    path = folder / 'config.json'
+    save_config_for_hf(model, str(path), config, data_config=data_config)
+    written: dict[str, Any] = json.loads(path.read_text())
     try:
         check_config(written)
     except ValueError as error:  # what cannot be loaded is not saved
         raise ValueError(f'The model cannot be saved: {error}.') from None
     # safetensors makes its file private; the umask of the config is what the user wants.
-    shutil.copymode(folder / 'config.json', folder / WEIGHTS)
+    shutil.copymode(path, folder / WEIGHTS)
     return written
-
-
-def _halve(name: str, value: Tensor) -> Tensor:
-    half = value.half()
-    if half.isinf().any():
-        raise ValueError(f"The tensor '{name}' holds numbers that are too large for float16.")
-    return half
