@@ -17,9 +17,9 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from torch.utils.flop_counter import FlopCounterMode
 
 from timm_fisher.head import PoolingHead
-from timm_fisher.hub.metrics import LONGEST_TEXT, MEASURES
+from timm_fisher.hub.metrics import MEASURES
 from timm_fisher.hub.readme import REPOSITORY, generate
-from timm_fisher.hub.text import code_block, escape_markdown, is_shown, problem
+from timm_fisher.hub.text import code_block, escape_markdown, is_shown
 
 TEMPLATE = Path(__file__).with_name('card_template.md')
 MOST_LABELS_SHOWN = 1000
@@ -65,7 +65,7 @@ def make_card(
 
     Raises:
         TypeError: `commands` or `limits` is one text.
-        ValueError: a name of a repository, a data set or a licence that cannot be one.
+        ValueError: the name of a repository that cannot be one.
     """
     for name, texts in (('commands', commands), ('limits', limits)):
         if isinstance(texts, str):
@@ -79,9 +79,6 @@ def make_card(
     result = metrics[split] if split else {}
     dataset = dataset or metrics.get('dataset') or ''
     license = license or model.backbone.pretrained_cfg.get('license') or ''
-    for name, text in (('dataset', dataset), ('license', license)):
-        if wrong := problem(text, LONGEST_TEXT):
-            raise ValueError(f"The card's {name} {wrong}.")
     arguments = model._model_args
     asked = arguments['head']
     if isinstance(asked, str):

