@@ -90,7 +90,7 @@ def test_metrics_that_are_no_json(tmp_path, text):
 
 
 def test_metrics_that_cannot_be_json():
-    for value in (object(), {'x'}, 'x' * 2**20):
+    for value in (object(), {'x'}):
         with pytest.raises(ValueError, match='metrics is not readable JSON'):
             read_metrics({'test': value})
 

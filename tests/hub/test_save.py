@@ -108,7 +108,6 @@ def test_figures_of_an_earlier_model_go(tmp_path):
             TypeError,
             "card's limits must be a list of texts, not 'cats'",
         ),
-        ({'backbone_id': 'a b/c'}, ValueError, 'a b/c'),
         ({'backbone_id': 'a/b'}, ValueError, 'with pretrained weights; this one has none'),
     ],
 )
@@ -170,8 +169,8 @@ def test_adapter_of_a_backbone_from_a_folder(tmp_path):
     assert loaded.data.base_model_relation == 'finetune'
     again = timm_fisher.from_pretrained(tmp_path / 'grey')
     assert again.backbone_weights == grey.backbone_weights
-    with pytest.raises(ValueError, match=r'resnet18\.y.* is not of this backbone, test_resnet'):
-        timm_fisher.save_pretrained(model, tmp_path / 'x', backbone_id='timm/resnet18.y')
+    with pytest.raises(ValueError, match='a b/c'):
+        timm_fisher.save_pretrained(model, tmp_path / 'x', backbone_id='a b/c')
     for path in (tmp_path / name / file for name in ('whole', 'adapter', 'grey') for file in FILES):
         assert str(tmp_path).encode() not in path.read_bytes(), 'a local path is published'
     bare = timm.create_model(f'local-dir:{tmp_path}/adapter')  # random weights

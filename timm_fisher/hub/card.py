@@ -16,7 +16,6 @@ import torch
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from torch.utils.flop_counter import FlopCounterMode
 
-from timm_fisher.head import PoolingHead
 from timm_fisher.hub.metrics import MEASURES
 from timm_fisher.hub.readme import REPOSITORY, generate
 from timm_fisher.hub.text import code_block, escape_markdown, is_shown
@@ -70,13 +69,11 @@ def make_card(
     for name, texts in (('commands', commands), ('limits', limits)):
         if isinstance(texts, str):
             raise TypeError(f"The card's {name} must be a list of texts, not {texts!r:.200}.")
-    weights = model.backbone_weights or {}
-    base = (weights.get('hf_hub_id') or '').partition('@')[0]
+    base = ((model.backbone_weights or {}).get('hf_hub_id') or '').partition('@')[0]
     for repository in filter(None, (repo_id, dataset_id, base)):
         validate_repo_id(repository)
-    splits = (name for name in ('test', 'val') if 'accuracy' in metrics.get(name, {}))
-    split = next(splits, None)
-    result = metrics[split] if split else {}
+    split = next((key for key in ('test', 'val') if 'accuracy' in metrics.get(key, {})), '')
+    result = metrics.get(split, {})
     dataset = dataset or metrics.get('dataset') or ''
     license = license or model.backbone.pretrained_cfg.get('license') or ''
     arguments = model._model_args
@@ -116,16 +113,17 @@ def make_card(
         repo_id=repo_id,
         description=description,
         adapter=adapter,
-        backbone=model.backbone.pretrained_cfg['architecture'],
+        model=model,
         base=base,
-        digest=weights.get('sha256', ''),
         arguments=arguments,
-        heads=[(given, _method(head)) for given, (head, _) in zip(asked, model.heads, strict=True)],
+        heads=[
+            # What the file of a head says of it: formulas, source, and where the paper is silent.
+            (given, inspect.getdoc(sys.modules[type(head).__module__]) or '')
+            for given, (head, _) in zip(asked, model.heads, strict=True)
+        ],
         labels=labels,
         shown=MOST_LABELS_SHOWN,
-        num_classes=model.num_classes,
         input_size=' x '.join(map(str, size)),
-        out_features=model.head_hidden_size,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         stored_parameters=stored_parameters,
         macs=count_macs(model, size),
@@ -145,11 +143,6 @@ def _plain(value: Any) -> str:
     """A value that stands in a line of Markdown as it is."""
     text = ' '.join(str(value).split())
     return escape_markdown(''.join(c if is_shown(c) else '\ufffd' for c in text))
-
-
-def _method(head: PoolingHead) -> str:
-    """What the file of a head says of it: formulas, source, and where the paper is silent."""
-    return inspect.getdoc(sys.modules[type(head).__module__]) or ''
 
 
 def count_macs(model: Any, input_size: Sequence[int]) -> int | None:

@@ -11,7 +11,6 @@ from typing import Any
 from timm_fisher.hub.text import problem
 
 MEASURES = {'accuracy': 'Accuracy', 'balanced_accuracy': 'Balanced accuracy'}
-LARGEST = 2**20  # bytes of metrics.json
 LONGEST_TEXT = 200
 LONGEST_COMMAND = 10_000
 MOST_ENTRIES = 100  # of a table
@@ -29,17 +28,13 @@ def read_metrics(metrics: str | Path | Mapping[str, Any]) -> dict[str, Any]:
     """metrics.json, or what one would hold, as plain JSON values without local paths.
 
     Raises:
-        ValueError: not readable JSON, not a table, or too large.
+        ValueError: not readable JSON, or not a table.
     """
     place = f"'{metrics}'" if isinstance(metrics, str | Path) else 'metrics'
     try:
-        if isinstance(metrics, str | Path):
-            with open(metrics, 'rb') as file:
-                text: str | bytes = file.read(LARGEST + 1)
-        else:
-            text = json.dumps(metrics)
-        if len(text) > LARGEST:
-            raise ValueError(f'more than {LARGEST} bytes')
+        text = (
+            Path(metrics).read_bytes() if isinstance(metrics, str | Path) else json.dumps(metrics)
+        )
         table = json.loads(text)
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f'{place} is not readable JSON: {error}.') from error

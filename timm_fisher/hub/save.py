@@ -8,7 +8,6 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import timm
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from safetensors.torch import save_file
 from timm.models._hub import save_config_for_hf
@@ -71,7 +70,13 @@ def save_pretrained(
     old = folder / 'README.md'
     old_text = readme.read(old, f"'{old}'") if old.exists() else None
     if backbone_id is not None:
-        _name_backbone(model, backbone_id)
+        validate_repo_id(backbone_id.partition('@')[0])
+        if model.backbone_weights is None:
+            raise ValueError(
+                f"backbone_id='{backbone_id}' is for a backbone with pretrained weights; this one "
+                'has none.'
+            )
+        model.backbone_weights['hf_hub_id'] = backbone_id
     if adapter is not False:
         obstacle = _why_no_adapter(model)
         if obstacle and adapter:
@@ -117,32 +122,14 @@ def save_model(
 
 
 def check_regular(folder: Path) -> None:
-    """Refuse a folder in which one of the files is not an ordinary one.
-
-    Raises:
-        ValueError: it is a symbolic link, which could lead to any file of this machine; a folder or
-            a device.
-    """
+    """Refuse, by a ValueError, symbolic links, which could lead to any file of this machine, and
+    what else is no ordinary file."""
     for path in (folder / name for name in FILES):
         if path.is_symlink() or (path.exists() and not path.is_file()):
             raise ValueError(
                 f"'{path}' is a symbolic link or no regular file. Put a copy of the file in its "
                 'place, or delete it.'
             )
-
-
-def _name_backbone(model: PooledModel, repo_id: str) -> None:
-    """Note the repository that the weights of a backbone from a folder come from."""
-    validate_repo_id(repo_id.partition('@')[0])
-    if model.backbone_weights is None:
-        raise ValueError(
-            f"backbone_id='{repo_id}' is for a backbone with pretrained weights; this one has none."
-        )
-    user, _, name = repo_id.partition('/')
-    architecture = model.backbone.pretrained_cfg['architecture']
-    if user == 'timm' and timm.models.get_arch_name(name) != architecture:
-        raise ValueError(f"backbone_id='{repo_id}' is not of this backbone, {architecture}.")
-    model.backbone_weights['hf_hub_id'] = repo_id
 
 
 def _why_no_adapter(model: PooledModel) -> str:
