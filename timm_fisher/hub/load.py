@@ -64,7 +64,7 @@ def from_pretrained(
         LoadError: what was saved is damaged, not of this model, or refused; or the Hub cannot be
             reached.
     """
-    source, place = _find(str(name), revision)
+    source, place = find(str(name), revision)
     try:
         return load(source, place, pretrained=pretrained, **arguments)
     except LoadError as error:
@@ -73,7 +73,7 @@ def from_pretrained(
         raise
 
 
-def _find(name: str, revision: str | None) -> tuple[str, str]:
+def find(name: str, revision: str | None) -> tuple[str, str]:
     """Source and place of a saved model."""
     at = f'@{revision}' if revision else ''
     if name.startswith('hf-hub:'):
@@ -132,7 +132,7 @@ def load(
     if pretrained:
         headers = [read_header(find_file(WEIGHTS, source, place, cache_dir), place)]
         model = _build(saved, arguments, place)
-        if _is_adapter(saved, headers[0]):
+        if is_adapter(saved, headers[0]):
             headers.append(_find_backbone(saved, backbone, cache_dir, place))
         elif backbone is not None:
             raise LoadError(
@@ -202,7 +202,7 @@ def _count(model: nn.Module) -> int:
     return sum(tensor.numel() for tensor in model.state_dict().values())
 
 
-def _is_adapter(saved: SavedConfig, header: Header) -> bool:
+def is_adapter(saved: SavedConfig, header: Header) -> bool:
     """Whether a file holds head and classifier alone."""
     own = any(name.startswith('backbone.') for name in header.tensors)
     return saved.backbone_weights is not None and not own
