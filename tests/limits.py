@@ -1,10 +1,7 @@
-"""Limits of time and memory that tests hold code to."""
+"""Limits of time for tests of hostile input."""
 
 import signal
 from contextlib import contextmanager
-
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 
 @contextmanager
@@ -24,16 +21,3 @@ def within(seconds):
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
-
-
-class LargestTensor(TorchDispatchMode):
-    """Elements of the largest tensor that any operation gives."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, tuple | list) else [out]:
-            if isinstance(tensor, Tensor):
-                self.elements = max(self.elements, tensor.numel())
-        return out

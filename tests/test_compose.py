@@ -82,7 +82,7 @@ def test_zero_image_has_finite_gradients():
     out = model.head(x)
     out.sum().backward()
     assert torch.equal(out, torch.zeros_like(out))
-    assert all(torch.isfinite(each.grad).all() for each in x)
+    assert all(torch.isfinite(descriptors.grad).all() for descriptors in x)
 
 
 # Reading stages
@@ -120,8 +120,8 @@ def check_stages(backbone, one_pass=None):
     size = timm.models.get_model_input_config(model.backbone)['input_size']
     x = torch.randn(1, *size)
     with torch.no_grad():
-        found = model.descriptors(model.forward_features(x))
-        for descriptors, read in zip(found, model.descriptors, strict=True):
+        stages = model.descriptors(model.forward_features(x))
+        for descriptors, read in zip(stages, model.descriptors, strict=True):
             expected = read(read.features(model.backbone, x))
             torch.testing.assert_close(descriptors, expected, rtol=1e-4, atol=1e-5)
 
@@ -133,7 +133,7 @@ def test_one_pass_runs_the_backbone_once():
     features = model.forward_features(images())
     assert len(calls) == 1
     expected = [model.backbone.feature_info[stage]['num_chs'] for stage in (-4, -2, -1)]
-    assert [each.shape[1] for each in features] == expected
+    assert [tensor.shape[1] for tensor in features] == expected
 
 
 @pytest.mark.parametrize('backbone', ['test_vit', 'vgg11', 'test_resnet'])

@@ -117,8 +117,9 @@ class PooledModel(nn.Module):
             create_head(name, channels[place], **options)
             for (name, _, options), place in zip(heads, places, strict=True)
         ]
-        for (name, _, _), part in zip(heads, made, strict=True):
-            _try_head(name, part)
+        if torch.get_default_device().type != 'meta':  # where a saved model is built again
+            for (name, _, _), part in zip(heads, made, strict=True):
+                _try_head(name, part)
         self.head = made[0] if isinstance(head, str) else ConcatHeads(made, places)
         self.head_drop = nn.Dropout(drop_rate)
 

@@ -23,7 +23,6 @@ import torch
 import timm_fisher
 from timm_fisher import push_folder
 from timm_fisher.hub.load import CHECKOUT, HUB_USER
-from timm_fisher.hub.pypi import lite0_backbone
 from timm_fisher.training.command_line import run
 
 
@@ -35,7 +34,7 @@ class Settings:
         names: released models; all if none is named.
         user: user or organisation on the Hub.
         private: whether repositories that are made are private.
-        backbone: local-dir:FOLDER of the adapters' backbone.
+        backbone: local-dir:FOLDER of the adapters' backbone; else it comes from the Hub.
         cards: folder of the models' folders.
     """
 
@@ -58,9 +57,7 @@ def main(settings: Settings) -> None:
         folder, repo_id = settings.cards / name, f'{settings.user}/{name}'
         try:
             url = push_folder(folder, repo_id, private=settings.private or None)
-            with lite0_backbone(str(folder)) as backbone:
-                verdict = compare(folder, repo_id, settings.backbone or backbone)
-            rows.append((name, verdict, url))
+            rows.append((name, compare(folder, repo_id, settings.backbone), url))
         except Exception as error:  # whatever the Hub's client raises belongs in the table
             rows.append((name, 'failed', str(error).partition('\n')[0]))
     width = max(len(name) for name, *_ in rows)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from limits import LargestTensor
+from largest_tensor import LargestTensor
 from references import dbm_idfk as reference
 from sklearn.neural_network import BernoulliRBM
 from torch import Tensor
@@ -66,13 +66,13 @@ def test_score_of_a_dbm_is_the_gradient_of_the_bound():
     head = machine([3, 2])
     v = torch.tensor([0.0, 1.0, 1.0, 0.0]).double()
     weights = [weight.detach().clone().requires_grad_() for weight in head.weights]
-    mu = [each.detach()[0] for each in head.posteriors(v[None, None])]
+    mu = [layer.detach()[0] for layer in head.posteriors(v[None, None])]
     layers, biases = [v, *mu], [torch.from_numpy(b) for b in parts(head)[1]]
     expected_energy = sum(a @ w @ b for a, w, b in zip(layers, weights, layers[1:], strict=False))
     every = [torch.from_numpy(s) for s in reference.states([len(bias) for bias in biases])]
     log_z = reference.negative_energy(every, weights, biases).logsumexp(0)
     gradient = torch.autograd.grad(expected_energy - log_z, weights)
-    expected = torch.cat([each.flatten() for each in gradient])
+    expected = torch.cat([part.flatten() for part in gradient])
     torch.testing.assert_close(head.score(v[None, None])[0], expected, atol=1e-10, rtol=1e-8)
     # and mean field is where the bound is stationary
     mu1, mu2 = mu
@@ -89,8 +89,8 @@ def test_score_of_a_dbm_nears_the_log_likelihoods_as_layers_decouple():
         head = machine([3, 2])
         with torch.no_grad():
             head.weights[1].mul_(coupling)
-        found = exact(head).score(v[:, None])[0].detach().numpy()
-        error = np.abs(found - reference.score(v.numpy(), *parts(head))[0])
+        score = exact(head).score(v[:, None])[0].detach().numpy()
+        error = np.abs(score - reference.score(v.numpy(), *parts(head))[0])
         errors.append((error[:12].max(), error[12:].max()))
     (s0, q0), (s1, q1), (s2, q2), none = errors
     assert max(none) < 1e-8

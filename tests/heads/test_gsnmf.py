@@ -52,7 +52,7 @@ def numpy_state(made: GSNMF) -> dict:
 
 def objective(x: np.ndarray, w: np.ndarray, h: np.ndarray, l2: float, l1: float) -> float:
     """Eq. 2, `x` `[n, C]`, `w` `[C, L]`, `h` `[L, n]`."""
-    x, w, h = (np.asarray(each, dtype=np.float64) for each in (x, w, h))
+    x, w, h = (np.asarray(matrix, dtype=np.float64) for matrix in (x, w, h))
     return 0.5 * np.sum((x.T - w @ h) ** 2) + 0.5 * l2 * np.sum(h**2) + l1 * np.sum(h)
 
 
@@ -64,12 +64,12 @@ def scikit_learn_codes(x: np.ndarray, w: np.ndarray, l2: float, l1: float) -> np
     """
     total = l2 + l1
     basis = np.ascontiguousarray(w.T).astype(x.dtype)
-    found, _, _ = non_negative_factorization(
+    codes, _, _ = non_negative_factorization(
         x, H=basis, n_components=len(basis), init='custom', update_H=False, solver='cd', tol=1e-7,
         max_iter=1000, alpha_W=total / x.shape[1], alpha_H=0.0,
         l1_ratio=l1 / total if total else 0.0,
     )  # fmt: skip
-    return found.T
+    return codes.T
 
 
 def scikit_learn_nmf(
@@ -171,7 +171,7 @@ def test_codes_are_those_of_scikit_learn(l2, l1):
     x = digits(60)
     w, _, _ = factorize(torch.from_numpy(digits()), 16, l2_penalty=l2, l1_penalty=l1, rounds=30)
     made = GSNMF(64, components=16, l2_penalty=l2, l1_penalty=l1)
-    made.updates = 2000  # more than an argument may be
+    made.updates = 2000  # more than the constructor takes
     made.basis.data = w.float()
     with torch.no_grad():
         ours = made(torch.from_numpy(x)[:, None]).T.numpy()

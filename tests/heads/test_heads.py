@@ -16,7 +16,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from limits import LargestTensor
+from largest_tensor import LargestTensor
 from torch import Tensor
 from torch.func import functional_call
 

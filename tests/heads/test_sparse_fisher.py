@@ -77,7 +77,7 @@ def test_many_tied_iterations_are_the_lasso(sparsity):
     x = data()
     # Fewer atoms than dimensions, so that the solution is unique and both converge to it.
     made = head(x, tied=True, sparsity=sparsity, code_dim=10)
-    made.iterations = 3000  # more than an argument may be
+    made.iterations = 3000  # more than the constructor takes
     with torch.no_grad():
         y = made.reduce(x).flatten(0, 1).numpy()
         code = made.sparse_code(x).flatten(0, 1).numpy()

@@ -204,7 +204,7 @@ REFUSED_IMAGES = [
     ({'crop_pct': 0.1, 'test_input_size': [3, 900, 64]}, r'resized to 900 / 0\.1 pixels'),
     ({'test_crop_pct': 0.1, 'input_size': [3, 900, 64]}, r'resized to 900 / 0\.1 pixels'),
     ({'input_size': [3, 64, 2049]}, 'images of 2049 pixels; at most 2048'),
-    ({'input_size': [65, 64, 64]}, '65 channels, more than 64'),
+    ({'input_size': [65, 64, 64]}, 'input_size is .65, 64, 64., not three whole'),
     ({'interpolation': 'best'}, "interpolation is 'best', not one of nearest, bilinear"),
     ({'interpolation': ['bicubic']}, 'interpolation is .*bicubic'),
     ({'crop_mode': 'middle'}, "crop_mode is 'middle', not one of center, squash, border"),

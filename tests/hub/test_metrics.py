@@ -7,7 +7,7 @@ import pytest
 from limits import within
 
 import timm_fisher
-from timm_fisher.hub.metrics import check_metrics, hide_paths, read_metrics
+from timm_fisher.hub.metrics import check_metrics, read_metrics
 
 METRICS = {
     'test': {'accuracy': 0.51234, 'balanced_accuracy': 0.4, 'samples': 10},
@@ -41,32 +41,28 @@ def test_what_training_writes(model):
 @pytest.mark.parametrize(
     ('change', 'message'),
     [
-        ({'test': 0.5}, r"metrics\['test'\] is 0.5, not a table"),
-        ({'test': None}, r"metrics\['test'\] is None, not a table"),
+        ({'test': 0.5}, r"metrics\['test'\] is '0.5', not a table"),
+        ({'test': None}, r"metrics\['test'\] is 'None', not a table"),
         ({'val': {'accuracy': 51.2}}, "'accuracy'.* is 51.2, not a .* 0 to"),
         ({'test': {'accuracy': None}}, 'is None, not a number'),
         ({'test': {'accuracy': True}}, 'is True, not a number'),
         ({'test': {'accuracy': float('nan')}}, 'is nan, not a number'),
-        ({'val': {'acc': 0.5}}, r"has no 'accuracy', only \['acc'\]"),
-        ({'test': {'accuracy': 1, 'samples': '9'}}, "samples of the metrics is '9', not a whole"),
-        ({'seeds': [0.5]}, r"metrics\['seeds'\] is \[0.5\], not a table"),
+        ({'test': {'acc': 0.5}}, "no 'accuracy' of 'test' or 'val', only .'best', 'command'"),
+        ({'test': {'accuracy': 1, 'samples': '9\n'}}, r"'9\\n', contains the character '\\n'"),
+        ({'seeds': [0.5]}, r"metrics\['seeds'\] is '\[0.5\]', not a table"),
         ({'seeds': {'0': 'x'}}, r"\['seeds'\]\['0'\] is 'x', not a number"),
-        ({'seeds': {'0\x1b[31m': 0.5}}, r"\['seeds'\] contains the character '\\x1b'"),
-        ({'seeds': {str(i): 0.5 for i in range(101)}}, 'has 101 entries; at most 100 fit'),
-        ({'seed': '0\n# x'}, 'seed of the metrics is .*, not a whole number'),
-        ({'seed': True}, 'seed of the metrics is True, not a whole number'),
-        ({'best': {'epoch': '3'}}, "epoch of the metrics is '3', not a whole number"),
-        ({'best': {'stage': 'a\nb'}}, r"\['best'\]\['stage'\] contains the character '\\n'"),
-        ({'best': 3}, r"\['best'\] is 3, not a table"),
-        ({'dataset': 3}, r"\['dataset'\] is '3', not a text"),
-        ({'dataset': 'x' * 201}, r"\['dataset'\] has 201 characters; at most 200"),
-        ({'dataset': '\ud800'}, r"\['dataset'\] contains the character '\\ud800'"),
-        ({'versions': 2}, r"\['versions'\] is 2, not a table"),
-        ({'versions': {'torch': 2}}, r"\['versions'\]\['torch'\] is '2', not a text"),
-        ({'versions': {'a\nb': '2'}}, r"\['versions'\] contains the character '\\n'"),
-        ({'command': ['rm']}, r"\['command'\] is .*, not a text of at most 10000 characters"),
-        ({'command': 'x' * 10_001}, 'not a text of at most 10000 characters'),
-        ({'command': 'a\n\x1b]0;b\x07'}, r"\['command'\] contains the character '\\x1b'"),
+        ({'seeds': {'0\x1b[31m': 0.5}}, r"contains the character '\\x1b'"),
+        ({'seeds': {str(i): 0.5 for i in range(101)}}, 'not a table of at most 100 entries'),
+        ({'seed': '0\n# x'}, r"contains the character '\\n'"),
+        ({'best': {'epoch': '3\n'}}, r"contains the character '\\n'"),
+        ({'best': {'stage': 'a\nb'}}, r"contains the character '\\n'"),
+        ({'best': 3}, r"\['best'\] is '3', not a table"),
+        ({'dataset': 'x' * 201}, 'has 201 characters; at most 200'),
+        ({'dataset': '\ud800'}, r"contains the character '\\ud800'"),
+        ({'versions': 2}, r"\['versions'\] is '2', not a table"),
+        ({'versions': {'a\nb': '2'}}, r"contains the character '\\n'"),
+        ({'command': 'x' * 10_001}, 'has 10001 characters; at most 10000'),
+        ({'command': 'a\n\x1b]0;b\x07'}, r"contains the character '\\x1b'"),
         ({'head': 'avg'}, 'another model: head is avg there, gem'),
         ({'out_features': 9}, 'out_features is 9 there, 96 here'),
         ({'parameters': 9}, 'parameters is 9 there, 372883 here'),
@@ -80,7 +76,7 @@ def test_mistakes(model, change, message):
 
 
 def test_without_a_result(model):
-    with pytest.raises(ValueError, match=r"no 'test' and no 'val', only \['accuracy'\]"):
+    with pytest.raises(ValueError, match=r"no 'accuracy' of 'test' or 'val', only \['acc"):
         check({'accuracy': 0.5}, model)
     with pytest.raises(ValueError, match=r'metrics are \[1\], not a table'):
         check([1], model)
@@ -94,7 +90,7 @@ def test_metrics_that_are_no_json(tmp_path, text):
 
 
 def test_metrics_that_cannot_be_json():
-    for value in (object(), {'x'}, 'x' * 2**20):
+    for value in (object(), {'x'}):
         with pytest.raises(ValueError, match='metrics is not readable JSON'):
             read_metrics({'test': value})
 
@@ -122,13 +118,18 @@ OTHERS = [
 ]
 
 
+def command(text):
+    """As it is published."""
+    return read_metrics({'command': text})['command']
+
+
 @pytest.mark.parametrize(('given', 'published'), [*PATHS, *((text, text) for text in OTHERS)])
 def test_of_a_path_the_last_name_stays(given, published):
     for form in (
         '{}', '--backbone {}', '--backbone={}', 'run "{}" x', "run '{}' x", '--config={},x', '({})',
         """run --kwargs '{{"a": ["{}"], "b": 1}}' \\\n    --c {}""", "it's {} isn't it", '{}\n{}',
     ):  # fmt: skip
-        assert hide_paths(form.format(given, given)) == form.format(published, published)
+        assert command(form.format(given, given)) == form.format(published, published)
     metrics = {'backbone': given, 'list': [{'deep': given}], 'command': f'run {given} {given}'}
     assert read_metrics({**metrics, 'n': 1}) == {
         'backbone': published,
@@ -142,16 +143,15 @@ def test_of_a_path_the_last_name_stays(given, published):
 def test_paths_with_spaces(given, published):
     given = given.replace('me', 'me and you')
     for form in ('run "{}"', "run --x '{}' y", """'{{"a": "{}"}}'"""):
-        assert hide_paths(form.format(given)) == form.format(published)
+        assert command(form.format(given)) == form.format(published)
     assert read_metrics({'dataset': given}) == {'dataset': published}
 
 
-@pytest.mark.parametrize(
-    'text', ["'" * 10**6, '"\'' * 5 * 10**5, '~' * 10**6, 'a' * 10**6, '/' * 10**6, 'a=' * 10**6]
-)
+@pytest.mark.parametrize('text', ["'", '"\'', '"/', "'/", '~', 'a', '/', 'a=', '-a', '--'])
 def test_hostile_text_takes_no_time(text):
     with within(10):
-        hide_paths(text)
+        for form in (text * 200_000, f'"{text * 200_000}', f' {text * 200_000} '):
+            command(form)
 
 
 def test_saved_metrics_hold_no_path(tmp_path, model):

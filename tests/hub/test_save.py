@@ -13,7 +13,7 @@ import timm_fisher
 from timm_fisher.hub.push import push_folder
 from timm_fisher.hub.readme import BEGIN, END
 from timm_fisher.hub.save import FILES
-from timm_fisher.hub.text import LONGEST_LABEL, MOST_LABELS, problem
+from timm_fisher.hub.text import LONGEST_LABEL, problem
 
 WEIGHTS = 'model.safetensors'
 
@@ -70,9 +70,9 @@ def test_labels_and_data_config_are_stored(tmp_path):
 
 
 def test_number_of_labels_must_be_that_of_the_classes(tmp_path):
-    with pytest.raises(ValueError, match='2 label names were given for 5 classes'):
-        timm_fisher.save_model(create(), tmp_path / 'new', label_names=['a', 'b'])
-    assert not (tmp_path / 'new').exists()
+    with pytest.raises(ValueError, match='there are 2 label_names for 5 classes'):
+        timm_fisher.save_model(create(), tmp_path, label_names=['a', 'b'])
+    assert not files(tmp_path)
 
 
 def test_saving_again_replaces(tmp_path):
@@ -95,10 +95,10 @@ def test_figures_of_an_earlier_model_go(tmp_path):
 @pytest.mark.parametrize(
     ('arguments', 'error', 'message'),
     [
-        ({'label_names': [0, 1]}, ValueError, 'must be a list of texts'),
+        ({'label_names': [0, 1]}, ValueError, r'label_names is \[0, 1\], not a list'),
         ({'label_names': 'ab'}, ValueError, 'must be a list of texts'),
-        ({'label_names': ['a']}, ValueError, '1 label names were given for 2 classes'),
-        ({'card': {'data_set': 'x'}}, TypeError, r"no argument 'data_set'.*'dataset'"),
+        ({'label_names': ['a']}, ValueError, 'there are 1 label_names for 2 classes'),
+        ({'card': {'data_set': 'x'}}, TypeError, "argument 'data_set'"),
         ({'adapter': True}, ValueError, 'No adapter can be saved: the backbone was not loaded'),
         ({'float16': ['head.q']}, ValueError, "no tensor 'head.q'"),
         ({'data_config': {'crop_pct': 9}}, ValueError, 'crop_pct is 9, not a number from 0.1 to'),
@@ -108,7 +108,6 @@ def test_figures_of_an_earlier_model_go(tmp_path):
             TypeError,
             "card's limits must be a list of texts, not 'cats'",
         ),
-        ({'backbone_id': 'a b/c'}, ValueError, 'a b/c'),
         ({'backbone_id': 'a/b'}, ValueError, 'with pretrained weights; this one has none'),
     ],
 )
@@ -129,7 +128,7 @@ def test_half_precision_of_large_tensors(tmp_path):
     assert torch.equal(loaded.head.dictionary, expected)
     assert torch.equal(loaded.classifier.weight, model.classifier.weight)
     model.head.dictionary.data[0, 0] = 7e4
-    with pytest.raises(ValueError, match=r"'head\.dictionary' holds numbers that are too large"):
+    with pytest.raises(ValueError, match=r"'head\.dictionary' holds .* numbers that are too large"):
         timm_fisher.save_pretrained(model, tmp_path, float16=['head.dictionary'])
 
 
@@ -170,8 +169,8 @@ def test_adapter_of_a_backbone_from_a_folder(tmp_path):
     assert loaded.data.base_model_relation == 'finetune'
     again = timm_fisher.from_pretrained(tmp_path / 'grey')
     assert again.backbone_weights == grey.backbone_weights
-    with pytest.raises(ValueError, match=r'resnet18\.y.* is not of this backbone, test_resnet'):
-        timm_fisher.save_pretrained(model, tmp_path / 'x', backbone_id='timm/resnet18.y')
+    with pytest.raises(ValueError, match='a b/c'):
+        timm_fisher.save_pretrained(model, tmp_path / 'x', backbone_id='a b/c')
     for path in (tmp_path / name / file for name in ('whole', 'adapter', 'grey') for file in FILES):
         assert str(tmp_path).encode() not in path.read_bytes(), 'a local path is published'
     bare = timm.create_model(f'local-dir:{tmp_path}/adapter')  # random weights
@@ -239,7 +238,7 @@ def test_a_long_comment(tmp_path):
     folder = saved_with(tmp_path / 'model', comment)
     model = create('avg')
     timm_fisher.save_pretrained(model, tmp_path / 'warm')
-    with within(5), pytest.warns(match="is somebody's own: its text stays"):
+    with within(5), pytest.warns(match='keeps the text that somebody wrote'):
         timm_fisher.save_pretrained(model, folder)
     assert (folder / 'README.md').read_bytes().endswith(comment)
 
@@ -261,13 +260,13 @@ BAD_LABELS = {
 def test_labels_that_are_refused(tmp_path, label):
     model = create('avg', num_classes=2)
     for save in (timm_fisher.save_model, timm_fisher.save_pretrained):
-        with within(60), pytest.raises(ValueError, match='The label name of class 1 ') as caught:
-            save(model, tmp_path / 'model', label_names=['ash', f'elm{label}'])
+        with within(60), pytest.raises(ValueError, match=r'label_names\[1\]') as caught:
+            save(model, tmp_path, label_names=['ash', f'elm{label}'])
         assert str(caught.value).isprintable()
         assert len(str(caught.value)) < 200
     model.pretrained_cfg['label_names'] = ['ash', f'elm{label}']
-    with pytest.raises(ValueError, match='The label name of class 1 '):
-        timm_fisher.save_model(model, tmp_path / 'model')
+    with pytest.raises(ValueError, match=r'label_names\[1\]'):
+        timm_fisher.save_model(model, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -280,11 +279,11 @@ def test_labels_that_are_not(tmp_path):
         assert label in (tmp_path / 'README.md').read_text(encoding='utf-8')
 
 
-def test_more_labels_than_anybody_has(tmp_path):
-    model = create('avg', num_classes=0)
-    model.num_classes = MOST_LABELS + 1
-    with pytest.raises(ValueError, match='There are 100001 label names; at most 100000'):
-        timm_fisher.save_model(model, tmp_path / 'a', label_names=['x'] * (MOST_LABELS + 1))
+def test_more_labels_than_can_be_loaded(tmp_path):
+    model = create('avg', num_classes=50_000)
+    with pytest.raises(ValueError, match=r'config\.json would have \d+ bytes, more than 8388608'):
+        timm_fisher.save_model(model, tmp_path, label_names=['x' * LONGEST_LABEL] * 50_000)
+    assert not list(tmp_path.iterdir())
 
 
 # A folder that holds a card already
@@ -301,17 +300,15 @@ def test_saving_again_changes_no_byte(tmp_path):
     text = (tmp_path / 'README.md').read_bytes()
     mine = text.replace(b'license: mit', b'license: mit # or so\nlanguage: no')
     mine = mine.replace(BEGIN.encode(), b'Above.\r\n' + BEGIN.encode()) + b'\nBelow.\r\n\r\n'
-    for content in (text, mine, mine.replace(b'\r\n', b'\n').replace(b'\n', b'\r\n')):
+    for content in (text, mine):
         (tmp_path / 'README.md').write_bytes(content)
         for _ in range(2):
             timm_fisher.save_pretrained(model, tmp_path, **options)
-            if b'Above' not in content or b'\n' not in content.replace(b'\r\n', b''):
-                assert (tmp_path / 'README.md').read_bytes() == content
-    (tmp_path / 'README.md').write_bytes(mine)
+            assert (tmp_path / 'README.md').read_bytes() == content
     timm_fisher.save_pretrained(create('gem', num_classes=2), tmp_path)
     after = (tmp_path / 'README.md').read_bytes()
     assert after.endswith(END.encode() + b'\n\nBelow.\r\n\r\n')
-    assert b'license: mit # or so\nlanguage: no\n' in after
+    assert b"license: mit\nlanguage: 'no'\n" in after
     assert b'Above.\r\n<!--' in after
     assert b'`gem`' in after
     assert b'accuracy' not in after

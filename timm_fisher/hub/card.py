@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import platform
 import sys
@@ -13,13 +14,11 @@ from typing import Any
 import jinja2
 import torch
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
-from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
-from timm_fisher.head import PoolingHead
-from timm_fisher.hub.metrics import LONGEST_TEXT, MEASURES, hide_paths
+from timm_fisher.hub.metrics import MEASURES
 from timm_fisher.hub.readme import REPOSITORY, generate
-from timm_fisher.hub.text import code_block, escape_markdown, is_shown, problem
+from timm_fisher.hub.text import code_block, escape_markdown, is_shown
 
 TEMPLATE = Path(__file__).with_name('card_template.md')
 MOST_LABELS_SHOWN = 1000
@@ -65,27 +64,22 @@ def make_card(
 
     Raises:
         TypeError: `commands` or `limits` is one text.
-        ValueError: a name of a repository, a data set or a licence that cannot be one.
+        ValueError: the name of a repository that cannot be one.
     """
     for name, texts in (('commands', commands), ('limits', limits)):
         if isinstance(texts, str):
             raise TypeError(f"The card's {name} must be a list of texts, not {texts!r:.200}.")
-    weights = model.backbone_weights or {}
-    base = (weights.get('hf_hub_id') or '').partition('@')[0]
+    base = ((model.backbone_weights or {}).get('hf_hub_id') or '').partition('@')[0]
     for repository in filter(None, (repo_id, dataset_id, base)):
         validate_repo_id(repository)
-    split = next((name for name in ('test', 'val') if name in metrics), None)
-    result = metrics[split] if split else {}
+    split = next((key for key in ('test', 'val') if 'accuracy' in metrics.get(key, {})), '')
+    result = metrics.get(split, {})
     dataset = dataset or metrics.get('dataset') or ''
     license = license or model.backbone.pretrained_cfg.get('license') or ''
-    for name, text in (('dataset', dataset), ('license', license)):
-        if wrong := problem(text, LONGEST_TEXT):
-            raise ValueError(f"The card's {name} {wrong}.")
     arguments = model._model_args
     asked = arguments['head']
     if isinstance(asked, str):
         asked = [{'name': asked, **(arguments.get('head_kwargs') or {})}]
-    heads = [head for head, _ in model.heads]
     metadata = {
         'base_model': base,
         'base_model_relation': base and ('adapter' if adapter else 'finetune'),
@@ -96,16 +90,18 @@ def make_card(
         'tags': list(dict.fromkeys(['timm', 'timm_fisher', *(head['name'] for head in asked)])),
     }
     if dataset and result:
-        source = dataset_id or dataset.lower().replace(' ', '-')
-        figures = [
-            {'type': key, 'value': round(100 * float(result[key]), 2), 'name': name}
-            for key, name in MEASURES.items()
-            if key in result
-        ]
         entry = {
             'task': {'type': 'image-classification'},
-            'dataset': {'name': dataset, 'type': source, 'split': split},
-            'metrics': figures,
+            'dataset': {
+                'name': dataset,
+                'type': dataset_id or dataset.lower().replace(' ', '-'),
+                'split': split,
+            },
+            'metrics': [
+                {'type': key, 'value': round(100 * float(result[key]), 2), 'name': name}
+                for key, name in MEASURES.items()
+                if key in result
+            ],
         }
         metadata['model-index'] = [{'name': repo_id.rpartition('/')[2], 'results': [entry]}]
     size = config['pretrained_cfg']['input_size']
@@ -117,33 +113,27 @@ def make_card(
         repo_id=repo_id,
         description=description,
         adapter=adapter,
-        backbone=model.backbone.pretrained_cfg['architecture'],
+        model=model,
         base=base,
-        digest=weights.get('sha256', ''),
+        arguments=arguments,
         heads=[
-            {'name': given['name'], 'arguments': given, 'method': method(head)}
-            for given, head in zip(asked, heads, strict=True)
+            # What the file of a head says of it: formulas, source, and where the paper is silent.
+            (given, inspect.getdoc(sys.modules[type(head).__module__]) or '')
+            for given, (head, _) in zip(asked, model.heads, strict=True)
         ],
-        stage=arguments.get('stage', -1),
-        class_token=arguments.get('class_token', 'drop'),
-        last_stride=arguments.get('last_stride'),
-        labels=labels[:MOST_LABELS_SHOWN],
-        more_labels=len(labels[MOST_LABELS_SHOWN:]),
-        num_classes=model.num_classes,
+        labels=labels,
+        shown=MOST_LABELS_SHOWN,
         input_size=' x '.join(map(str, size)),
-        out_features=model.head_hidden_size,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         stored_parameters=stored_parameters,
         macs=count_macs(model, size),
         dataset=dataset,
         split=split,
         result=result,
-        seeds=metrics.get('seeds') or {},
-        seed=metrics.get('seed'),
-        best=metrics.get('best') if split else None,
-        commands=[hide_paths(metrics.get('command') or ''), *commands],
+        metrics=metrics,
+        commands=[str(metrics.get('command') or ''), *commands],
         usage=usage,
-        limits=list(limits),
+        limits=limits,
         versions=metrics.get('versions') or installed_versions(),
     )
     return generate({key: value for key, value in metadata.items() if value}, text)
@@ -153,11 +143,6 @@ def _plain(value: Any) -> str:
     """A value that stands in a line of Markdown as it is."""
     text = ' '.join(str(value).split())
     return escape_markdown(''.join(c if is_shown(c) else '\ufffd' for c in text))
-
-
-def method(head: PoolingHead) -> str:
-    """What the file of a head says of it: formulas, source, and where the paper is silent."""
-    return inspect.getdoc(sys.modules[type(head).__module__]) or ''
 
 
 def count_macs(model: Any, input_size: Sequence[int]) -> int | None:
@@ -173,19 +158,13 @@ def count_macs(model: Any, input_size: Sequence[int]) -> int | None:
     Returns:
         None for a model whose forward pass depends on the values of its descriptors.
     """
-    named = [*model.named_parameters(), *model.named_buffers()]
-    tensors = {name: torch.empty_like(value, device='meta') for name, value in named}
     dtype = next((value.dtype for value in model.parameters()), torch.float32)
     image = torch.empty(1, *input_size, device='meta', dtype=dtype)
-    modes = {module: module.training for module in model.modules()}
     try:
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            functional_call(model.eval(), tensors, (image,))
+            copy.deepcopy(model).to('meta').eval()(image)
     except (NotImplementedError, RuntimeError):
         return None
-    finally:
-        for module, training in modes.items():
-            module.training = training
     return int(counter.get_total_flops()) // 2
 
 

@@ -49,10 +49,6 @@ class SavedConfig:
     backbone_weights: dict[str, str | None] | None
 
 
-class _Refused(ValueError):
-    """Why a configuration is not taken, in words that follow 'is refused: '."""
-
-
 def read_config(
     source: str, place: str, cache_dir: str | Path | None = None, *, trust_config: bool = False
 ) -> SavedConfig:
@@ -86,7 +82,7 @@ def read_config(
         )
     try:
         return check_config(config, trust_config=trust_config)
-    except _Refused as error:
+    except ValueError as error:
         raise LoadError(f"The config.json of '{place}' is refused: {error}.") from None
 
 
@@ -94,25 +90,25 @@ def check_config(config: Mapping[str, Any], *, trust_config: bool = False) -> Sa
     """Check the content of a config.json of this architecture; ValueError if it is refused."""
     for name in ('model_args', 'pretrained_cfg'):
         if not isinstance(config.get(name), dict):
-            raise _Refused(f'{name} is {_shown(config.get(name))}, not a table')
+            raise ValueError(f'{name} is {_shown(config.get(name))}, not a table')
     arguments = {key: value for key, value in config['model_args'].items() if value is not None}
     weights = arguments.pop('backbone_weights', None)
     for key, value in arguments.items():
         if key not in _ARGUMENTS:
-            raise _Refused(f"model_args holds '{key[:100]}', which no saved model has")
+            raise ValueError(f"model_args holds '{key[:100]}', which no saved model has")
         wanted, is_valid = _ARGUMENTS[key]
         if not is_valid(value):
-            raise _Refused(f'{key} is {_shown(value)}, not {wanted}')
+            raise ValueError(f'{key} is {_shown(value)}, not {wanted}')
     for key in ('backbone', 'head'):
         if key not in arguments:
-            raise _Refused(f'model_args has no {key}')
+            raise ValueError(f'model_args has no {key}')
     _check_heads(arguments)
     if weights is not None and not _is_provenance(weights):
-        raise _Refused('backbone_weights does not consist of hf_hub_id and sha256')
+        raise ValueError('backbone_weights does not consist of hf_hub_id and sha256')
     if not trust_config:
         _check_backbone_kwargs(arguments.get('backbone_kwargs', {}))
         if 'img_size' in arguments and not _is_size(1, 2, LARGEST_IMAGE)(arguments['img_size']):
-            raise _Refused(
+            raise ValueError(
                 f'img_size is {_shown(arguments["img_size"])}; at most {LARGEST_IMAGE} is allowed. '
                 f'{TRUST}'
             )
@@ -235,13 +231,13 @@ _BACKBONE_ARGUMENTS: dict[str, _Check] = {
 def _check_backbone_kwargs(options: Mapping[str, Any]) -> None:
     for key, value in options.items():
         if key not in _BACKBONE_ARGUMENTS:
-            raise _Refused(
+            raise ValueError(
                 f"backbone_kwargs holds '{key[:100]}', which is not among the arguments that a "
                 f'saved model may set.{nearest(key[:100], _BACKBONE_ARGUMENTS)} {TRUST}'
             )
         wanted, is_valid = _BACKBONE_ARGUMENTS[key]
         if not is_valid(value):
-            raise _Refused(f'{key} in backbone_kwargs is {_shown(value)}, not {wanted}. {TRUST}')
+            raise ValueError(f'{key} in backbone_kwargs is {_shown(value)}, not {wanted}. {TRUST}')
 
 
 def _check_heads(arguments: Mapping[str, Any]) -> None:
@@ -250,22 +246,22 @@ def _check_heads(arguments: Mapping[str, Any]) -> None:
     while todo:
         value, count = todo.pop(), count + 1
         if count > MOST_VALUES:
-            raise _Refused(f'the arguments of the heads hold more than {MOST_VALUES} values')
+            raise ValueError(f'the arguments of the heads hold more than {MOST_VALUES} values')
         if isinstance(value, dict):
             todo += [*value, *value.values()]
         elif isinstance(value, list):
             todo += value
         elif isinstance(value, str) and problem(value, 1000):
-            raise _Refused(f'a text among the arguments of the heads {problem(value, 1000)}')
+            raise ValueError(f'a text among the arguments of the heads {problem(value, 1000)}')
         elif type(value) in (int, float) and not (math.isfinite(value) and abs(value) < 2**63):
-            raise _Refused(f'a number among the arguments of the heads is {_shown(value)}')
+            raise ValueError(f'a number among the arguments of the heads is {_shown(value)}')
 
 
 _ROOT_KEYS = ('num_classes', 'label_names', 'label_descriptions')  # which timm takes first
 _CROP = ('a number from 0.1 to 2.0', _is_number(0.1, 2.0))
 _IMAGE_SIZE = (
-    'three whole numbers: channels, height and width',
-    lambda value: isinstance(value, list) and len(value) == 3 and _is_size(1, 3, 2**31)(value),
+    'three whole numbers: up to 64 channels, height and width',
+    lambda value: isinstance(value, list) and _is_size(1, 3, 2**31)(value) and value[0] <= 64,
 )
 _IMAGES: dict[str, _Check] = {
     **dict.fromkeys(('input_size', 'test_input_size', 'min_input_size'), _IMAGE_SIZE),
@@ -287,40 +283,33 @@ _IMAGES: dict[str, _Check] = {
 
 
 def _check_images(cfg: Mapping[str, Any], classes: int, trust_config: bool) -> dict[str, Any]:
-    """What is known of images and classes, checked; all else is left out.
-
-    Args:
-        cfg: timm's pretrained configuration.
-        classes: number of classes of the model.
-        trust_config: take images of any size.
-    """
+    """What timm's pretrained configuration says of images and classes, checked; all else is left
+    out."""
     images = {key: cfg[key] for key in _IMAGES if cfg.get(key) is not None}
     for key, value in images.items():
         wanted, is_valid = _IMAGES[key]
         if not is_valid(value):
-            raise _Refused(f'{key} is {_shown(value)}, not {wanted}')
+            raise ValueError(f'{key} is {_shown(value)}, not {wanted}')
     if images.setdefault('num_classes', classes) != classes:
-        raise _Refused(f'num_classes is {images["num_classes"]}, but {classes} in model_args')
+        raise ValueError(f'num_classes is {images["num_classes"]}, but {classes} in model_args')
     names = images.get('label_names')
     if names is not None and len(names) != classes:
-        raise _Refused(f'there are {len(names)} label_names for {classes} classes')
+        raise ValueError(f'there are {len(names)} label_names for {classes} classes')
     for number, name in enumerate(names or ()):
         if problem(name, LONGEST_LABEL):
-            raise _Refused(f'label_names[{number}] {problem(name, LONGEST_LABEL)}')
+            raise ValueError(f'label_names[{number}] {problem(name, LONGEST_LABEL)}')
     images.setdefault('input_size', [3, 224, 224])
     sizes = [images[key] for key in ('input_size', 'test_input_size') if key in images]
     for key in ('mean', 'std'):
         if key in images and len(images[key]) not in (1, 3, sizes[0][0]):
-            raise _Refused(f'{key} has {len(images[key])} values for {sizes[0][0]} channels')
+            raise ValueError(f'{key} has {len(images[key])} values for {sizes[0][0]} channels')
     side = max(max(size[1:]) for size in sizes)
     crop = min(images.get(key, 1.0) for key in ('crop_pct', 'test_crop_pct'))
-    if max(size[0] for size in sizes) > 64:
-        raise _Refused(f'images have {max(size[0] for size in sizes)} channels, more than 64')
     if not trust_config and side > LARGEST_IMAGE:
-        raise _Refused(f'images of {side} pixels; at most {LARGEST_IMAGE} are allowed. {TRUST}')
+        raise ValueError(f'images of {side} pixels; at most {LARGEST_IMAGE} are allowed. {TRUST}')
     # timm resizes an image to this before it cuts the middle out.
     if not trust_config and side / crop > LARGEST_RESIZE:
-        raise _Refused(
+        raise ValueError(
             f'images would be resized to {side} / {crop} pixels; at most {LARGEST_RESIZE} are '
             f'allowed. {TRUST}'
         )

@@ -64,7 +64,7 @@ def from_pretrained(
         LoadError: what was saved is damaged, not of this model, or refused; or the Hub cannot be
             reached.
     """
-    source, place = _find(str(name), revision)
+    source, place = find(str(name), revision)
     try:
         return load(source, place, pretrained=pretrained, **arguments)
     except LoadError as error:
@@ -73,7 +73,7 @@ def from_pretrained(
         raise
 
 
-def _find(name: str, revision: str | None) -> tuple[str, str]:
+def find(name: str, revision: str | None) -> tuple[str, str]:
     """Source and place of a saved model."""
     at = f'@{revision}' if revision else ''
     if name.startswith('hf-hub:'):
@@ -132,7 +132,7 @@ def load(
     if pretrained:
         headers = [read_header(find_file(WEIGHTS, source, place, cache_dir), place)]
         model = _build(saved, arguments, place)
-        if _is_adapter(saved, headers[0]):
+        if is_adapter(saved, headers[0]):
             headers.append(_find_backbone(saved, backbone, cache_dir, place))
         elif backbone is not None:
             raise LoadError(
@@ -144,7 +144,12 @@ def load(
         model.backbone_weights = None if any_backbone else saved.backbone_weights
     else:
         model = _build_fresh(saved, arguments, place, trust_config)
-    model.pretrained_cfg = _image_cfg(model, saved, source, place, pretrained_cfg_overlay)
+    origin = {'source': source, 'hf_hub_id' if source == 'hf-hub' else 'file': place}
+    cfg = resolve_pretrained_cfg(
+        'timm_fisher', {**saved.images, **origin, **(pretrained_cfg_overlay or {})}
+    ).to_dict()
+    own = {key: model.pretrained_cfg[key] for key in ('classifier', 'first_conv')}
+    model.pretrained_cfg = {**cfg, **own}
     num_classes, size = arguments.get('num_classes'), arguments.get('img_size')
     if num_classes not in (None, model.num_classes):
         model.reset_classifier(num_classes)
@@ -154,11 +159,8 @@ def load(
 
 
 def _build(saved: SavedConfig, arguments: Mapping[str, Any], where: str) -> PooledModel:
-    """The model as it was saved, on the meta device, but for the image channels and other arguments
-    that are asked for.
-
-    Classes and size of images are the saved ones, unless the backbone cannot be resized later.
-    """
+    """The model on the meta device, with the arguments that are asked for, but with the saved
+    classes and, if the backbone can be resized later, the saved size of images."""
     wanted = {**saved.arguments, **arguments}
     for key in ('num_classes', 'img_size'):
         wanted.pop(key, None)
@@ -200,7 +202,7 @@ def _count(model: nn.Module) -> int:
     return sum(tensor.numel() for tensor in model.state_dict().values())
 
 
-def _is_adapter(saved: SavedConfig, header: Header) -> bool:
+def is_adapter(saved: SavedConfig, header: Header) -> bool:
     """Whether a file holds head and classifier alone."""
     own = any(name.startswith('backbone.') for name in header.tensors)
     return saved.backbone_weights is not None and not own
@@ -241,14 +243,8 @@ def _source_of(backbone: str) -> tuple[str, str]:
 def _fill(
     model: PooledModel, saved: SavedConfig, headers: Sequence[Header], any_backbone: bool
 ) -> None:
-    """Give a model on the meta device its tensors, once all headers are found to be exactly of it.
-
-    Args:
-        model: from `_build`.
-        saved: its configuration.
-        headers: of its weights; of an adapter those of the backbone behind them.
-        any_backbone: of an adapter, take other weights of the backbone than it was trained with.
-    """
+    """Give a model on the meta device its tensors, once all headers are exactly of it; of an
+    adapter the second header is that of the backbone."""
     expected = model.state_dict()
     channels = saved.arguments.get('in_chans', saved.images['input_size'][0])
     stems = _stems(model) if channels != model.in_chans else []
@@ -308,11 +304,7 @@ def _adapt_stem(weight: Tensor, channels: int, where: str) -> Tensor:
 
 
 def _rebuild_derived_buffers(model: nn.Module) -> None:
-    """Give buffers that are not saved their values, as timm's layers do.
-
-    Raises:
-        LoadError: a module has such a buffer, and not the method that computes it.
-    """
+    """Give buffers that are not saved their values, as timm's layers do."""
     for module in model.modules():
         rebuild: Any = getattr(module, 'init_non_persistent_buffers', None)
         for name, buffer in module.named_buffers(recurse=False):
@@ -326,19 +318,3 @@ def _rebuild_derived_buffers(model: nn.Module) -> None:
                 setattr(module, name, torch.empty_like(buffer, device='cpu'))
         if rebuild is not None:
             rebuild()
-
-
-def _image_cfg(
-    model: PooledModel,
-    saved: SavedConfig,
-    source: str,
-    place: str,
-    overlay: Mapping[str, Any] | None,
-) -> dict[str, Any]:
-    """timm's pretrained configuration of a loaded model."""
-    origin = {'source': source, 'hf_hub_id' if source == 'hf-hub' else 'file': place}
-    cfg = resolve_pretrained_cfg(
-        'timm_fisher', {**saved.images, **origin, **(overlay or {})}
-    ).to_dict()
-    own = {key: model.pretrained_cfg[key] for key in ('classifier', 'first_conv')}
-    return {**cfg, **own}

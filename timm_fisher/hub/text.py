@@ -7,7 +7,6 @@ import re
 from typing import Any
 
 LONGEST_LABEL = 200  # characters of the name of a class
-MOST_LABELS = 100_000  # names of classes
 # Spaces and joiners that ordinary names hold, though Python does not count them as printable.
 _ALLOWED = {'\u00a0', '\u200c', '\u200d'}
 # What means something anywhere in a line; between words; and at its beginning.
