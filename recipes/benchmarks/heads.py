@@ -14,9 +14,8 @@ Parts:
 A forward pass is in eval mode without a graph. A step is forward and backward in train mode, to
 the parameters and, for heads alone, to the descriptors; no optimizer. Times are medians over
 repetitions, after a warm-up. Memory is the peak of what PyTorch's allocator gives out during one
-such pass, above what was there before (weights, input); it is the same in each run. On a CPU
-threads that wait for one another are slow beside other jobs: OMP_WAIT_POLICY=passive, or
---threads 1, helps.
+such pass, above what was there before (weights, input); it is the same in each run. On a busy CPU
+OMP_WAIT_POLICY=passive, or --threads 1, helps.
 
 Leaves in OUTPUT: benchmark.md, the tables that it prints; benchmark.json, the numbers; and
 benchmark.png, the cost against N, d and K.

@@ -36,7 +36,7 @@ from timm_fisher import PooledModel
 from timm_fisher.files import save_png, write
 from timm_fisher.heads.gmm_fisher import GMMFisher, Mixture
 from timm_fisher.numerics.linalg import unit_length
-from timm_fisher.training import command_line, tables
+from timm_fisher.training import command_line, embeddings, tables
 from timm_fisher.training.config import Config
 from timm_fisher.training.data import load_splits
 from timm_fisher.training.deep_fisher_svm import (
@@ -49,13 +49,6 @@ from timm_fisher.training.deep_fisher_svm import (
     one_vs_rest,
     solve_svms,
     to_classifier,
-)
-from timm_fisher.training.embeddings import (
-    cache_splits,
-    create_embedder,
-    fit_once,
-    outputs,
-    preprocessing,
 )
 
 
@@ -117,7 +110,7 @@ def main(config: DeepFisher) -> None:
 
     # Data, backbone, PCA and EM; C
     model, data = prepare(config)
-    data_config = preprocessing(model, config)
+    data_config = embeddings.preprocessing(model, config)
     classes = data.classes
     kernel = FisherKernel(cast(GMMFisher, model.head), bias=config.bias)
     em = kernel.get()
@@ -212,9 +205,9 @@ def prepare(config: Config) -> tuple[PooledModel, LabelledDescriptors]:
     splits, classes = load_splits(config)
     # Refuses missing classes before anything is computed
     signs = {name: one_vs_rest(split.labels, classes, name) for name, split in splits.items()}
-    model = create_embedder(config)
-    features = cache_splits(model, splits, config)
-    fit_once(model, features['train'], None, config)
+    model = embeddings.create_embedder(config)
+    features = embeddings.cache_splits(model, splits, config)
+    embeddings.fit_once(model, features['train'], None, config)
     head = cast(GMMFisher, model.head)
 
     def reduce(x: list[Tensor]) -> Tensor:
@@ -223,7 +216,7 @@ def prepare(config: Config) -> tuple[PooledModel, LabelledDescriptors]:
         return y
 
     y = {
-        name: torch.cat(list(outputs(model, part, reduce, batch_size=BATCH)))
+        name: torch.cat(list(embeddings.outputs(model, part, reduce, batch_size=BATCH)))
         for name, part in features.items()
     }
     signs = {name: part.to(y[name].device) for name, part in signs.items()}

@@ -18,6 +18,7 @@ from conftest import load_script
 from timm_fisher import list_heads
 from timm_fisher.numerics.linalg import gram_root
 from timm_fisher.training import command_line, measure
+from timm_fisher.training.tables import records
 
 TINY = (
     '--numbers [4,6] --channels 8 --batch 2 --backbone test_resnet --img-sizes [32] '
@@ -127,6 +128,15 @@ def test_benchmark_refuses_what_it_cannot_do(script, capsys, arguments, message)
     with pytest.raises(SystemExit):
         script('benchmarks/heads', *arguments)
     assert message in capsys.readouterr().err
+
+
+def test_table_of_records():
+    rows = [{'name': 'a', 'ms': 1.5, 'n': 7}, {'name': 'b', 'n': 1234}]
+    ruler = '| --- | ---: | ---: |'
+    assert records(rows).splitlines() == [
+        '| name | ms | n |', ruler, '| a | 1.50 | 7 |', '| b |  | 1234 |'
+    ]  # fmt: skip
+    assert records(rows, {'n': 'number'}).splitlines()[::2] == ['| number |', '| 7 |']
 
 
 def test_peak_memory_is_exact():

@@ -168,11 +168,7 @@ def average_precision(scores: Tensor, signs: Tensor) -> np.ndarray:
 
 
 def choose_costs(
-    kernel: FisherKernel,
-    data: LabelledDescriptors,
-    *,
-    shared: bool,
-    grid: Sequence[float] = C_GRID,
+    kernel: FisherKernel, data: LabelledDescriptors, *, shared: bool, grid: Sequence[float] = C_GRID
 ) -> list[float]:
     """C of each class, or with `shared` one for all: of the best average precision, or mean of it,
     on the validation split, by the kernel's mixture; the first of equals."""

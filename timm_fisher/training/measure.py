@@ -29,16 +29,14 @@ def report(
     settings: Mapping[str, Any],
     **about: object,
 ) -> list[Row]:
-    """Run the parts of a benchmark one after the other; print each, and leave all in two files.
+    """All rows of a benchmark, with the `part` that each is from. Parts run one after the other;
+    what they say is printed, and left in two files.
 
     Args:
         parts: by name; each gives Markdown and its rows.
         path: of the files, without `.md` and `.json`.
         settings: of the benchmark, with `device` and `threads` (None for as many as PyTorch takes).
         **about: what results depend on besides the machine.
-
-    Returns:
-        All rows, with the `part` that each is from.
 
     Raises:
         ValueError: there is no such device.
@@ -76,15 +74,8 @@ def report(
 
 
 def median_times(*runs: Callable[[], object], device: str, repetitions: int) -> list[float]:
-    """Median seconds of each function, after a warm-up.
-
-    They take turns, so that a busy machine slows all of them alike.
-
-    Args:
-        runs: functions without arguments.
-        device: where they compute.
-        repetitions: at least this many, and more while that takes less than `LEAST_SECONDS`.
-    """
+    """Median seconds of each function, after a warm-up, over this many repetitions, or more while
+    they take less than `LEAST_SECONDS`. They take turns: a busy machine slows all of them alike."""
     times: list[list[float]] = [[] for _ in runs]
     for run in runs:
         run()
