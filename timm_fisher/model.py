@@ -11,7 +11,6 @@ from timm.data.loader import adapt_to_chs
 from timm.layers.helpers import to_2tuple
 from timm.models import get_model_input_config, group_parameters
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from timm_fisher.backbone import can_resize, create_backbone, describe_weights
 from timm_fisher.compose import ConcatHeads
@@ -117,9 +116,8 @@ class PooledModel(nn.Module):
             create_head(name, channels[place], **options)
             for (name, _, options), place in zip(heads, places, strict=True)
         ]
-        if torch.get_default_device().type != 'meta':  # where a saved model is built again
-            for (name, _, _), part in zip(heads, made, strict=True):
-                _try_head(name, part)
+        for (name, _, options), place in zip(heads, places, strict=True):
+            _try_head(name, channels[place], options)
         self.head = made[0] if isinstance(head, str) else ConcatHeads(made, places)
         self.head_drop = nn.Dropout(drop_rate)
 
@@ -340,18 +338,17 @@ def parse_heads(
     return heads
 
 
-def _try_head(name: str, head: PoolingHead) -> None:
-    """Check what a head returns, on the meta device, where that costs nothing."""
-    state = {**dict(head.named_parameters()), **dict(head.named_buffers())}
-    state = {key: torch.empty_like(value, device='meta') for key, value in state.items()}
-    x = torch.empty(2, 100, head.in_features, device='meta')
-    training = head.training
+def _try_head(name: str, in_features: int, options: dict[str, Any]) -> None:
+    """Check what a head returns by a second one, on the meta device, which costs next to nothing;
+    not where a saved model is built again."""
+    if torch.get_default_device().type == 'meta':
+        return
     try:
-        pooled = functional_call(head.eval(), state, (x,))
+        with torch.device('meta'), torch.no_grad():
+            head = create_head(name, in_features, **options).eval()
+            pooled = head(torch.empty(2, 100, in_features))
     except Exception:  # a head need not run on the meta device; it fails where it is used
         return
-    finally:
-        head.train(training)
     check_head_output(name, head, pooled)
 
 

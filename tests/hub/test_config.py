@@ -87,6 +87,8 @@ ATTACKS = {
     'head_kwargs is a text': (argument('head_kwargs', 'abc'), "head_kwargs is 'abc', not a table"),
     'code_dim is a text': (argument('head_kwargs', {'code_dim': '1'}), 'No model can be built'),
     'layers': (argument('backbone_kwargs', {'layers': [500] * 4}), 'layers in backbone_kwargs is'),
+    'layers of all stages': (argument('backbone_kwargs', {'layers': [64] * 4}), '160 together'),
+    'huge number': (argument('head_kwargs', {'code_dim': 10**400}), 'a number among the argum'),
     'window': (argument('backbone_kwargs', {'window_size': 2000}), 'window_size .* is 2000'),
     'window sizes': (argument('backbone_kwargs', {'window_sizes': [60] * 4}), 'window_sizes'),
     'label_names is a text': (set_at('label_names', 'abcde'), "label_names is 'abcde', not a list"),
@@ -170,23 +172,34 @@ def test_arguments_of_a_backbone_that_are_allowed(saved, options):
     assert read_config('local-dir', str(saved)).arguments['backbone_kwargs'] == options
 
 
-def test_trusted_configuration(saved):
-    """What is on no list needs the caller's word, and then works."""
-    model = timm_fisher.create_model(
-        'test_resnet', backbone_kwargs={'stem_width': 16}, img_size=2080, num_classes=5
-    ).eval()
-    with pytest.raises(ValueError, match=r"cannot be saved.*'stem_width'.*trust_config=True"):
-        timm_fisher.save_model(model, saved / 'new')
-    edit(saved, argument('img_size', 2080))
-    with pytest.raises(LoadError, match=r'img_size is 2080; at most 2048.*trust_config=True'):
-        timm_fisher.from_pretrained(saved)
-    with pytest.raises(LoadError, match=r'img_size is 2080'):
-        timm.create_model(f'local-dir:{saved}', pretrained=True)
+@pytest.mark.parametrize(
+    'arguments',
+    [
+        {'backbone_kwargs': {'stem_width': 16}},
+        {'img_size': 2080},
+    ],
+)
+def test_trusted_configuration(tmp_path, arguments):
+    """What is on no list is saved with a warning, and needs the word of whoever loads it."""
+    model = timm_fisher.create_model('test_resnet', num_classes=5, **arguments)
+    with pytest.warns(UserWarning, match=r'To load this model, trust_config=True is needed'):
+        timm_fisher.save_model(model, tmp_path)
+    for load in LOADERS.values():
+        with pytest.raises(LoadError, match=r'If you trust it, give trust_config=True\.$'):
+            load(tmp_path)
     for loaded in (
-        timm_fisher.from_pretrained(saved, trust_config=True),
-        timm.create_model(f'local-dir:{saved}', pretrained=True, trust_config=True),
+        timm_fisher.from_pretrained(tmp_path, trust_config=True),
+        timm.create_model(f'local-dir:{tmp_path}', pretrained=True, trust_config=True),
     ):
-        assert loaded._model_args['img_size'] == 2080
+        assert repr(loaded) == repr(model)
+        assert loaded._model_args == model._model_args
+
+
+@pytest.mark.parametrize(
+    'options', [{'init_values': 1e-5}, {'drop_block_rate': 0.1}, {'attn_drop_rate': 0.2}]
+)
+def test_rates_of_a_backbone(options):
+    check_config(config(IMAGES) | {'model_args': {**ARGUMENTS, 'backbone_kwargs': options}})
 
 
 # Images
@@ -204,16 +217,16 @@ REFUSED_IMAGES = [
     ({'crop_pct': 0.1, 'test_input_size': [3, 900, 64]}, r'resized to 900 / 0\.1 pixels'),
     ({'test_crop_pct': 0.1, 'input_size': [3, 900, 64]}, r'resized to 900 / 0\.1 pixels'),
     ({'input_size': [3, 64, 2049]}, 'images of 2049 pixels; at most 2048'),
-    ({'input_size': [65, 64, 64]}, 'input_size is .65, 64, 64., not three whole'),
+    ({'input_size': [1025, 64, 64]}, 'input_size is .1025, 64, 64., not three whole'),
     ({'interpolation': 'best'}, "interpolation is 'best', not one of nearest, bilinear"),
     ({'interpolation': ['bicubic']}, 'interpolation is .*bicubic'),
     ({'crop_mode': 'middle'}, "crop_mode is 'middle', not one of center, squash, border"),
-    ({'std': [0.2, 0, 0.2]}, r'std is \[0\.2, 0, 0\.2\], not up to 64 numbers from 1e-6 to 1000'),
+    ({'std': [0.2, 0, 0.2]}, r'std is \[0\.2, 0, 0\.2\], not numbers from 1e-6 to 1000'),
     ({'std': [-0.2] * 3}, 'std is'),
     ({'std': [1e-300] * 3}, 'std is'),
     ({'std': [float('inf')] * 3}, 'std is'),
     ({'std': [10**4000] * 3}, 'std is'),
-    ({'mean': [float('nan')] * 3}, 'mean is .*nan.*, not up to 64 numbers'),
+    ({'mean': [float('nan')] * 3}, 'mean is .*nan.*, not numbers'),
     ({'mean': [1e300] * 3}, 'mean is'),
     ({'mean': 0.5}, 'mean is 0.5, not'),
     ({'mean': []}, 'mean has 0 values for 3 channels'),
@@ -224,8 +237,11 @@ REFUSED_IMAGES = [
 ]  # fmt: skip
 
 
+ARGUMENTS = {'backbone': 'test_resnet', 'head': 'avg', 'num_classes': 5}
+
+
 def config(images):
-    arguments = {'backbone': 'test_resnet', 'head': 'avg', 'num_classes': images['num_classes']}
+    arguments = {**ARGUMENTS, 'num_classes': images['num_classes']}
     return {'architecture': 'timm_fisher', 'model_args': arguments, 'pretrained_cfg': images}
 
 

@@ -76,6 +76,18 @@ def seven_billion(folder):
     edit(folder, argument('backbone', 'vit_7b_patch16_dinov3'))
 
 
+def derived_tables(folder):
+    """A file of weights that is right, and has none: all memory is for what is computed."""
+    save_file({}, folder / 'model.safetensors')
+    arguments = {
+        'backbone': 'pixels', 'head': 'bilinear', 'num_classes': 0, 'in_chans': 1,
+        'head_kwargs': {'reduce_dim': None, 'normalize': False}, 'img_size': [100, 140],
+    }  # fmt: skip
+    images = {'input_size': [1, 100, 140], 'mean': [0.0], 'std': [1.0]}
+    config = {'architecture': 'timm_fisher', 'model_args': arguments, 'pretrained_cfg': images}
+    (folder / 'config.json').write_text(json.dumps({**config, 'num_classes': 0}))
+
+
 def of_arguments(**arguments):
     return lambda folder: edit(folder, lambda config: config['model_args'].update(arguments))
 
@@ -89,13 +101,13 @@ def of_images(size):
 
 
 ATTACKS = {
-    'empty tensors': (many_empty_tensors, '40000|header'),
+    'empty tensors': (many_empty_tensors, 'blocks from 0 to'),
     'length of the header': (huge_header, 'header has 8589934592 bytes'),
     'backbone of seven billion': (seven_billion, "'timm/vit_7b_patch16_dinov3.lvd1689m' cannot be"),
     'head': (of_arguments(head_kwargs={'code_dim': 900_000}), '900000'),
     'head of another shape': (of_arguments(head_kwargs={'code_dim': 5000}), 'not of this model'),
     'heads': (
-        of_arguments(head=[{'name': 'bilinear', 'reduce_dim': None}] * 16, head_kwargs=None),
+        of_arguments(head=[{'name': 'bilinear', 'reduce_dim': None}] * 8, head_kwargs=None),
         'not of this model',
     ),
     'backbone': (
@@ -106,19 +118,26 @@ ATTACKS = {
         'not of this model',
     ),
     'backbone of another kind': (of_arguments(backbone='vit_giant_patch14_224'), 'not of this mod'),
-    'layers': (of_arguments(backbone_kwargs={'layers': [64] * 4}), 'not of this model'),
-    'window': (
-        of_arguments(
-            backbone='swin_tiny_patch4_window7_224', img_size=2048,
-            backbone_kwargs={'window_size': 64},
-        ),
-        'not of this model',
-    ),
+    'layers': (of_arguments(backbone_kwargs={'layers': [40] * 4}), 'not of this model'),
     'endless loop': (
         of_arguments(
             backbone='tiny_vit_5m_224', backbone_kwargs={'window_sizes': [60] * 4}
         ),
         "'window_sizes', which is not among",
+    ),
+    'derived tables': (derived_tables, 'tables computed from its arguments would take'),
+    'windows': (
+        of_arguments(backbone='swinv2_tiny_window8_256', img_size=2048,
+                     backbone_kwargs={'window_size': 64}),
+        'tables computed from its arguments would take',
+    ),
+    'blocks of heads': (
+        of_arguments(head=[{'name': '3g', 'blocks': 16, 'reduce_dim': 4}] * 8, head_kwargs=None),
+        'not of this model',
+    ),
+    'iterations of heads': (
+        of_arguments(head=[{'name': 'gsnmf', 'updates': 1000}] * 8, head_kwargs=None),
+        'not of this model',
     ),
     'images': (of_images(7000), 'img_size is 7000'),
     'images of a transformer': (
@@ -129,11 +148,10 @@ ATTACKS = {
 }  # fmt: skip
 
 
-WITHOUT_WEIGHTS = ('head', 'heads', 'backbone', 'endless loop', 'images')
+WITHOUT_WEIGHTS = ('head', 'heads', 'backbone', 'derived tables', 'endless loop', 'images')
 
 
 def test_attacks_cost_little(originals, tmp_path):
-    """With a profiler running, too, which once switched a limit off."""
     folders = []
     for name, (attack, _) in ATTACKS.items():
         folders.append(copy(originals / 'sparse_fisher', tmp_path / name))

@@ -102,6 +102,83 @@ def test_colour_model_for_grey_images(tmp_path):
     torch.testing.assert_close(loaded(x), model(x.expand(-1, 3, -1, -1)), rtol=1e-4, atol=1e-5)
 
 
+def test_grey_model_of_a_deep_stem(tmp_path):
+    """Its stem has sixteen channels for each of the image's."""
+    model = timm_fisher.create_model('tresnet_m', 'avg', num_classes=3).eval()
+    timm_fisher.save_model(model, tmp_path)
+    x = images(channels=1)
+    expected = model(x.expand(-1, 3, -1, -1))
+    torch.testing.assert_close(load(tmp_path, in_chans=1)(x), expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(('saved', 'wanted'), [(3, 6), (1, 1), (4, 4)])
+def test_other_channels(tmp_path, saved, wanted):
+    timm_fisher.save_model(create(in_chans=saved), tmp_path)
+    assert load(tmp_path, in_chans=wanted)(images(wanted)).shape == (2, 5)
+
+
+@pytest.mark.parametrize(('saved', 'wanted'), [(1, 3), (4, 1), (4, 3), (6, 3), (6, 1)])
+def test_channels_that_cannot_be_adapted(tmp_path, saved, wanted):
+    timm_fisher.save_model(create(in_chans=saved), tmp_path)
+    error = f'cannot be adapted to images of {wanted} channels'
+    with pytest.raises(timm_fisher.LoadError, match=error):
+        load(tmp_path, in_chans=wanted)
+
+
+def test_arguments_of_the_head_are_merged(tmp_path):
+    model = create(code_dim=8, iterations=3, normalize=False)
+    timm_fisher.save_model(model, tmp_path)
+    x = images()
+    assert torch.equal(load(tmp_path, head_kwargs={'code_dim': 8})(x), model(x))
+    other = load(tmp_path, head_kwargs={'normalize': True})
+    assert other.head.iterations == 3
+    assert other.head.normalize
+    assert torch.equal(load(tmp_path, last_stride=None, in_chans=None)(x), model(x))
+
+
+def test_loaded_in_inference_mode(tmp_path):
+    timm_fisher.save_model(create(), tmp_path)
+    with torch.inference_mode():
+        model = load(tmp_path)
+    model(images()).sum().backward()
+
+
+class Plain(timm_fisher.PoolingHead):
+    """A head of somebody who does not know what a model keeps."""
+
+    def __init__(self, in_features, *, kind='persistent'):
+        super().__init__()
+        self.in_features = self.out_features = in_features
+        self.norm = torch.nn.BatchNorm1d(in_features).eval()
+        if kind in ('persistent', 'other'):
+            self.register_buffer('w', torch.arange(in_features), persistent=kind == 'persistent')
+        elif kind == 'uint8':
+            self.register_buffer('w', torch.arange(in_features).to(torch.uint8))
+        else:
+            self.w = torch.arange(in_features)
+        self.seen = {}
+
+    def forward(self, x):
+        self.seen.setdefault('w', torch.ones(len(self.w), device=x.device))
+        return x.mean(1) * self.w * self.seen['w']
+
+
+@pytest.mark.parametrize('kind', ['persistent', 'uint8', 'other', 'attribute'])
+def test_head_of_somebody_else(tmp_path, monkeypatch, kind):
+    """What could not be loaded is not saved."""
+    monkeypatch.setattr('timm_fisher.heads.gem.GeM', Plain)
+    model, x = create('gem', kind=kind).eval(), images()
+    assert not model.head.norm.training
+    before = model(x)
+    if kind in ('persistent', 'uint8'):
+        timm_fisher.save_model(model, tmp_path)
+        assert torch.equal(load(tmp_path)(x), before)
+        return
+    with pytest.raises(ValueError, match=r"cannot be saved: .*Plain has the tensor 'w', which is"):
+        timm_fisher.save_model(model, tmp_path / 'new')
+    assert not list((tmp_path / 'new').iterdir())
+
+
 @pytest.mark.parametrize('save', SAVE)
 def test_model_that_no_factory_made(tmp_path, save):
     model = timm_fisher.PooledModel('test_resnet', 'sparse_fisher', head_kwargs={'code_dim': 3})

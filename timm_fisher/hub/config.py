@@ -9,7 +9,6 @@ file. `trust_config=True` of the caller lifts the limits on the backbone's argum
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,13 +24,13 @@ from timm_fisher.registry import nearest
 ARCHITECTURE = 'timm_fisher'
 MOST_BYTES = 2**23  # of the file
 MOST_CLASSES = 1_000_000
-MOST_HEADS = 16
+MOST_HEADS = 8
 MOST_VALUES = 1000  # in the arguments of heads
 LARGEST_IMAGE = 2048  # side in pixels
 LARGEST_RESIZE = 8192  # side in pixels, before the middle is cut out
 INTERPOLATIONS = ('nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos')
 CROP_MODES = ('center', 'squash', 'border')
-TRUST = 'If you trust it, give trust_config=True.'
+TRUST = 'If you trust it, give trust_config=True'
 
 
 @dataclass(frozen=True)
@@ -159,7 +158,7 @@ def _is_text(longest: int) -> Callable[[Any], bool]:
 
 
 def _is_architecture(value: Any) -> bool:
-    return isinstance(value, str) and timm.is_model(timm.models.get_arch_name(value))
+    return _is_text(100)(value) and timm.is_model(timm.models.get_arch_name(value))
 
 
 def _is_table(value: Any) -> bool:
@@ -186,7 +185,7 @@ _ARGUMENTS: dict[str, _Check] = {
     'head_kwargs': ('a table', _is_table),
     'backbone_kwargs': ('a table', _is_table),
     'num_classes': (f'a whole number up to {MOST_CLASSES}', _is_whole(0, MOST_CLASSES)),
-    'in_chans': ('a whole number from 1 to 64', _is_whole(1, 64)),
+    'in_chans': ('a whole number from 1 to 1024', _is_whole(1, 1024)),
     'img_size': ('one or two whole numbers', _is_size(1, 2, 2**31)),
     'drop_rate': ('a number from 0 to 1', _is_number(0, 1)),
     'drop_path_rate': ('a number from 0 to 1', _is_number(0, 1)),
@@ -197,7 +196,13 @@ _ARGUMENTS: dict[str, _Check] = {
 
 # Arguments of timm's backbones that change shapes in known ways.
 _SMALL = ('whole numbers from 1 to 64', _is_whole(1, 64))
-_several = _is_list(_is_whole(1, 64), 8)
+MOST_LAYERS = 160  # of all stages together
+
+
+def _several(value: Any) -> bool:
+    return _is_list(_is_whole(1, 64), 8)(value) and sum(value) <= MOST_LAYERS
+
+
 _wide = _is_list(_is_whole(1, 4096), 8)
 _FLAG = ('true or false', lambda value: isinstance(value, bool))
 
@@ -218,11 +223,15 @@ _BACKBONE_ARGUMENTS: dict[str, _Check] = {
     'channels': ('up to 8 whole numbers from 1 to 4096', _wide),
     **dict.fromkeys(('depth', 'reg_tokens'), _SMALL),
     'num_heads': ('whole numbers from 1 to 64', lambda v: _is_whole(1, 64)(v) or _several(v)),
-    **dict.fromkeys(('depths', 'layers'), ('up to 8 whole numbers from 1 to 64', _several)),
+    **dict.fromkeys(('depths', 'layers'), (f'whole numbers, {MOST_LAYERS} together', _several)),
     **dict.fromkeys(
         ('dynamic_img_size', 'dynamic_img_pad', 'strict_img_size', 'always_partition',
          'class_token', 'no_embed_class', 'use_fc_norm'),
         _FLAG,
+    ),
+    **dict.fromkeys(
+        ('drop_rate', 'drop_block_rate', 'proj_drop_rate', 'attn_drop_rate', 'init_values'),
+        ('a number from 0 to 1', _is_number(0, 1)),
     ),
     'threshold': ('a number from 0 to 1', _is_number(0, 1)),  # of pixels
 }  # fmt: skip
@@ -253,20 +262,20 @@ def _check_heads(arguments: Mapping[str, Any]) -> None:
             todo += value
         elif isinstance(value, str) and problem(value, 1000):
             raise ValueError(f'a text among the arguments of the heads {problem(value, 1000)}')
-        elif type(value) in (int, float) and not (math.isfinite(value) and abs(value) < 2**63):
+        elif type(value) in (int, float) and not abs(value) < 2**63:
             raise ValueError(f'a number among the arguments of the heads is {_shown(value)}')
 
 
 _ROOT_KEYS = ('num_classes', 'label_names', 'label_descriptions')  # which timm takes first
 _CROP = ('a number from 0.1 to 2.0', _is_number(0.1, 2.0))
 _IMAGE_SIZE = (
-    'three whole numbers: up to 64 channels, height and width',
-    lambda value: isinstance(value, list) and _is_size(1, 3, 2**31)(value) and value[0] <= 64,
+    'three whole numbers: up to 1024 channels, height and width',
+    lambda value: isinstance(value, list) and _is_size(1, 3, 2**31)(value) and value[0] <= 1024,
 )
 _IMAGES: dict[str, _Check] = {
     **dict.fromkeys(('input_size', 'test_input_size', 'min_input_size'), _IMAGE_SIZE),
-    'mean': ('up to 64 numbers from -1000 to 1000', _is_list(_is_number(-1000, 1000), 64)),
-    'std': ('up to 64 numbers from 1e-6 to 1000', _is_list(_is_number(1e-6, 1000), 64)),
+    'mean': ('numbers from -1000 to 1000', _is_list(_is_number(-1000, 1000), 1024)),
+    'std': ('numbers from 1e-6 to 1000', _is_list(_is_number(1e-6, 1000), 1024)),
     **dict.fromkeys(('crop_pct', 'test_crop_pct'), _CROP),
     'interpolation': (f'one of {", ".join(INTERPOLATIONS)}', _is_one_of(*INTERPOLATIONS)),
     'crop_mode': (f'one of {", ".join(CROP_MODES)}', _is_one_of(*CROP_MODES)),

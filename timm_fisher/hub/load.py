@@ -22,6 +22,7 @@ from timm_fisher.registry import check_arguments, nearest
 SOURCES = ('hf-hub', 'local-dir')  # where timm finds a saved model by its name
 # Arguments of the factory that no model has.
 LOADING = ('pretrained', 'pretrained_cfg_overlay', 'cache_dir')
+MOST_DERIVED = 2**28  # bytes of tables beside four times the stored weights
 UNPROVEN = 2**26  # values of head and classifier that are made up where no weights are loaded
 HUB_USER = 'timm-fisher'
 RELEASED = (
@@ -117,10 +118,12 @@ def load(
         backbone: where an adapter's backbone comes from instead of the Hub: a name that
             `timm.create_model` takes, such as 'local-dir:FOLDER'.
         any_backbone: take other weights of the backbone than an adapter was trained with.
-        trust_config: lift the limits on the backbone's arguments and on the size of images.
+        trust_config: lift the limits on the backbone's arguments, on the size of images, and on
+            memory that the weights do not fill.
         pretrained_cfg_overlay: replaces what was saved about images.
         cache_dir: of downloads.
-        **arguments: of `PooledModel`, in place of those that were saved.
+        **arguments: of `PooledModel`, in place of those that were saved; `head_kwargs` are merged
+            as long as the head stays the same.
 
     Raises:
         TypeError: an unknown argument.
@@ -129,9 +132,17 @@ def load(
     """
     check_arguments('A saved model', PooledModel, arguments, given=('backbone', *LOADING))
     saved = read_config(source, place, cache_dir, trust_config=trust_config)
+    arguments = {key: value for key, value in arguments.items() if value is not None}
+    if (
+        'head_kwargs' in arguments
+        and arguments.get('head', saved.arguments['head']) == (saved.arguments['head'])
+    ):
+        arguments['head_kwargs'] = saved.arguments.get('head_kwargs', {}) | arguments['head_kwargs']
     if pretrained:
         headers = [read_header(find_file(WEIGHTS, source, place, cache_dir), place)]
         model = _build(saved, arguments, place)
+        if not trust_config:
+            _check_derived(model, headers[0].path.stat().st_size, place)
         if is_adapter(saved, headers[0]):
             headers.append(_find_backbone(saved, backbone, cache_dir, place))
         elif backbone is not None:
@@ -140,7 +151,9 @@ def load(
                 'head and classifier alone.'
             )
         if torch.get_default_device().type != 'meta':
-            _fill(model, saved, headers, any_backbone)
+            with torch.inference_mode(False):  # whose tensors could not be trained later
+                _fill(model, saved, headers, any_backbone)
+                model.to(torch.get_default_device())
         model.backbone_weights = None if any_backbone else saved.backbone_weights
     else:
         model = _build_fresh(saved, arguments, place, trust_config)
@@ -177,6 +190,7 @@ def _build(saved: SavedConfig, arguments: Mapping[str, Any], where: str) -> Pool
             f"No model can be built from the config.json of '{where}': "
             f'{type(error).__name__}: {error}'
         ) from error
+    _check_rebuildable(model)
     return model
 
 
@@ -188,10 +202,12 @@ def _build_fresh(
     with torch.device('meta'):
         plain = timm.create_model(saved.arguments['backbone'], num_classes=0)
     more = _count(model) - _count(plain)
+    if not trust_config:
+        _check_derived(model, 0, where)
     if more > UNPROVEN and not trust_config:
         raise LoadError(
             f"The config.json of '{where}' is refused: without weights it asks for {more} values "
-            f'beside those of its backbone; at most {UNPROVEN} are allowed. {TRUST}'
+            f'beside those of its backbone; at most {UNPROVEN} are allowed. {TRUST}.'
         )
     if torch.get_default_device().type == 'meta':
         return model
@@ -245,12 +261,10 @@ def _fill(
 ) -> None:
     """Give a model on the meta device its tensors, once all headers are exactly of it; of an
     adapter the second header is that of the backbone."""
-    expected = model.state_dict()
+    expected, where = model.state_dict(), headers[0].where
     channels = saved.arguments.get('in_chans', saved.images['input_size'][0])
-    stems = _stems(model) if channels != model.in_chans else []
-    for name in stems:  # as they were saved
-        out, _, *kernel = expected[name].shape
-        expected[name] = expected[name].new_empty(out, channels, *kernel)
+    if channels != model.in_chans:  # look for the stem as it was saved
+        expected = _build(saved, {}, where).state_dict()
     parts = [expected]
     if len(headers) > 1:
         of_backbone = {k: v for k, v in expected.items() if k.startswith('backbone.')}
@@ -264,8 +278,9 @@ def _fill(
         tensors |= read_tensors(header, part)
     if len(headers) > 1 and not any_backbone:
         _check_digest({k: tensors[k] for k in parts[1]}, saved, headers)
-    for name in stems:
-        tensors[name] = _adapt_stem(tensors[name], model.in_chans, headers[0].where)
+    for name, wanted in model.state_dict().items():
+        if tensors[name].shape != wanted.shape:
+            tensors[name] = _adapt_stem(tensors[name], model.in_chans, wanted.shape, where)
     model.load_state_dict(tensors, strict=True, assign=True)
     _rebuild_derived_buffers(model)
 
@@ -285,36 +300,70 @@ def _check_digest(
         )
 
 
-def _stems(model: PooledModel) -> list[str]:
-    """Names of the weights that read the channels of the image."""
-    names = model.pretrained_cfg['first_conv'] or ()
-    return [f'{name}.weight' for name in ([names] if isinstance(names, str) else names)]
-
-
-def _adapt_stem(weight: Tensor, channels: int, where: str) -> Tensor:
+def _adapt_stem(weight: Tensor, channels: int, shape: torch.Size, where: str) -> Tensor:
     """Weights of a stem for another number of image channels, as timm adapts them."""
     try:
         adapted: Tensor = adapt_input_conv(channels, weight)
-    except NotImplementedError as error:
+    except (AssertionError, NotImplementedError, RuntimeError):
+        adapted = weight
+    if adapted.shape != shape:
         raise LoadError(
-            f"'{where}' reads images of {weight.shape[1]} channels, and cannot be adapted to "
-            f'{channels}.'
-        ) from error
+            f"The first layer of '{where}', {tuple(weight.shape)}, cannot be adapted to images of "
+            f'{channels} channels.'
+        )
     return adapted
+
+
+def _check_derived(model: nn.Module, stored: int, where: str) -> None:
+    """Refuse what would fill memory that no stored tensor accounts for: buffers that are computed
+    from the arguments."""
+    saved = model.state_dict().keys()
+    size = sum(b.numel() * b.element_size() for n, b in model.named_buffers() if n not in saved)
+    if size > MOST_DERIVED + 4 * stored:
+        raise LoadError(
+            f"The config.json of '{where}' is refused: tables computed from its arguments would "
+            f'take {size} bytes, for {stored} bytes of weights. {TRUST}.'
+        )
 
 
 def _rebuild_derived_buffers(model: nn.Module) -> None:
     """Give buffers that are not saved their values, as timm's layers do."""
     for module in model.modules():
-        rebuild: Any = getattr(module, 'init_non_persistent_buffers', None)
         for name, buffer in module.named_buffers(recurse=False):
             if buffer.is_meta:
-                if rebuild is None:
-                    raise LoadError(
-                        f"{type(module).__name__} has the buffer '{name}', which is not saved. "
-                        'Register it as a persistent one, or write '
-                        'init_non_persistent_buffers(), which computes it.'
-                    )
                 setattr(module, name, torch.empty_like(buffer, device='cpu'))
+        rebuild: Any = getattr(module, 'init_non_persistent_buffers', None)
         if rebuild is not None:
             rebuild()
+
+
+def _check_rebuildable(model: nn.Module) -> None:
+    """Refuse a model with tensors that neither its weights nor its modules bring back."""
+    saved = model.state_dict().keys()
+    for place, module in model.named_modules():
+        names = [name for name, _ in module.named_buffers(recurse=False)]
+        lost = [name for name in names if f'{place}.{name}'.lstrip('.') not in saved]
+        if hasattr(module, 'init_non_persistent_buffers'):
+            lost = []
+        lost += [name for name, value in vars(module).items() if isinstance(value, Tensor)]
+        if lost:
+            raise LoadError(
+                f"{type(module).__name__} has the tensor '{lost[0]}', which is not saved and could "
+                'not be computed again. Use register_buffer, or write '
+                'init_non_persistent_buffers().'
+            )
+
+
+def check_saved(folder: Path) -> None:
+    """Refuse what was written, if it could not be loaded: all of `load` but reading the weights.
+
+    Raises:
+        LoadError: why not.
+    """
+    saved = read_config('local-dir', str(folder), trust_config=True)
+    header = read_header(folder / WEIGHTS, str(folder))
+    model = _build(saved, {}, str(folder))
+    expected = model.state_dict()
+    if is_adapter(saved, header):
+        expected = {k: v for k, v in expected.items() if not k.startswith('backbone.')}
+    check_tensors(header, expected, 'as it would be loaded')

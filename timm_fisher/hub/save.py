@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,11 @@ from safetensors.torch import save_file
 from timm.models._hub import save_config_for_hf
 
 from timm_fisher.backbone import WEIGHTS, digest
+from timm_fisher.errors import LoadError
 from timm_fisher.hub import readme
 from timm_fisher.hub.card import make_card
 from timm_fisher.hub.config import MOST_BYTES, check_config
+from timm_fisher.hub.load import check_saved
 from timm_fisher.hub.metrics import check_metrics, read_metrics
 from timm_fisher.hub.replace import replace_files
 from timm_fisher.hub.weights import is_finite
@@ -179,9 +182,13 @@ def _write_model(
     try:
         if len(text) > MOST_BYTES:
             raise ValueError(f'config.json would have {len(text)} bytes, more than {MOST_BYTES}')
-        check_config(written)
+        check_config(written, trust_config=True)
     except ValueError as error:  # what cannot be loaded is not saved
         raise ValueError(f'The model cannot be saved: {error}.') from None
+    try:
+        check_config(written)
+    except ValueError as error:
+        warnings.warn(f'To load this model, trust_config=True is needed: {error}.', stacklevel=4)
     state = model.state_dict()
     if unknown := sorted(set(float16) - set(state)):
         raise ValueError(f"The model has no tensor '{unknown[0]}' to be stored in float16.")
@@ -205,6 +212,10 @@ def _write_model(
             f'A {type(model.backbone).__name__} uses some tensors in several places, which '
             'safetensors cannot store. Choose another backbone for a model that is saved.'
         ) from None
+    try:
+        check_saved(folder)
+    except LoadError as error:
+        raise ValueError(f'The model cannot be saved: {error}') from error
     # safetensors makes its file private; the umask of the config is what the user wants.
     shutil.copymode(path, folder / WEIGHTS)
     return written

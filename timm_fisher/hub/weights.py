@@ -18,7 +18,10 @@ from timm_fisher.hub.replace import check_whole
 LONGEST_HEADER = 2**24  # bytes; timm's largest models have less than one MiB
 # Types in a file that may stand for the types of a model.
 _FLOATS = ('F64', 'F32', 'F16', 'BF16')
-_OTHERS = {torch.int64: ('I64',), torch.int32: ('I32',), torch.bool: ('BOOL',)}
+_OTHERS = {
+    torch.bool: ('BOOL',), torch.uint8: ('U8',), torch.int8: ('I8',), torch.int16: ('I16',),
+    torch.int32: ('I32',), torch.int64: ('I64',),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
