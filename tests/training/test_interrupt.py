@@ -15,7 +15,7 @@ from run_checks import TWO_STAGES, check_same_runs
 
 import timm_fisher
 from timm_fisher.training import run
-from timm_fisher.training.interrupt import Interrupted
+from timm_fisher.training.checkpoint import Interrupted
 
 OPTIONS = {'stages': TWO_STAGES, 'test_split': None, 'batch_size': 8}  # 3 steps an epoch
 

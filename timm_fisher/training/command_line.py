@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -87,14 +88,11 @@ class _Parser(jsonargparse.ArgumentParser):
 
 def _add_positional(parser: _Parser, settings: type[Any], name: str) -> None:
     kind = get_type_hints(settings)[name]
-    field = next(field for field in dataclasses.fields(settings) if field.name == name)
-    required = field.default is field.default_factory is dataclasses.MISSING
+    required = inspect.signature(settings).parameters[name].default is inspect.Parameter.empty
     if get_origin(kind) is list:
         parser.add_argument(name, nargs='+' if required else '*', type=get_args(kind)[0])
-    elif required:
-        parser.add_argument(name, type=kind)
     else:
-        parser.add_argument(name, nargs='?', type=kind)
+        parser.add_argument(name, nargs=None if required else '?', type=kind)
 
 
 def _names(settings: Any) -> set[str]:
@@ -110,7 +108,4 @@ def _names(settings: Any) -> set[str]:
 
 def _with_underscores(argument: str) -> str:
     """`--data-dir=a-b` -> `--data_dir=a-b`."""
-    name = re.match(r'--[\w.-]+', argument)
-    return (
-        name[0][:2] + name[0][2:].replace('-', '_') + argument[name.end() :] if name else argument
-    )
+    return re.sub(r'(?<=^--)[\w.-]+', lambda name: name[0].replace('-', '_'), argument)

@@ -64,14 +64,11 @@ def cache_features(
     paths = [stem.with_name(f'{stem.name}-{i}.npy') for i in range(len(model.descriptors))]
     # The main process decides for all: another run may publish the same files at any moment.
     if not broadcast_object_list([all(path.exists() for path in paths)])[0]:
-        _write(
-            paths,
-            lambda images: model.descriptors.features(model.backbone, images),
-            dataset,
-            config,
-            accelerator,
-            what='cache features',
-        )
+
+        def features(images: Tensor) -> list[Tensor]:
+            return model.descriptors.features(model.backbone, images)
+
+        _write(paths, features, dataset, config, accelerator)
     return Cached(paths, dataset.split.labels, 'features')
 
 
@@ -85,14 +82,11 @@ def cache_pooled(
     """
     model.to(accelerator.device).eval()
     path = Path(config.output, 'pooled', f'{name}.npy')
-    _write(
-        [path],
-        lambda features: [model.forward_head(features, pre_logits=True)],
-        features,
-        config,
-        accelerator,
-        what=f'pool {name}',
-    )
+
+    def pool(x: list[Tensor]) -> list[Tensor]:
+        return [model.forward_head(x, pre_logits=True)]
+
+    _write([path], pool, features, config, accelerator)
     return Cached([path], features.labels, 'pooled')
 
 
@@ -103,8 +97,6 @@ def _write(
     dataset: Images | Cached,
     config: Config,
     accelerator: Accelerator,
-    *,
-    what: str,
 ) -> None:
     """Write what a function of a batch gives, a list of tensors, one file for each of them."""
     device, main = accelerator.device, accelerator.is_main_process
@@ -127,7 +119,7 @@ def _write(
         workers = config.workers if dataset.gives == 'images' else 0
         loader = DataLoader(Subset(dataset, share), batch_size, num_workers=workers)
         start = 0
-        for batch, labels in tqdm(loader, what, disable=not main or None):
+        for batch, labels in tqdm(loader, f'read {dataset.gives}', disable=not main or None):
             rows = list(share[start : start + len(labels)])
             for array, tensor in zip(arrays, call(batch), strict=True):
                 array[rows] = tensor.float().cpu().numpy()
