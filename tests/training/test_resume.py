@@ -182,7 +182,7 @@ def test_run_stopped_while_it_saves(recipe, stop, few_images, tmp_path, epoch):
     expected = recipe(output=tmp_path / 'expected', **options)
     name = f'checkpoint-{epoch:04d}'
     moments = {
-        'model': (run.Run, '_save_model', lambda run, path: name in str(path)),
+        'model': (run.Run, 'save_model', lambda run, path: name in str(path)),
         'progress': (checkpoint, 'write', lambda path, text: name in str(path)),
         'log': (
             checkpoint,

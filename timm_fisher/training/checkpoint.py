@@ -9,7 +9,7 @@ import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,13 @@ def open_folder(config: Config, accelerator: Accelerator) -> Iterator[Path]:
                 raise ValueError(f"--resume: '{output}' holds no run (no config.yaml).")
             if accelerator.is_main_process:
                 output.mkdir(parents=True, exist_ok=True)
-                _acquire(lock, output)
+                with suppress(Timeout):
+                    lock.acquire()
+                if not lock.is_locked:
+                    raise ValueError(
+                        f"Another run is writing to '{output}'. Wait for its end, or give another "
+                        '--output.'
+                    )
             if latest_checkpoint(output):
                 _check_settings(output, config)
             elif accelerator.is_main_process:
@@ -47,15 +53,6 @@ def open_folder(config: Config, accelerator: Accelerator) -> Iterator[Path]:
         yield output
     finally:
         lock.release()
-
-
-def _acquire(lock: FileLock, output: Path) -> None:
-    try:
-        lock.acquire()
-    except Timeout:
-        raise ValueError(
-            f"Another run is writing to '{output}'. Wait for its end, or give another --output."
-        ) from None
 
 
 def _check_settings(output: Path, config: Config) -> None:
@@ -131,14 +128,12 @@ def save_checkpoint(
     main = accelerator.is_main_process
     if main:
         shutil.rmtree(partial, ignore_errors=True)
-    accelerator.wait_for_everyone()
-    accelerator.save_state(str(partial))
-    if main:
         save_model(partial / 'model')
     accelerator.wait_for_everyone()
+    accelerator.save_state(str(partial))
+    accelerator.wait_for_everyone()
     if main:
-        lines = ''.join(json.dumps(row) + '\n' for row in progress.history)
-        write(output / 'log.jsonl', lines)
+        write(output / 'log.jsonl', ''.join(json.dumps(row) + '\n' for row in progress.history))
         progress.setting = _setting(accelerator)
         write(partial / 'progress.json', json.dumps(asdict(progress)))
         os.replace(partial, final)
@@ -149,11 +144,7 @@ def save_checkpoint(
 
 
 def load_progress(checkpoint: Path, accelerator: Accelerator) -> Progress:
-    """The progress of a run.
-
-    Raises:
-        ValueError: it had another number of processes, or another precision.
-    """
+    """The progress of a run; ValueError if it had other processes or another precision."""
     progress = Progress(**json.loads((checkpoint / 'progress.json').read_text()))
     now = _setting(accelerator)
     if progress.setting != now:
@@ -162,10 +153,8 @@ def load_progress(checkpoint: Path, accelerator: Accelerator) -> Progress:
 
 
 def _setting(accelerator: Accelerator) -> dict[str, Any]:
-    return {
-        'processes': accelerator.num_processes,
-        'mixed_precision': accelerator.mixed_precision,
-    }
+    keys = {'processes': 'num_processes', 'mixed_precision': 'mixed_precision'}
+    return {key: getattr(accelerator, name) for key, name in keys.items()}
 
 
 class Interrupted(KeyboardInterrupt):

@@ -56,9 +56,7 @@ def parse(
         positional: field whose value, or list of values, is given without a name.
         arguments: None for those of this process.
     """
-    # jsonargparse makes parsers of nested settings from the class of this one.
-    parser_class: type[_Parser] = type('_Parser', (_Parser,), {'known': _names(settings)})
-    parser = parser_class(description=(settings.__doc__ or '').partition('\n')[0])
+    parser = _Parser(description=(settings.__doc__ or '').partition('\n')[0])
     parser.add_argument('--config', action='config', help='YAML file of these options')
     parser.add_class_arguments(settings, skip={positional} if positional else set())
     if positional:
@@ -75,13 +73,12 @@ def parse(
 
 
 class _Parser(jsonargparse.ArgumentParser):
-    known: set[str]
-
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """As the base class, with the nearest valid names for an unknown one."""
         unknown = re.findall(r"--([\w.]+)|[Oo]ption '([\w.]+)'", str(message))
-        for name in {(a or b).split('.')[-1] for a, b in unknown} - self.known:
-            message = f'{message}.{nearest(name, self.known)}'
+        known = {action.dest.split('.')[-1] for action in self._actions}
+        for name in {(a or b).split('.')[-1] for a, b in unknown} - known:
+            message = f'{message}.{nearest(name, known)}'
         super().error(message, ex)
         raise AssertionError('unreachable')
 
@@ -93,17 +90,6 @@ def _add_positional(parser: _Parser, settings: type[Any], name: str) -> None:
         parser.add_argument(name, nargs='+' if required else '*', type=get_args(kind)[0])
     else:
         parser.add_argument(name, nargs=None if required else '?', type=kind)
-
-
-def _names(settings: Any) -> set[str]:
-    """Names of all fields, those of nested dataclasses included."""
-    names: set[str] = set()
-    for name, kind in get_type_hints(settings).items():
-        names.add(name)
-        for inner in (kind, *get_args(kind)):
-            if dataclasses.is_dataclass(inner):
-                names |= _names(inner)
-    return names
 
 
 def _with_underscores(argument: str) -> str:

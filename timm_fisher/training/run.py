@@ -101,7 +101,8 @@ def train(config: Config) -> dict[str, Any]:
         # Stages
         for name, stage in config.stages.items():
             run.train_stage(name, stage)
-        run.save_last()
+        if accelerator.is_main_process:
+            run.save_model(output / 'last')
 
         # Evaluate the best epoch
         split = 'test' if 'test' in images else 'val'
@@ -199,10 +200,8 @@ class Run:
     def _prepare(self, name: str, stage: Stage) -> tuple[Training, Images | Cached]:
         """What a stage trains with, and its validation data."""
         config, accelerator = self.config, self.accelerator
-        datasets = self._datasets(stage)
+        datasets = self._datasets(stage, pool=True)
         freeze(self.model, name, stage)
-        if stage.train == 'classifier' and config.caches(stage) and not stage.head_loss:
-            datasets = self._pooled(datasets)
         # Seeded by the stage, so that resuming at its beginning is exact; and by the rank, so that
         # the ranks draw different augmentation and dropout.
         number = list(config.stages).index(name)
@@ -251,8 +250,8 @@ class Run:
         progress.steps += len(training.loader)
         progress.scheduler = scheduler.state_dict()
         if progress.add(row) and self.accelerator.is_main_process:
-            self._save_model(self.output / 'model')
-        save_checkpoint(self.output, progress, self.accelerator, self._save_model)
+            self.save_model(self.output / 'model')
+        save_checkpoint(self.output, progress, self.accelerator, self.save_model)
 
     def _train_epoch(self, training: Training, epoch: int) -> float:
         """One pass over the training set, which `epoch`, from 0, puts in order; its mean loss over
@@ -310,11 +309,6 @@ class Run:
                 'clip_grad, or mixed_precision no or bf16.'
             )
 
-    def save_last(self) -> None:
-        """Write last/, the model as it is now."""
-        if self.accelerator.is_main_process:
-            self._save_model(self.output / 'last')
-
     def evaluate_best(self, split: str) -> dict[str, Any]:
         """The results of the epoch that validated best, which the model becomes."""
         stage = self.config.stages[self.progress.best['stage']]
@@ -337,26 +331,24 @@ class Run:
             write(self.output / 'metrics.json', json.dumps(metrics, indent=2) + '\n')
         return metrics
 
-    def _datasets(self, stage: Stage) -> dict[str, Images] | dict[str, Cached]:
-        """Images, or features of the backbone as it is now where the stage works on those."""
-        if not self.config.caches(stage):
+    def _datasets(self, stage: Stage, *, pool: bool = False) -> dict[str, Any]:
+        """Images, or what a stage with a frozen backbone works on: features of the model as it is
+        now or, to `pool`, its pooled vectors where the classifier alone is trained."""
+        config = self.config
+        if not config.caches(stage):
             return self.images
+        pool = pool and stage.train == 'classifier' and not stage.head_loss
+        cached = {}
         with self._timed('features'):
-            features = {
-                name: cache_features(self.model, images, self.config, self.accelerator)
-                for name, images in self.images.items()
-                if name != 'augmented'
-            }
-        return {**features, 'augmented': features['train']}
-
-    def _pooled(self, features: dict[str, Any]) -> dict[str, Cached]:
-        """Pooled vectors of features, for a stage that trains the classifier alone."""
-        with self._timed('features'):
-            pooled = {
-                name: cache_pooled(self.model, features[name], name, self.config, self.accelerator)
-                for name in ('train', 'val')
-            }
-        return {**pooled, 'augmented': pooled['train']}
+            for name in (name for name in self.images if name != 'augmented'):
+                images = self.images[name]
+                cached[name] = cache_features(self.model, images, config, self.accelerator)
+                if pool and name != 'test':
+                    path = self.output / 'pooled' / f'{name}.npy'
+                    cached[name] = cache_pooled(
+                        self.model, cached[name], path, config, self.accelerator
+                    )
+        return {**cached, 'augmented': cached['train']}
 
     def _loader(
         self, dataset: Dataset[Any], *, shuffle: bool = False, drop_last: bool = False
@@ -398,13 +390,10 @@ class Run:
         yield
         self.progress.seconds[what] += time.perf_counter() - start
 
-    def _save_model(self, folder: Path) -> None:
-        timm_fisher.save_model(
-            self.model,
-            folder,
-            label_names=self.classes or None,
-            data_config=self.data_config,
-        )
+    def save_model(self, folder: Path) -> None:
+        """Write the model as it is now."""
+        label_names, data_config = self.classes or None, self.data_config
+        timm_fisher.save_model(self.model, folder, label_names=label_names, data_config=data_config)
 
     def _load_weights(self, folder: Path) -> None:
         self.model.load_state_dict(safetensors.torch.load_file(folder / 'model.safetensors'))
