@@ -21,6 +21,8 @@ from filelock import FileLock, Timeout
 from timm_fisher.files import write
 from timm_fisher.training.config import Config
 
+TIMED = ('features', 'fit', 'train')
+
 
 @contextmanager
 def open_folder(config: Config, accelerator: Accelerator) -> Iterator[Path]:
@@ -64,13 +66,10 @@ def _check_settings(output: Path, config: Config) -> None:
         )
     old = yaml.safe_load((output / 'config.yaml').read_text())
     new = yaml.safe_load(config.to_yaml())
-    changed = [
-        f'{key} was {old.get(key)!r}, is {new[key]!r}'
-        for key in new.keys() - {'resume', 'output', 'workers', 'cache_dir'}
-        if new[key] != old.get(key)
-    ]
+    free = ('resume', 'output', 'workers', 'cache_dir')
+    changed = [key for key in new if key not in free and new[key] != old.get(key)]
     if changed:
-        text = '; '.join(sorted(changed))
+        text = '; '.join(f'{key} was {old.get(key)!r}, is {new[key]!r}' for key in changed)
         raise ValueError(f"--resume must keep the settings of '{output}': {text}.")
 
 
@@ -84,22 +83,20 @@ class Progress:
     """How far a run has come.
 
     Attributes:
+        setting: what the launcher decides, and an exact resume needs again.
         history: a row for each epoch, those of log.jsonl.
         best: stage, epoch and validation accuracy (or loss) of the model that is kept.
         seconds: spent on 'features', 'fit' and 'train'.
         steps: of training, on one process.
         scheduler: state of the learning rate's schedule.
-        setting: what the launcher decides, and an exact resume needs again.
     """
 
+    setting: dict[str, Any]
     history: list[dict[str, Any]] = field(default_factory=list)
     best: dict[str, Any] = field(default_factory=dict)
-    seconds: dict[str, float] = field(
-        default_factory=lambda: dict(features=0.0, fit=0.0, train=0.0)
-    )
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(TIMED, 0.0))
     steps: int = 0
     scheduler: dict[str, Any] = field(default_factory=dict)
-    setting: dict[str, Any] = field(default_factory=dict)
 
     def add(self, row: dict[str, Any]) -> bool:
         """Take in an epoch; whether it is the best so far.
@@ -134,7 +131,6 @@ def save_checkpoint(
     accelerator.wait_for_everyone()
     if main:
         write(output / 'log.jsonl', ''.join(json.dumps(row) + '\n' for row in progress.history))
-        progress.setting = _setting(accelerator)
         write(partial / 'progress.json', json.dumps(asdict(progress)))
         os.replace(partial, final)
         for old in output.glob('checkpoint-*'):
@@ -143,27 +139,10 @@ def save_checkpoint(
     accelerator.wait_for_everyone()
 
 
-def load_progress(checkpoint: Path, accelerator: Accelerator) -> Progress:
-    """The progress of a run; ValueError if it had other processes or another precision."""
-    progress = Progress(**json.loads((checkpoint / 'progress.json').read_text()))
-    now = _setting(accelerator)
-    if progress.setting != now:
-        raise ValueError(f'--resume must keep {progress.setting}; this is {now}.')
-    return progress
-
-
-def _setting(accelerator: Accelerator) -> dict[str, Any]:
-    keys = {'processes': 'num_processes', 'mixed_precision': 'mixed_precision'}
-    return {key: getattr(accelerator, name) for key, name in keys.items()}
-
-
-class Interrupted(KeyboardInterrupt):
-    """A signal ended a run; the message says how to continue it."""
-
-
 class Interruption:
-    """A context in which SIGTERM and SIGINT (Ctrl-C) end a run with `Interrupted`: at once, or,
-    while it `waits`, at the next `check`, on all ranks. A second signal ends it at once.
+    """A context in which SIGTERM and SIGINT (Ctrl-C) end a run with a KeyboardInterrupt that says
+    how to continue it: at once, or, while it `waits`, at the next `check`, on all ranks. A second
+    signal ends it at once.
 
     A checkpoint in the middle of an epoch could not be resumed exactly: workers have random numbers
     of their own, and read ahead. So a run goes on from the end of its last whole epoch.
@@ -201,11 +180,11 @@ class Interruption:
             raise self._interrupted()
         self._received = True
 
-    def _interrupted(self) -> Interrupted:
+    def _interrupted(self) -> KeyboardInterrupt:
         checkpoint = latest_checkpoint(self._output)
         place = 'starts again: there is no checkpoint yet'
         if checkpoint:
             place = f'continues from {checkpoint.name}, the end of its last whole epoch'
-        return Interrupted(
+        return KeyboardInterrupt(
             f"The run in '{self._output}' was stopped by a signal. With --resume true it {place}."
         )

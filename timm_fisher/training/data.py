@@ -107,17 +107,8 @@ class Images(Dataset[tuple[Tensor, int]]):
 def create_datasets(
     config: Config, splits: dict[str, Split], data_config: dict[str, Any]
 ) -> dict[str, Images]:
-    """Data sets by split name, without augmentation; and 'augmented', the training split, if it is
-    there, with it.
-
-    Args:
-        config: for its `augment`.
-        splits: from `load_splits`.
-        data_config: from `timm.data.resolve_input_data_config`.
-
-    Raises:
-        TypeError: an argument in `augment` that timm.data.create_transform does not have.
-    """
+    """Data sets by split name, preprocessed by timm's `data_config`; and 'augmented', the training
+    split, if it is there, by `config.augment`, too. TypeError for an unknown argument in that."""
     mode = 'L' if data_config['input_size'][0] == 1 else 'RGB'
     keys = ('input_size', 'interpolation', 'mean', 'std', 'crop_pct', 'crop_mode')
     shape = {key: data_config[key] for key in keys}
@@ -222,17 +213,9 @@ def _load_timm(config: Config) -> tuple[dict[str, Split], list[str]]:
 def load_folder(
     data_dir: str, name: str, known: dict[str, int] | None = None, *, advice: str = ''
 ) -> Split:
-    """One split of a folder, all images DATA_DIR/NAME/CLASS/IMAGE.
-
-    Args:
-        data_dir: the folder.
-        name: of the split.
-        known: index of each class that there may be; None for those of the split itself, sorted.
-        advice: what to do if there is no such folder.
-
-    Raises:
-        ValueError: as `load_splits`.
-    """
+    """One split of a folder, all images DATA_DIR/NAME/CLASS/IMAGE, labelled by `known` indices of
+    classes or, if it is None, in the order of names. ValueError as `load_splits`, with `advice` if
+    there is no such folder."""
     folder = Path(data_dir, name)
     if not folder.is_dir():
         raise ValueError(
@@ -243,8 +226,7 @@ def load_folder(
         unknown = sorted(set(dataset.reader.class_to_idx) - set(known))
         if unknown:
             raise ValueError(
-                f"The split '{name}' has classes that training lacks: {unknown}. It had "
-                f'{list(known)}.'
+                f"The split '{name}' has classes that training lacks: {unknown}, not {list(known)}."
             )
         dataset = _create_dataset('', data_dir, name, class_map=known)
     _refuse_unreadable([path for path, _ in dataset.reader.samples])

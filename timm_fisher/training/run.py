@@ -14,7 +14,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,6 @@ from timm_fisher.training.checkpoint import (
     Interruption,
     Progress,
     latest_checkpoint,
-    load_progress,
     open_folder,
     save_checkpoint,
 )
@@ -62,7 +61,7 @@ def train(config: Config) -> dict[str, Any]:
     Raises:
         ValueError: settings or data that do not fit; the message says what to do.
         FloatingPointError: a loss is not finite.
-        Interrupted: a signal ended the run.
+        KeyboardInterrupt: a signal ended the run.
     """
     accelerator = _create_accelerator(config)
     set_seed(config.seed)
@@ -89,7 +88,11 @@ def train(config: Config) -> dict[str, Any]:
         say(f'{head_names(config)} on {config.backbone}: {model.head_hidden_size} pooled features')
 
         # Fit
-        run = Run(config, accelerator, interruption, output, model, images, classes, data_config)
+        precision = accelerator.mixed_precision
+        progress = Progress({'processes': accelerator.num_processes, 'mixed_precision': precision})
+        run = Run(
+            config, accelerator, interruption, progress, output, model, images, classes, data_config
+        )
         checkpoint = latest_checkpoint(output)
         if checkpoint is None:
             run.fit()
@@ -156,12 +159,12 @@ class Run:
     config: Config
     accelerator: Accelerator
     interruption: Interruption
+    progress: Progress
     output: Path
     model: PooledModel
     images: dict[str, Images]
     classes: list[str]  # none without a classifier
     data_config: dict[str, Any]
-    progress: Progress = field(default_factory=Progress)
 
     def fit(self) -> None:
         """Start the heads from data."""
@@ -173,7 +176,11 @@ class Run:
 
     def resume(self, checkpoint: Path) -> None:
         """Go back to a checkpoint; `train_stage` takes the rest of its state."""
-        self.progress = load_progress(checkpoint, self.accelerator)
+        before = Progress(**json.loads((checkpoint / 'progress.json').read_text()))
+        if before.setting != self.progress.setting:
+            now = self.progress.setting
+            raise ValueError(f'--resume must keep {before.setting}; this is {now}.')
+        self.progress = before
         self._load_weights(checkpoint / 'model')
         self.accelerator.load_state(str(checkpoint))  # the scaler of fp16
 
@@ -356,12 +363,9 @@ class Run:
         """A loader over a data set, before accelerate prepares it."""
         # Cached features come from a memory map: workers would only copy them once more.
         whole: Any = dataset.dataset if isinstance(dataset, Subset) else dataset
+        workers = self.config.workers if whole.gives == 'images' else 0
         return DataLoader(
-            dataset,
-            self.config.batch_size,
-            shuffle=shuffle,
-            num_workers=self.config.workers if whole.gives == 'images' else 0,
-            drop_last=drop_last,
+            dataset, self.config.batch_size, shuffle, num_workers=workers, drop_last=drop_last
         )
 
     def _evaluate(

@@ -142,11 +142,10 @@ def freeze(model: PooledModel, name: str, stage: Stage) -> None:
     if stage.train == 'backbone' or stage.unsupervised:
         model.classifier.requires_grad_(False)
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        reasons = {
+        reason = {
             'backbone': 'the backbone has no parameters that the head depends on',
             'head': 'the head has no parameters',
-        }
-        reason = reasons.get(stage.train, 'neither backbone nor head has parameters')
+        }.get(stage.train, 'neither backbone nor head has parameters')
         raise ValueError(f"Stage '{name}' has nothing to train: {reason}.")
 
 
