@@ -238,22 +238,14 @@ class Run:
         self._refuse_non_finite(val_loss, f'{name}, validation of epoch {epoch + 1}')
         if isinstance(scheduler, ReduceLROnPlateau):
             scheduler.step(loss)
-        row: dict[str, Any] = {
-            'stage': name,
-            'epoch': epoch + 1,
-            'lr': rate,
-            'train_loss': loss,
-            'val_loss': val_loss,
-        }
-        accuracy = ''
+        row: dict[str, Any] = dict(stage=name, epoch=epoch + 1, lr=rate, train_loss=loss)
+        row['val_loss'] = val_loss
+        text = f'lr {rate:.2g}, train loss {loss:.4f}, val loss {val_loss:.4f}, '
         if 'accuracy' in result:
             row['val_accuracy'] = result['accuracy']
-            accuracy = f'val accuracy {result["accuracy"]:.2%}, '
+            text += f'val accuracy {result["accuracy"]:.2%}, '
         row['seconds'] = round(time.perf_counter() - start, 2)
-        self.accelerator.print(
-            f'{name} {epoch + 1}: lr {rate:.2g}, train loss {loss:.4f}, val loss {val_loss:.4f}, '
-            f'{accuracy}{row["seconds"]:.1f} s'
-        )
+        self.accelerator.print(f'{name} {epoch + 1}: {text}{row["seconds"]:.1f} s')
         progress.steps += len(training.loader)
         progress.scheduler = scheduler.state_dict()
         if progress.add(row) and self.accelerator.is_main_process:
