@@ -24,12 +24,9 @@ def run(
     positional: str | None = None,
     arguments: Sequence[str] | None = None,
 ) -> None:
-    """Call `main` with the settings of the command line; see `parse`.
-
-    A mistake of the user (ValueError, OSError, LoadError, PushError) becomes a sentence and exit
-    status 2, of which `python -X dev` shows the traceback, too; an interruption becomes a sentence
-    and exit status 130.
-    """
+    """Call `main` with the settings of the command line, see `parse`. A mistake of the user
+    (ValueError, OSError, LoadError, PushError) becomes a sentence and exit status 2, with the
+    traceback under `python -X dev`; an interruption a sentence and exit status 130."""
     chosen = parse(settings, positional=positional, arguments=arguments)
     try:
         main(chosen)
