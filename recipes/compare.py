@@ -12,6 +12,8 @@ and the runs; a comparison that was interrupted goes on where it stopped.
 
 from __future__ import annotations
 
+import copy
+import itertools
 import json
 import statistics
 from dataclasses import dataclass, field
@@ -22,7 +24,8 @@ from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
 from timm_fisher.files import save_png, write
-from timm_fisher.training import command_line, search
+from timm_fisher.training import command_line
+from timm_fisher.training.launch import launch
 from timm_fisher.training.tables import percent, table
 
 # What every table must hold: timm's pool, and what the Fisher vectors' normalisation alone brings.
@@ -90,8 +93,14 @@ def compare_variant(
     options = {**comparison.train, **variant}  # `stages` as a whole, too
     grid = options.pop('search', comparison.search)
     folder = output / name.replace(' ', '').replace('/', '-')
-    chosen, tried = search.choose(options, grid, folder, seed=comparison.seeds[0])
-    runs = [search.run(options, chosen, folder, seed=seed) for seed in comparison.seeds]
+    tried = []
+    for values in itertools.product(*grid.values()):
+        chosen = dict(zip(grid, values, strict=True))
+        metrics = run(options, chosen, folder, seed=comparison.seeds[0])
+        tried.append({**chosen, 'val_accuracy': metrics['best']['val_accuracy']})
+    best = max(tried, key=lambda row: row['val_accuracy'])  # the first of equals
+    chosen = {key: best[key] for key in grid}
+    runs = [run(options, chosen, folder, seed=seed) for seed in comparison.seeds]
     first, split = runs[0], 'test' if 'test' in runs[0] else 'val'
     return {
         'name': name,
@@ -109,6 +118,23 @@ def compare_variant(
         ],
         'peak_memory_mb': [metrics['peak_memory_mb'] for metrics in runs],
     }
+
+
+def run(
+    options: dict[str, Any], settings: dict[str, Any], folder: Path, *, seed: int
+) -> dict[str, Any]:
+    """Metrics of a run with some options replaced, dotted ones in nested tables; its folder is
+    named after them, its output goes to a .log beside."""
+    options = {**copy.deepcopy(options), 'seed': seed}
+    for dotted, value in settings.items():
+        *path, last = dotted.split('.')
+        place = options
+        for key in path:
+            place = place.setdefault(key, {})
+        place[last] = value
+    words = [f'{key.split(".")[-1]}{value}' for key, value in settings.items()]
+    output = folder / '-'.join([*words, f's{seed}'])
+    return launch(options, output, log=Path(f'{output}.log'))
 
 
 def write_results(rows: list[dict[str, Any]], comparison: Comparison, output: Path) -> None:

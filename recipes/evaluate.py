@@ -42,13 +42,9 @@ class Evaluation:
 def main(settings: Evaluation) -> None:
     """Print accuracy and balanced accuracy."""
     model = from_pretrained_or_pypi(settings.model, settings.backbone)
-    result = evaluate(
-        model.to('cuda' if torch.cuda.is_available() else 'cpu'),
-        settings.data_dir,
-        settings.split,
-        batch_size=settings.batch_size,
-        workers=settings.workers,
-    )
+    model.to('cuda' if torch.cuda.is_available() else 'cpu')
+    options = {'batch_size': settings.batch_size, 'workers': settings.workers}
+    result = evaluate(model, settings.data_dir, settings.split, **options)
     print(
         f'{settings.model}, {settings.split}: accuracy {result["accuracy"]:.2%}, balanced accuracy '
         f'{result["balanced_accuracy"]:.2%} of {result["samples"]} images'

@@ -74,17 +74,16 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable
     """`recipe(head='avg', ...)` trains in this process and returns the output folder."""
     from accelerate.state import AcceleratorState, GradientState
 
-    from timm_fisher.training import checkpoint
+    from timm_fisher.training import run as training
     from timm_fisher.training.command_line import parse
     from timm_fisher.training.config import Config
-    from timm_fisher.training.run import train
 
     for key, value in ENVIRONMENT.items():
         monkeypatch.setenv(key, value)
     monkeypatch.delenv('OMP_NUM_THREADS', raising=False)
     # Matplotlib takes longer than all the rest; the launched runs draw the real curve.
     draw = lambda _, path: Image.new('L', (1, 1)).save(path)  # noqa: E731
-    monkeypatch.setattr(checkpoint, 'draw_curve', draw)
+    monkeypatch.setattr(training, 'draw_curve', draw)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
 
@@ -96,7 +95,7 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable
         options = {'output': tmp_path / 'run', 'cache_dir': tmp_path / 'cache', **TINY, **options}
         config = parse(Config, arguments=[*arguments, *command_line(options)])
         reset()
-        train(config)
+        training.train(config)
         return Path(options['output'])
 
     yield run

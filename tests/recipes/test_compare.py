@@ -38,7 +38,7 @@ def test_settings_are_chosen_on_validation_data_of_the_first_seed(compare, tmp_p
         calls.append((lr, seed))
         return metrics(val[lr] if seed == 5 else 1.0 - val[lr], 1.0 - lr + seed / 100)
 
-    monkeypatch.setattr(compare.search, 'run', run)
+    monkeypatch.setattr(compare, 'run', run)
     comparison = compare.Comparison(seeds=[5, 6], search={'stages.a.lr': list(val)})
     row = compare.compare_variant('x', {'head': 'avg'}, comparison, tmp_path)
     assert calls == [(0.1, 5), (0.2, 5), (0.3, 5), (0.4, 5), (0.2, 5), (0.2, 6)]
@@ -52,8 +52,30 @@ def test_settings_are_chosen_on_validation_data_of_the_first_seed(compare, tmp_p
     assert '| reduce_dim None, sched cosine |' in compare.describe([row], [5, 6])
 
 
+def test_options_of_a_run(compare, tmp_path, monkeypatch):
+    """Those of all, then what is tried; the folder is named after it."""
+    monkeypatch.setattr(compare, 'launch', lambda options, output, log: (options, output, log))
+    options = {'batch_size': 8, 'stages': {'a': {'lr': 1.0, 'epochs': 3}}}
+    settings = {'stages.a.lr': 0.5, 'head_kwargs.dim': 7}
+    changed, output, log = compare.run(options, settings, tmp_path, seed=3)
+    assert changed == {
+        'batch_size': 8, 'seed': 3, 'stages': {'a': {'lr': 0.5, 'epochs': 3}},
+        'head_kwargs': {'dim': 7},
+    }  # fmt: skip
+    assert (output, log) == (tmp_path / 'lr0.5-dim7-s3', tmp_path / 'lr0.5-dim7-s3.log')
+    assert options['stages']['a']['lr'] == 1.0
+
+
+def test_grid(compare, tmp_path, monkeypatch):
+    """All combinations, the last option varying fastest."""
+    monkeypatch.setattr(compare, 'run', lambda *_, seed: metrics(0.5, 0.5))
+    comparison = compare.Comparison(seeds=[0], search={'a': [1, 2], 'b.c': [3, 4]})
+    tried = compare.compare_variant('x', {'head': 'avg'}, comparison, tmp_path)['tried']
+    assert [(row['a'], row['b.c']) for row in tried] == [(1, 3), (1, 4), (2, 3), (2, 4)]
+
+
 def test_table_and_plot(compare, tmp_path, monkeypatch):
-    monkeypatch.setattr(compare.search, 'run', lambda *_, seed: metrics(0.5, 0.5 + seed / 10))
+    monkeypatch.setattr(compare, 'run', lambda *_, seed: metrics(0.5, 0.5 + seed / 10))
     comparison = compare.Comparison(seeds=[0, 1, 2])
     names = ('a', 'b + c')
     rows = [compare.compare_variant(n, {'head': 'avg'}, comparison, tmp_path) for n in names]

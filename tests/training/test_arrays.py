@@ -71,7 +71,7 @@ def test_npz_without_a_test_split(npz):
     assert np.array_equal(splits['test'].indices, other_seed['test'].indices)
     assert len(load_npz(path, test_fraction=0.1)[0]['test'].indices) == 12
     assert set(load_npz(path, test_split=None)[0]) == {'train', 'val'}
-    with pytest.raises(ValueError, match='No test split of 1% can be taken from the 120'):
+    with pytest.raises(ValueError, match='No test set of 1% can be carved from 120 images'):
         load_npz(path, test_fraction=0.01)
 
 
@@ -177,7 +177,7 @@ def test_npz_fingerprints(npz):
     ('options', 'message'),
     [
         ({'folds': 3}, 'has a test split of its own'),
-        ({'data_dir': 'nothing.npz'}, 'is no file; --dataset npz needs --data-dir FILE.npz'),
+        ({'data_dir': 'nothing.npz'}, 'is no file; give --data-dir FILE.npz'),
         ({'data_dir': ''}, 'is no file'),
     ],
     ids=str,

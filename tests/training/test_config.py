@@ -67,7 +67,7 @@ BAD_SETTINGS = [
     ({'stages': {'only': {'lr': 'fast'}}}, 'lr'),
     ({'max_train': 0}, 'max_train'),
     ({'fold': 2}, 'Give folds'),
-    ({'folds': 3}, 'only a data set of arrays'),
+    ({'folds': 3}, 'only an .npz file'),
 ]
 
 

@@ -120,5 +120,5 @@ def test_carved_validation_depends_on_the_seed_alone(images):
 
 
 def test_too_few_images_to_carve_from(few):
-    with pytest.raises(ValueError, match='No validation set of 10% can be carved from the 12'):
+    with pytest.raises(ValueError, match='No validation set of 10% can be carved from 12 images'):
         carve(few, val_fraction=0.1)

@@ -15,7 +15,6 @@ from run_checks import TWO_STAGES, check_same_runs
 
 import timm_fisher
 from timm_fisher.training import run
-from timm_fisher.training.interrupt import Interrupted
 
 OPTIONS = {'stages': TWO_STAGES, 'test_split': None, 'batch_size': 8}  # 3 steps an epoch
 
@@ -50,7 +49,7 @@ def test_signal_at_a_step(recipe, few_images, tmp_path, monkeypatch, number, ste
     before = signal.getsignal(number)
     with monkeypatch.context() as patch:
         at_call(patch, timm_fisher.PooledModel, 'project_', step, send(number))
-        with pytest.raises(Interrupted) as error:
+        with pytest.raises(KeyboardInterrupt) as error:
             recipe(data_dir=few_images, **OPTIONS)
     assert signal.getsignal(number) is before
     folder = tmp_path / 'run'
@@ -65,7 +64,7 @@ def test_signal_at_a_step(recipe, few_images, tmp_path, monkeypatch, number, ste
 def test_signal_outside_of_training(recipe, few_images, monkeypatch, name):
     """It ends the run at once."""
     at_call(monkeypatch, run, name, 1, send(signal.SIGTERM))
-    with pytest.raises(Interrupted, match='With --resume true it starts again'):
+    with pytest.raises(KeyboardInterrupt, match='With --resume true it starts again'):
         recipe(data_dir=few_images, **OPTIONS)
 
 
@@ -76,7 +75,7 @@ def test_second_signal_does_not_wait(recipe, few_images, monkeypatch):
         pytest.fail('the step went on')
 
     at_call(monkeypatch, timm_fisher.PooledModel, 'project_', 1, twice)
-    with pytest.raises(Interrupted):
+    with pytest.raises(KeyboardInterrupt):
         recipe(data_dir=few_images, **OPTIONS)
 
 
@@ -88,7 +87,7 @@ def test_error_that_a_signal_caused(recipe, few_images, monkeypatch):
         raise RuntimeError('DataLoader worker exited unexpectedly')
 
     at_call(monkeypatch, timm_fisher.PooledModel, 'project_', 1, die)
-    with pytest.raises(Interrupted) as error:
+    with pytest.raises(KeyboardInterrupt) as error:
         recipe(data_dir=few_images, **OPTIONS)
     assert isinstance(error.value.__cause__, RuntimeError)
 

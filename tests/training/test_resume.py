@@ -32,7 +32,7 @@ from run_checks import (
 )
 
 import timm_fisher
-from timm_fisher.training import checkpoint, loop, run
+from timm_fisher.training import checkpoint, run
 
 # Augmentation and dropout draw random numbers on the way, in processes of their own too; momentum
 # and plateau have a memory. The first learning rate is too high, so that plateau has to lower it.
@@ -182,7 +182,7 @@ def test_run_stopped_while_it_saves(recipe, stop, few_images, tmp_path, epoch):
     expected = recipe(output=tmp_path / 'expected', **options)
     name = f'checkpoint-{epoch:04d}'
     moments = {
-        'model': (run.Run, '_save_model', lambda run, path: name in str(path)),
+        'model': (run.Run, 'save_model', lambda run, path: name in str(path)),
         'progress': (checkpoint, 'write', lambda path, text: name in str(path)),
         'log': (
             checkpoint,
@@ -191,7 +191,7 @@ def test_run_stopped_while_it_saves(recipe, stop, few_images, tmp_path, epoch):
         ),
     }
     if epoch == 3:
-        moments['curve'] = (checkpoint, 'draw_curve', lambda history, path: len(history) == 3)
+        moments['curve'] = (run, 'draw_curve', lambda history, path: len(history) == 3)
     for moment, where in moments.items():
         folder = stop(*where, output=tmp_path / moment, **options)
         check_same_runs(folder, expected)
@@ -218,17 +218,17 @@ def test_disk_full_keeps_the_earlier_checkpoint(recipe, few, tmp_path, monkeypat
     """The second checkpoint meets a limit on file sizes that the first one did not."""
     options = {'data_dir': few, 'test_split': None, 'stages': STAGES, 'head': 'sparse_fisher'}
     expected = recipe(output=tmp_path / 'expected', **options)
-    train_epoch = loop.Trainer.train_epoch
+    train_epoch = run.Run._train_epoch
 
-    def fill_disk(self, epoch):
+    def fill_disk(self, training, epoch):
         if epoch == 1:
             resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))
-        return train_epoch(self, epoch)
+        return train_epoch(self, training, epoch)
 
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         with monkeypatch.context() as patch:
-            patch.setattr(loop.Trainer, 'train_epoch', fill_disk)
+            patch.setattr(run.Run, '_train_epoch', fill_disk)
             with pytest.raises(Exception, match='File too large'):
                 recipe(**options)
     finally:

@@ -1,23 +1,81 @@
-"""What a run keeps for its resumption: progress, weights, and the state of optimizer and random
-numbers, at the end of each epoch."""
+"""What keeps a run safe: a folder of its own, a checkpoint after each epoch from which it resumes
+exactly, and signals that end it with a sentence."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
-from collections.abc import Callable
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
+import yaml
 from accelerate import Accelerator
+from filelock import FileLock, Timeout
 
-from timm_fisher import PooledModel
 from timm_fisher.files import write
-from timm_fisher.training.folder import latest_checkpoint
-from timm_fisher.training.report import draw_curve
+from timm_fisher.training.config import Config
+
+TIMED = ('features', 'fit', 'train')
+
+
+@contextmanager
+def open_folder(config: Config, accelerator: Accelerator) -> Iterator[Path]:
+    """The folder `config.output`, with its config.yaml, while no other run may write there.
+
+    Raises:
+        ValueError: another run is writing there, it holds a run that is not to be resumed, or one
+            with other settings, or none that could be resumed.
+    """
+    output = Path(config.output)
+    # The system takes it back when the process ends, however it does.
+    lock = FileLock(output / '.lock', timeout=0)
+    try:
+        with accelerator.main_process_first():
+            if config.resume and not (output / 'config.yaml').exists():
+                raise ValueError(f"--resume: '{output}' holds no run (no config.yaml).")
+            if accelerator.is_main_process:
+                output.mkdir(parents=True, exist_ok=True)
+                with suppress(Timeout):
+                    lock.acquire()
+                if not lock.is_locked:
+                    raise ValueError(
+                        f"Another run is writing to '{output}'. Wait for its end, or give another "
+                        '--output.'
+                    )
+            if latest_checkpoint(output):
+                _check_settings(output, config)
+            elif accelerator.is_main_process:
+                write(output / 'config.yaml', config.to_yaml())
+        yield output
+    finally:
+        lock.release()
+
+
+def _check_settings(output: Path, config: Config) -> None:
+    """Refuse to write over a run, or to resume one with other settings."""
+    if not config.resume:
+        raise ValueError(
+            f"'{output}' holds a run already. Add --resume true to continue it, or give another "
+            '--output.'
+        )
+    old = yaml.safe_load((output / 'config.yaml').read_text())
+    new = yaml.safe_load(config.to_yaml())
+    free = ('resume', 'output', 'workers', 'cache_dir')
+    changed = [key for key in new if key not in free and new[key] != old.get(key)]
+    if changed:
+        text = '; '.join(f'{key} was {old.get(key)!r}, is {new[key]!r}' for key in changed)
+        raise ValueError(f"--resume must keep the settings of '{output}': {text}.")
+
+
+def latest_checkpoint(output: Path) -> Path | None:
+    """The newest complete checkpoint in the folder of a run, if there is one."""
+    return max(output.glob('checkpoint-????'), default=None)
 
 
 @dataclass
@@ -25,136 +83,108 @@ class Progress:
     """How far a run has come.
 
     Attributes:
+        setting: what the launcher decides, and an exact resume needs again.
         history: a row for each epoch, those of log.jsonl.
-        finished: names of stages.
         best: stage, epoch and validation accuracy (or loss) of the model that is kept.
         seconds: spent on 'features', 'fit' and 'train'.
         steps: of training, on one process.
+        scheduler: state of the learning rate's schedule.
     """
 
+    setting: dict[str, Any]
     history: list[dict[str, Any]] = field(default_factory=list)
-    finished: list[str] = field(default_factory=list)
     best: dict[str, Any] = field(default_factory=dict)
-    seconds: dict[str, float] = field(
-        default_factory=lambda: {'features': 0.0, 'fit': 0.0, 'train': 0.0}
-    )
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(TIMED, 0.0))
     steps: int = 0
+    scheduler: dict[str, Any] = field(default_factory=dict)
 
-    def add(self, row: dict[str, Any], *, ends_stage: bool) -> bool:
+    def add(self, row: dict[str, Any]) -> bool:
         """Take in an epoch; whether it is the best so far.
 
         Unsupervised losses of different features cannot be compared: until labels say which epoch
         is the best, it is the last.
         """
         self.history.append(row)
-        if ends_stage:
-            self.finished.append(row['stage'])
         best = self.best.get('val_accuracy', -1.0)
-        supervised = 'val_accuracy' in row
-        better: bool = row['val_accuracy'] > best if supervised else best < 0
+        key = 'val_accuracy' if 'val_accuracy' in row else 'val_loss'
+        better: bool = row[key] > best if key == 'val_accuracy' else best < 0
         if better:
-            key = 'val_accuracy' if supervised else 'val_loss'
             self.best = {name: row[name] for name in ('stage', 'epoch', key)}
         return better
 
 
-class Checkpoints:
-    """The checkpoints in the folder of a run: one at a time, whole or not there.
+def save_checkpoint(
+    output: Path,
+    progress: Progress,
+    accelerator: Accelerator,
+    save_model: Callable[[Path], None],
+) -> None:
+    """Write log and checkpoint, whole or not at all; then delete older checkpoints."""
+    final = output / f'checkpoint-{len(progress.history):04d}'
+    partial = output / f'{final.name}.partial'
+    main = accelerator.is_main_process
+    if main:
+        shutil.rmtree(partial, ignore_errors=True)
+        save_model(partial / 'model')
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(partial))
+    accelerator.wait_for_everyone()
+    if main:
+        write(output / 'log.jsonl', ''.join(json.dumps(row) + '\n' for row in progress.history))
+        write(partial / 'progress.json', json.dumps(asdict(progress)))
+        os.replace(partial, final)
+        for old in output.glob('checkpoint-*'):
+            if old != final:
+                shutil.rmtree(old)
+    accelerator.wait_for_everyone()
 
-    Args:
-        output: the folder.
-        accelerator: of the run; its state is what is saved, besides the model.
-        model: of the run.
-        save_model: saves it as a folder in timm's form.
+
+class Interruption:
+    """A context in which SIGTERM and SIGINT (Ctrl-C) end a run with a KeyboardInterrupt that says
+    how to continue it: at once, or, while it `waits`, at the next `check`, on all ranks. A second
+    signal ends it at once.
+
+    A checkpoint in the middle of an epoch could not be resumed exactly: workers have random numbers
+    of their own, and read ahead. So a run goes on from the end of its last whole epoch.
     """
 
-    def __init__(
-        self,
-        output: Path,
-        accelerator: Accelerator,
-        model: PooledModel,
-        save_model: Callable[[Path], None],
-    ) -> None:
-        self.output, self.accelerator = output, accelerator
-        self.model, self.save_model = model, save_model
-        # Weights are written once, in timm's form, instead of accelerate's.
-        accelerator.register_save_state_pre_hook(self._save_weights)
-        accelerator.register_load_state_pre_hook(self._load_weights)
+    waits = False
+    _received = False
 
-    @property
-    def latest(self) -> Path | None:
-        """The newest one."""
-        return latest_checkpoint(self.output)
+    def __init__(self, accelerator: Accelerator, output: Path) -> None:
+        self._accelerator, self._output = accelerator, output
+        self._previous: dict[int, Any] = {}
 
-    def save(self, progress: Progress, scheduler: Any, *, ends_stage: bool) -> None:
-        """Write log, checkpoint and, after a stage, curve; then delete older checkpoints."""
-        accelerator, output = self.accelerator, self.output
-        final = output / f'checkpoint-{len(progress.history):04d}'
-        partial = output / f'{final.name}.partial'
-        if accelerator.is_main_process:
-            shutil.rmtree(partial, ignore_errors=True)
-        accelerator.wait_for_everyone()
-        accelerator.save_state(str(partial))
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            lines = ''.join(json.dumps(row) + '\n' for row in progress.history)
-            write(output / 'log.jsonl', lines)
-            if ends_stage:
-                draw_curve(progress.history, output / 'curve.png')
-            state = {
-                **asdict(progress),
-                'scheduler': scheduler.state_dict(),
-                'setting': self._setting(),
-            }
-            write(partial / 'progress.json', json.dumps(state))
-            os.replace(partial, final)
-            for old in output.glob('checkpoint-*'):
-                if old != final:
-                    shutil.rmtree(old)
-        accelerator.wait_for_everyone()
+    def __enter__(self) -> Interruption:
+        if threading.current_thread() is threading.main_thread():  # no other may set handlers
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._previous[number] = signal.signal(number, self._receive)
+        return self
 
-    def load_progress(self, checkpoint: Path) -> Progress:
-        """Progress and weights; `load_state` takes the rest.
+    def __exit__(self, kind: object, error: BaseException | None, _: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        # A worker, or another rank, that the signal ended sooner.
+        if self._received and isinstance(error, Exception):
+            raise self._interrupted() from error
 
-        Raises:
-            ValueError: the run had another number of processes, or another precision.
-        """
-        state = _read(checkpoint)
-        del state['scheduler']
-        before, now = state.pop('setting'), self._setting()
-        if before != now:
-            raise ValueError(f'--resume must keep {before}; this is {now}.')
-        self.accelerator.load_state(str(checkpoint))  # weights, and the scaler of fp16
-        return Progress(**state)
+    def check(self) -> None:
+        """End the run if a signal has come; every rank must call it."""
+        if self._received:
+            self._accelerator.set_trigger()
+        if self._accelerator.check_trigger():
+            raise self._interrupted()
 
-    def load_state(self, checkpoint: Path, scheduler: Any) -> None:
-        """The state of everything that was prepared, and of a scheduler."""
-        self.accelerator.load_state(str(checkpoint))
-        scheduler.load_state_dict(_read(checkpoint)['scheduler'])
+    def _receive(self, number: int, frame: object) -> None:
+        if self._received or not self.waits:
+            raise self._interrupted()
+        self._received = True
 
-    def load_weights(self, folder: Path) -> None:
-        """Put saved weights into the model, all or none."""
-        weights = safetensors.torch.load_file(folder / 'model.safetensors')
-        self.model.load_state_dict(weights, strict=True)
-
-    def _setting(self) -> dict[str, Any]:
-        """What the launcher decides, and an exact resume needs again."""
-        accelerator = self.accelerator
-        return {
-            'processes': accelerator.num_processes,
-            'mixed_precision': accelerator.mixed_precision,
-        }
-
-    def _save_weights(self, models: Any, weights: list[Any], folder: str) -> None:
-        weights.clear()
-        if self.accelerator.is_main_process:
-            self.save_model(Path(folder, 'model'))
-
-    def _load_weights(self, models: list[Any], folder: str) -> None:
-        models.clear()
-        self.load_weights(Path(folder, 'model'))
-
-
-def _read(checkpoint: Path) -> dict[str, Any]:
-    state: dict[str, Any] = json.loads((checkpoint / 'progress.json').read_text())
-    return state
+    def _interrupted(self) -> KeyboardInterrupt:
+        checkpoint = latest_checkpoint(self._output)
+        place = 'starts again: there is no checkpoint yet'
+        if checkpoint:
+            place = f'continues from {checkpoint.name}, the end of its last whole epoch'
+        return KeyboardInterrupt(
+            f"The run in '{self._output}' was stopped by a signal. With --resume true it {place}."
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -23,12 +24,9 @@ def run(
     positional: str | None = None,
     arguments: Sequence[str] | None = None,
 ) -> None:
-    """Call `main` with the settings of the command line; see `parse`.
-
-    A mistake of the user (ValueError, OSError, LoadError, PushError) becomes a sentence and exit
-    status 2, of which `python -X dev` shows the traceback, too; an interruption becomes a sentence
-    and exit status 130.
-    """
+    """Call `main` with the settings of the command line, see `parse`. A mistake of the user
+    (ValueError, OSError, LoadError, PushError) becomes a sentence and exit status 2, with the
+    traceback under `python -X dev`; an interruption a sentence and exit status 130."""
     chosen = parse(settings, positional=positional, arguments=arguments)
     try:
         main(chosen)
@@ -55,9 +53,7 @@ def parse(
         positional: field whose value, or list of values, is given without a name.
         arguments: None for those of this process.
     """
-    # jsonargparse makes parsers of nested settings from the class of this one.
-    parser_class: type[_Parser] = type('_Parser', (_Parser,), {'known': _names(settings)})
-    parser = parser_class(description=(settings.__doc__ or '').partition('\n')[0])
+    parser = _Parser(description=(settings.__doc__ or '').partition('\n')[0])
     parser.add_argument('--config', action='config', help='YAML file of these options')
     parser.add_class_arguments(settings, skip={positional} if positional else set())
     if positional:
@@ -74,43 +70,25 @@ def parse(
 
 
 class _Parser(jsonargparse.ArgumentParser):
-    known: set[str]
-
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """As the base class, with the nearest valid names for an unknown one."""
         unknown = re.findall(r"--([\w.]+)|[Oo]ption '([\w.]+)'", str(message))
-        for name in {(a or b).split('.')[-1] for a, b in unknown} - self.known:
-            message = f'{message}.{nearest(name, self.known)}'
+        known = {action.dest.split('.')[-1] for action in self._actions}
+        for name in {(a or b).split('.')[-1] for a, b in unknown} - known:
+            message = f'{message}.{nearest(name, known)}'
         super().error(message, ex)
         raise AssertionError('unreachable')
 
 
 def _add_positional(parser: _Parser, settings: type[Any], name: str) -> None:
     kind = get_type_hints(settings)[name]
-    field = next(field for field in dataclasses.fields(settings) if field.name == name)
-    required = field.default is field.default_factory is dataclasses.MISSING
+    required = inspect.signature(settings).parameters[name].default is inspect.Parameter.empty
     if get_origin(kind) is list:
         parser.add_argument(name, nargs='+' if required else '*', type=get_args(kind)[0])
-    elif required:
-        parser.add_argument(name, type=kind)
     else:
-        parser.add_argument(name, nargs='?', type=kind)
-
-
-def _names(settings: Any) -> set[str]:
-    """Names of all fields, those of nested dataclasses included."""
-    names: set[str] = set()
-    for name, kind in get_type_hints(settings).items():
-        names.add(name)
-        for inner in (kind, *get_args(kind)):
-            if dataclasses.is_dataclass(inner):
-                names |= _names(inner)
-    return names
+        parser.add_argument(name, nargs=None if required else '?', type=kind)
 
 
 def _with_underscores(argument: str) -> str:
     """`--data-dir=a-b` -> `--data_dir=a-b`."""
-    name = re.match(r'--[\w.-]+', argument)
-    return (
-        name[0][:2] + name[0][2:].replace('-', '_') + argument[name.end() :] if name else argument
-    )
+    return re.sub(r'(?<=^--)[\w.-]+', lambda name: name[0].replace('-', '_'), argument)

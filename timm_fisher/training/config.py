@@ -13,15 +13,15 @@ class Stage:
     """One stage of training.
 
     Args:
-        train: what is trained: the classifier alone, head and classifier, everything, or the
-            backbone alone. What is not trained is frozen.
-        layers: names of the backbone's modules that are trained, such as conv_head or blocks.6;
-            empty for all of it. The rest of it is frozen, and stays in evaluation mode.
+        train: the classifier alone, head and classifier, everything, or the backbone alone; the
+            rest is frozen.
+        layers: names of the backbone's modules that are trained, such as conv_head or blocks.6,
+            while its rest is frozen, in evaluation mode; empty for all of it.
         unsupervised: the loss is the head's unsupervised loss alone; no label is read, and the
             classifier is frozen. Before each step the head updates itself by its own rule, if it
-            has one. Images left over at the end of an epoch, too few for a batch, are left out of
-            it. After a supervised stage only last/ gets what it learns: model/ keeps the epoch of
-            the best validation accuracy.
+            has one; images left over at the end of an epoch, too few for a batch, are left out.
+            After a supervised stage only last/ gets what it learns: model/ keeps the epoch of the
+            best validation accuracy.
         epochs: passes over the training set.
         opt: optimizer, any that timm.optim knows; sgd is Nesterov's, momentum the plain one.
         lr: learning rate.
@@ -38,8 +38,7 @@ class Stage:
             unsupervised stage 0 stands for 1.
         label_smoothing: of the cross-entropy.
         clip_grad: largest norm of the gradient; null for none.
-        freeze_bn: keep the statistics of the backbone's batch norms, as in evaluation, while all
-            else is trained.
+        freeze_bn: keep the statistics of the backbone's batch norms, as in evaluation.
     """
 
     train: Literal['classifier', 'head', 'all', 'backbone'] = 'all'
@@ -80,7 +79,7 @@ class Config:
         dataset: empty for such a folder, torch/NAME or hfds/NAME as timm takes them, digits
             (scikit-learn's handwritten digits, built in), or npz for a file FILE.npz with images
             and labels x_train, y_train, x_test and y_test, or x and y: images [n, H, W] or
-            [n, H, W, C], uint8 or float from 0 to 1, labels [n].
+            [n, H, W, C], uint8 or float from 0 to 1, labels [n], integers or strings.
         train_split: name of the training split.
         val_split: name of the validation split; null carves it from the training split, as is
             always done for npz.
@@ -88,8 +87,8 @@ class Config:
         val_fraction: share of the training split that is carved off, stratified by class.
         test_fraction: share of the images of an .npz with x and y alone that is the test split,
             stratified by class and always the same.
-        folds: number of parts that such an .npz is cut into instead, stratified by class and
-            always the same; 0 for none.
+        folds: number of parts that such an .npz is cut into instead, stratified by class; 0 for
+            none.
         fold: which of them, from 0, is the test split.
         max_train: at most this many training images are taken, at random but always the same,
             before validation images are carved off; null for all.
@@ -113,8 +112,8 @@ class Config:
         workers: processes that load images; another number draws other augmentations.
         grad_accum_steps: steps whose gradients are added up.
         mixed_precision: null for what `accelerate launch` says.
-        cache: run a frozen backbone once and keep its features, memory-mapped; null does so when
-            there is no augmentation.
+        cache: run a frozen backbone once and keep its features; null does so when there is no
+            augmentation.
         cache_dir: folder of cached features, shared by runs.
         seed: of everything random.
     """
@@ -169,13 +168,9 @@ class Config:
                     'backbone is frozen. Give train: all or backbone.'
                 )
         if self.fold and not self.folds:
-            raise ValueError(
-                f'fold is {self.fold}, but folds is 0. Give folds, the number of parts.'
-            )
+            raise ValueError(f'fold is {self.fold}, but folds is 0. Give folds, a number of parts.')
         if self.folds and self.dataset != 'npz':
-            raise ValueError(
-                f'folds is {self.folds}: only a data set of arrays (npz) is cut into folds.'
-            )
+            raise ValueError(f'folds is {self.folds}: only an .npz file is cut into folds.')
         for name in ('max_train', 'max_test'):
             limit = getattr(self, name)
             if limit is not None and limit < 1:

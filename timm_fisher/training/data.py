@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import zipfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,7 +21,6 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from timm_fisher.registry import check_arguments
-from timm_fisher.training.arrays import ArrayImages, load_arrays
 from timm_fisher.training.config import Config
 
 # What a data set holds: images, a backbone's features of them, or pooled vectors.
@@ -61,6 +61,22 @@ class Split:
         return digest.hexdigest()
 
 
+class ArrayImages(Dataset[tuple[Image.Image, int]]):
+    """Images in one array, uint8 `[n, H, W]` or `[n, H, W, C]`, and their classes `[n]`."""
+
+    def __init__(self, pixels: np.ndarray, labels: np.ndarray) -> None:
+        self.pixels, self.labels = pixels, labels
+        digest = hashlib.sha256(repr(pixels.shape).encode())
+        digest.update(np.ascontiguousarray(pixels).data)
+        self.fingerprint = digest.digest()
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def __getitem__(self, i: int) -> tuple[Image.Image, int]:
+        return Image.fromarray(self.pixels[i]), int(self.labels[i])
+
+
 class Images(Dataset[tuple[Tensor, int]]):
     """A split through a transform. An image that cannot be decoded is an error that names it;
     timm's own data set would take the next image in its place."""
@@ -88,6 +104,26 @@ class Images(Dataset[tuple[Tensor, int]]):
         return self.transform(image), int(self.split.labels[i])
 
 
+def create_datasets(
+    config: Config, splits: dict[str, Split], data_config: dict[str, Any]
+) -> dict[str, Images]:
+    """Data sets by split name, preprocessed by timm's `data_config`; and 'augmented', the training
+    split, if it is there, by `config.augment`, too. TypeError for an unknown argument in that."""
+    mode = 'L' if data_config['input_size'][0] == 1 else 'RGB'
+    keys = ('input_size', 'interpolation', 'mean', 'std', 'crop_pct', 'crop_mode')
+    shape = {key: data_config[key] for key in keys}
+    plain = timm.data.create_transform(**shape)
+    datasets = {name: Images(split, plain, mode) for name, split in splits.items()}
+    if config.augment is not None:
+        create = timm.data.create_transform
+        check_arguments('augment', create, config.augment, given=(*keys, 'is_training'))
+        augmenting = create(**shape, is_training=True, **config.augment)
+        datasets['augmented'] = Images(splits['train'], augmenting, mode)
+    elif 'train' in datasets:
+        datasets['augmented'] = datasets['train']
+    return datasets
+
+
 def load_splits(config: Config) -> tuple[dict[str, Split], list[str]]:
     """The splits 'train', 'val' and, if there is one, 'test'; and the names of the classes.
 
@@ -98,33 +134,18 @@ def load_splits(config: Config) -> tuple[dict[str, Split], list[str]]:
         ValueError: a folder that is missing, empty or holds one class, classes that the training
             split lacks, files that are no images, or arrays that are none.
     """
-    if config.dataset == 'digits':
-        splits, classes = _load_digits()
-    elif config.dataset == 'npz':
-        parts, classes = load_arrays(config)
-        splits = {name: Split(x, places, x.labels[places]) for name, (x, places) in parts.items()}
-    else:
-        splits, classes = _load_timm(config)
+    load = {'digits': _load_digits, 'npz': _load_arrays}.get(config.dataset, _load_timm)
+    splits, classes = load(config)
     for name, limit in (('train', config.max_train), ('test', config.max_test)):
         if limit is not None and name in splits and limit < len(splits[name].indices):
             order = np.random.default_rng(0).permutation(len(splits[name].indices))
             splits[name] = splits[name].take(np.sort(order[:limit]))
     if 'val' not in splits:
         train = splits['train']
-        try:
-            kept, carved = train_test_split(
-                np.arange(len(train.indices)),
-                test_size=config.val_fraction,
-                stratify=None if config.unsupervised else train.labels,
-                random_state=config.seed,
-            )
-        except ValueError as error:
-            raise ValueError(
-                f'No validation set of {config.val_fraction:.0%} can be carved from the '
-                f'{len(train.indices)} training images: {error}'
-            ) from error
-        splits['train'] = train.take(np.sort(kept))
-        splits['val'] = train.take(np.sort(carved))
+        labels = None if config.unsupervised else train.labels
+        places = np.arange(len(train.indices))
+        kept, carved = _carve('validation', places, labels, config.val_fraction, config.seed)
+        splits['train'], splits['val'] = train.take(kept), train.take(carved)
     prints = {name: split.fingerprint() for name, split in splits.items()}
     for name, other in combinations(prints, 2):
         if prints[name] == prints[other]:
@@ -140,19 +161,30 @@ def load_splits(config: Config) -> tuple[dict[str, Split], list[str]]:
     return splits, classes
 
 
-def _load_digits() -> tuple[dict[str, Split], list[str]]:
+def _carve(
+    name: str, places: np.ndarray, labels: np.ndarray | None, fraction: float, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The rest, and a fraction stratified by labels, both in order."""
+    try:
+        rest, part = train_test_split(
+            places, test_size=fraction, stratify=labels, random_state=seed
+        )
+    except ValueError as error:
+        raise ValueError(
+            f'No {name} set of {fraction:.0%} can be carved from {len(places)} images: {error}'
+        ) from error
+    return np.sort(rest), np.sort(part)
+
+
+def _load_digits(config: Config) -> tuple[dict[str, Split], list[str]]:
     """scikit-learn's 1797 digits of 8 x 8: 60 % train, 15 % val, 25 % test, always the same."""
     digits = load_digits()
-    pixels = (digits.images * (255 / 16)).astype(np.uint8)
-    dataset = ArrayImages(pixels, digits.target)
-    everything = np.arange(len(dataset))
-    rest, test = train_test_split(
-        everything, test_size=0.25, stratify=digits.target, random_state=0
-    )
-    train, val = train_test_split(rest, test_size=0.2, stratify=digits.target[rest], random_state=0)
-    parts = {'train': train, 'val': val, 'test': test}
-    whole = Split(dataset, everything, digits.target)
-    splits = {name: whole.take(np.sort(part)) for name, part in parts.items()}
+    y = digits.target
+    dataset = ArrayImages((digits.images * (255 / 16)).astype(np.uint8), y)
+    rest, test = train_test_split(np.arange(len(y)), test_size=0.25, stratify=y, random_state=0)
+    train, val = train_test_split(rest, test_size=0.2, stratify=y[rest], random_state=0)
+    parts = {'train': np.sort(train), 'val': np.sort(val), 'test': np.sort(test)}
+    splits = {name: Split(dataset, part, y[part]) for name, part in parts.items()}
     return splits, [str(digit) for digit in range(10)]
 
 
@@ -181,17 +213,9 @@ def _load_timm(config: Config) -> tuple[dict[str, Split], list[str]]:
 def load_folder(
     data_dir: str, name: str, known: dict[str, int] | None = None, *, advice: str = ''
 ) -> Split:
-    """One split of a folder, all images DATA_DIR/NAME/CLASS/IMAGE.
-
-    Args:
-        data_dir: the folder.
-        name: of the split.
-        known: index of each class that there may be; None for those of the split itself, sorted.
-        advice: what to do if there is no such folder.
-
-    Raises:
-        ValueError: as `load_splits`.
-    """
+    """One split of a folder, all images DATA_DIR/NAME/CLASS/IMAGE, labelled by `known` indices of
+    classes or, if it is None, in the order of names. ValueError as `load_splits`, with `advice` if
+    there is no such folder."""
     folder = Path(data_dir, name)
     if not folder.is_dir():
         raise ValueError(
@@ -202,8 +226,7 @@ def load_folder(
         unknown = sorted(set(dataset.reader.class_to_idx) - set(known))
         if unknown:
             raise ValueError(
-                f"The split '{name}' has classes that training lacks: {unknown}. It had "
-                f'{list(known)}.'
+                f"The split '{name}' has classes that training lacks: {unknown}, not {list(known)}."
             )
         dataset = _create_dataset('', data_dir, name, class_map=known)
     _refuse_unreadable([path for path, _ in dataset.reader.samples])
@@ -218,20 +241,17 @@ def _create_dataset(dataset: str, data_dir: str, split: str, **options: Any) -> 
 
 
 def _whole(dataset: Any) -> Split:
-    labels = _labels(dataset)
-    return Split(dataset, np.arange(len(labels)), labels)
-
-
-def _labels(dataset: Any) -> np.ndarray:
-    """All labels of a data set, without decoding its images."""
+    """All images of a data set of timm or torchvision; none is decoded for its label."""
     reader: Any = getattr(dataset, 'reader', None)
     if hasattr(reader, 'samples'):
-        return np.array([label for _, label in reader.samples])
-    if hasattr(reader, 'dataset'):
-        return np.array(reader.dataset[reader.label_key])
-    if hasattr(dataset, 'targets'):
-        return np.array(dataset.targets)
-    return np.array([dataset[i][1] for i in range(len(dataset))])
+        labels = [label for _, label in reader.samples]
+    elif hasattr(reader, 'dataset'):
+        labels = reader.dataset[reader.label_key]
+    elif hasattr(dataset, 'targets'):
+        labels = dataset.targets
+    else:
+        labels = [dataset[i][1] for i in range(len(dataset))]
+    return Split(dataset, np.arange(len(labels)), np.array(labels))
 
 
 def _refuse_unreadable(paths: list[str]) -> None:
@@ -251,31 +271,96 @@ def _refuse_unreadable(paths: list[str]) -> None:
         raise ValueError(f'{len(bad)} files cannot be read as images. Remove them:\n  {shown}')
 
 
-def create_datasets(
-    config: Config, splits: dict[str, Split], data_config: dict[str, Any]
-) -> dict[str, Images]:
-    """Data sets by split name, without augmentation; and 'augmented', the training split, if it is
-    there, with it.
-
-    Args:
-        config: for its `augment`.
-        splits: from `load_splits`.
-        data_config: from `timm.data.resolve_input_data_config`.
-
-    Raises:
-        TypeError: an argument in `augment` that timm.data.create_transform does not have.
-    """
-    mode = 'L' if data_config['input_size'][0] == 1 else 'RGB'
-    keys = ('input_size', 'interpolation', 'mean', 'std', 'crop_pct', 'crop_mode')
-    shape = {key: data_config[key] for key in keys}
-    plain = timm.data.create_transform(**shape)
-    datasets = {name: Images(split, plain, mode) for name, split in splits.items()}
-    if config.augment is not None:
-        check_arguments(
-            'augment', timm.data.create_transform, config.augment, given=(*keys, 'is_training')
+def _load_arrays(config: Config) -> tuple[dict[str, Split], list[str]]:
+    """The splits 'train' and 'test' of the file of arrays `config.data_dir`, as the documentation
+    of `Config.dataset` has it, and the classes, `str` of the labels."""
+    file = config.data_dir
+    arrays = _read_arrays(file)
+    has_test_split = 'x_train' in arrays
+    pairs = [('x_train', 'y_train'), ('x_test', 'y_test')] if has_test_split else [('x', 'y')]
+    if has_test_split and config.folds:
+        raise ValueError(
+            f"'{file}' has a test split of its own (x_test); {config.folds} folds need a file with "
+            'x and y alone.'
         )
-        augmenting = timm.data.create_transform(**shape, is_training=True, **config.augment)
-        datasets['augmented'] = Images(splits['train'], augmenting, mode)
-    elif 'train' in datasets:
-        datasets['augmented'] = datasets['train']
-    return datasets
+    if config.test_split is None:
+        pairs = pairs[:1]
+    if config.unsupervised and any(y not in arrays for _, y in pairs):
+        arrays |= {y: np.zeros(arrays[x].shape[:1], int) for x, y in pairs if x in arrays}
+    for key in (key for pair in pairs for key in pair):
+        if key not in arrays:
+            raise ValueError(
+                f"'{file}' has no array '{key}', only {sorted(arrays)}. It must hold x_train, "
+                'y_train, x_test and y_test, or x and y.'
+            )
+    numeric = [arrays[x] for x, _ in pairs if arrays[x].dtype.kind in 'fiu']
+    top = max((array.max(initial=0) for array in numeric), default=0)
+    classes = np.unique(arrays[pairs[0][1]])
+    splits = {}
+    for name, (x, y) in zip(('train', 'test'), pairs, strict=False):
+        labels, shape = arrays[y], arrays[x].shape[:1]
+        if labels.shape != shape or labels.dtype.kind not in 'iuU':
+            raise ValueError(
+                f"'{y}' in '{file}' must hold one label for each image, shape {list(shape)}, "
+                f'integers or strings; it is {labels.dtype} of shape {list(labels.shape)}.'
+            )
+        unknown = np.setdiff1d(labels, classes)
+        if len(unknown):
+            raise ValueError(
+                f"'{y}' in '{file}' has classes that training lacks: {unknown.tolist()}."
+            )
+        pixels = _to_pixels(arrays[x], top, f"'{x}' in '{file}'")
+        y_index = np.searchsorted(classes, labels)
+        splits[name] = Split(ArrayImages(pixels, y_index), np.arange(len(labels)), y_index)
+    if not has_test_split and config.test_split is not None:
+        whole = splits['train']
+        train, test = _test_part(whole.labels, config)
+        splits = {'train': whole.take(train), 'test': whole.take(test)}
+    return splits, [str(name) for name in classes]
+
+
+def _read_arrays(file: str) -> dict[str, np.ndarray]:
+    """The arrays of a file, without pickles."""
+    if not os.path.isfile(file):
+        raise ValueError(f"'{file}' is no file; give --data-dir FILE.npz.")
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
+            return {key: arrays[key] for key in arrays.files}
+    except (AttributeError, EOFError, OSError, ValueError, zipfile.BadZipFile) as error:
+        raise ValueError(f"'{file}' cannot be read as an .npz file of arrays: {error}") from error
+
+
+def _to_pixels(x: np.ndarray, top: float, where: str) -> np.ndarray:
+    """uint8 `[n, H, W]` or `[n, H, W, C]`; `top` is the largest value of the whole file."""
+    if x.ndim not in (3, 4) or not x.size or (x.ndim == 4 and x.shape[3] not in (1, 3, 4)):
+        raise ValueError(
+            f'{where} has shape {list(x.shape)}; images are [n, H, W] or [n, H, W, C] with 1, 3 or '
+            '4 channels C.'
+        )
+    if x.dtype.kind == 'f' and x.min() >= 0 and top <= 1:
+        x = np.rint(x * 255).astype(np.uint8)
+    elif x.dtype == np.uint8 and top <= 1:  # binary
+        x = x * np.uint8(255)
+    elif x.dtype != np.uint8:
+        values = f' from {x.min():g} to {x.max():g}' if x.dtype.kind in 'fiu' else ''
+        raise ValueError(
+            f'{where} is {x.dtype}{values}; images are uint8 from 0 to 255 or floating-point from '
+            '0 to 1.'
+        )
+    return x[..., 0] if x.ndim == 4 and x.shape[3] == 1 else x
+
+
+def _test_part(labels: np.ndarray, config: Config) -> tuple[np.ndarray, np.ndarray]:
+    """Places of the training and of the test images in a data set without a test split."""
+    order = np.random.default_rng(0).permutation(len(labels))
+    if not config.folds:
+        return _carve('test', order, labels[order], config.test_fraction, seed=0)
+    if not 2 <= config.folds <= len(labels) or not 0 <= config.fold < config.folds:
+        raise ValueError(
+            f'fold {config.fold} of {config.folds} folds does not exist for {len(labels)} images: '
+            f'give 2 folds or more, and a fold from 0 to {config.folds - 1}.'
+        )
+    # Dealt out class by class: unlike scikit-learn's, more folds than a class has images.
+    by_class = order[np.argsort(labels[order], kind='stable')]
+    test = np.sort(by_class[config.fold :: config.folds])
+    return np.setdiff1d(order, test), test

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import timm
@@ -72,8 +71,6 @@ def _load_split(data_dir: str, split: str, model: PooledModel) -> Split:
     """The images of a split, labelled by the classes of a model."""
     names = model.pretrained_cfg.get('label_names') or None
     if data_dir.endswith('.npz'):
-        if not Path(data_dir).is_file():
-            raise ValueError(f"'{data_dir}' is no file.")
         splits, classes = load_splits(Config(data_dir=data_dir, dataset='npz'))
         if split not in splits:
             raise ValueError(f"'{data_dir}' has no split '{split}', only {list(splits)}.")

@@ -8,6 +8,7 @@ import math
 import os
 import uuid
 from collections.abc import Callable, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,24 +22,18 @@ from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 from tqdm.auto import tqdm
 
 from timm_fisher import PooledModel
+from timm_fisher.backbone import digest
 from timm_fisher.training.config import Config
 from timm_fisher.training.data import Gives, Images
 
 
 class Cached(Dataset[tuple[list[Tensor], int]]):
-    """Lists of tensors, memory-mapped from files, and labels.
-
-    Args:
-        paths: one file of arrays for each tensor of the list.
-        labels: of the images.
-        gives: 'features' of the backbone, one tensor for each stage that the model pools; or
-            'pooled', one vector.
-    """
+    """Lists of tensors, memory-mapped from one file for each of them, and labels: 'features', one
+    for each stage that the model pools, or 'pooled', one vector."""
 
     def __init__(self, paths: Sequence[Path], labels: np.ndarray, gives: Gives) -> None:
         self.arrays = [np.load(path, mmap_mode='r', allow_pickle=False) for path in paths]
-        self.labels = labels
-        self.gives = gives
+        self.labels, self.gives = labels, gives
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -52,47 +47,32 @@ def cache_features(
     model: PooledModel, dataset: Images, config: Config, accelerator: Accelerator
 ) -> Cached:
     """Run the backbone once over a data set, each rank over its share, unless files of the same
-    weights, images and transform are there already.
-
-    All ranks must see one `config.cache_dir`.
-
-    Raises:
-        OSError: there is no space for the files.
-    """
+    weights, images and transform are in `config.cache_dir`, which all ranks must see, already.
+    OSError if there is no space for them."""
     model.to(accelerator.device).eval()
     stem = Path(config.cache_dir, _cache_key(model, dataset, accelerator))
     paths = [stem.with_name(f'{stem.name}-{i}.npy') for i in range(len(model.descriptors))]
     # The main process decides for all: another run may publish the same files at any moment.
     if not broadcast_object_list([all(path.exists() for path in paths)])[0]:
-        _write(
-            paths,
-            lambda images: model.descriptors.features(model.backbone, images),
-            dataset,
-            config,
-            accelerator,
-            what='cache features',
-        )
+
+        def features(images: Tensor) -> list[Tensor]:
+            return model.descriptors.features(model.backbone, images)
+
+        _write(paths, features, dataset, config, accelerator)
     return Cached(paths, dataset.split.labels, 'features')
 
 
 def cache_pooled(
-    model: PooledModel, features: Cached, name: str, config: Config, accelerator: Accelerator
+    model: PooledModel, features: Cached, path: Path, config: Config, accelerator: Accelerator
 ) -> Cached:
-    """Pool cached features once, for a stage that trains the classifier alone.
-
-    The files are written anew each time, for the head may have been trained meanwhile. All ranks
-    must see one `config.output`.
-    """
+    """Pool cached features once, for a stage that trains the classifier alone; the file is written
+    anew each time, for the head may have been trained meanwhile."""
     model.to(accelerator.device).eval()
-    path = Path(config.output, 'pooled', f'{name}.npy')
-    _write(
-        [path],
-        lambda features: [model.forward_head(features, pre_logits=True)],
-        features,
-        config,
-        accelerator,
-        what=f'pool {name}',
-    )
+
+    def pool(x: list[Tensor]) -> list[Any]:
+        return [model.forward_head(x, pre_logits=True)]
+
+    _write([path], pool, features, config, accelerator)
     return Cached([path], features.labels, 'pooled')
 
 
@@ -103,8 +83,6 @@ def _write(
     dataset: Images | Cached,
     config: Config,
     accelerator: Accelerator,
-    *,
-    what: str,
 ) -> None:
     """Write what a function of a batch gives, a list of tensors, one file for each of them."""
     device, main = accelerator.device, accelerator.is_main_process
@@ -115,23 +93,22 @@ def _write(
 
     token = broadcast_object_list([uuid.uuid4().hex])[0]
     partial = [path.with_suffix(f'.{token}.partial') for path in paths]
+    share = range(accelerator.process_index, len(dataset), accelerator.num_processes)
+    # Small batches stay in a CPU's cache: twice as fast as 64 images at a time.
+    batch_size = min(4, config.batch_size) if device.type == 'cpu' else config.batch_size
+    workers = config.workers if dataset.gives == 'images' else 0
+    loader = DataLoader(Subset(dataset, share), batch_size, num_workers=workers)
+    rows = iter(share)
     try:
         if main:
             sample = call(default_collate([dataset[0][0]]))
             _allocate(partial, [(len(dataset), *tensor.shape[1:]) for tensor in sample])
         accelerator.wait_for_everyone()
         arrays = [np.lib.format.open_memmap(path, mode='r+') for path in partial]
-        share = range(accelerator.process_index, len(dataset), accelerator.num_processes)
-        # Small batches stay in a CPU's cache: twice as fast as 64 images at a time.
-        batch_size = min(4, config.batch_size) if device.type == 'cpu' else config.batch_size
-        workers = config.workers if dataset.gives == 'images' else 0
-        loader = DataLoader(Subset(dataset, share), batch_size, num_workers=workers)
-        start = 0
-        for batch, labels in tqdm(loader, what, disable=not main or None):
-            rows = list(share[start : start + len(labels)])
+        for batch, labels in tqdm(loader, f'read {dataset.gives}', disable=not main or None):
+            places = list(islice(rows, len(labels)))
             for array, tensor in zip(arrays, call(batch), strict=True):
-                array[rows] = tensor.float().cpu().numpy()
-            start += len(labels)
+                array[places] = tensor.float().cpu().numpy()
         for array in arrays:
             array.flush()
         accelerator.wait_for_everyone()
@@ -157,18 +134,14 @@ def _allocate(paths: list[Path], shapes: list[tuple[int, ...]]) -> None:
     except OSError as error:
         size = sum(4 * math.prod(shape) for shape in shapes)
         raise OSError(
-            f'{size / 2**30:.1f} GiB of features do not fit into {paths[0].parent}: {error}. '
-            'Free some space, give another --cache_dir or --output, or switch it off by '
-            '--cache false.'
+            f'{size / 2**30:.1f} GiB of features do not fit into {paths[0].parent}: {error}. Free '
+            'some space, give another --cache_dir or --output, or --cache false.'
         ) from error
 
 
 def _cache_key(model: PooledModel, dataset: Images, accelerator: Accelerator) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in model.backbone.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     about = (
+        digest(model.backbone.state_dict()),
         dataset.split.fingerprint(),
         repr(dataset.transform),
         dataset.mode,
@@ -181,5 +154,4 @@ def _cache_key(model: PooledModel, dataset: Images, accelerator: Accelerator) ->
         timm.__version__,
         torch.__version__,
     )
-    digest.update(repr(about).encode())
-    return digest.hexdigest()[:32]
+    return hashlib.sha256(repr(about).encode()).hexdigest()[:32]

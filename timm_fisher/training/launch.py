@@ -35,24 +35,24 @@ def launch(options: Mapping[str, Any], output: Path, *, log: Path | None = None)
     """
     file, metrics = Path(f'{output}.yaml'), output / 'metrics.json'
     settings = {**options, 'output': str(output)}
-    if metrics.exists():
-        if yaml.safe_load(file.read_text()) != settings:
-            raise ValueError(
-                f"'{output}' holds a run with other options, see {file}. Give another --output."
-            )
-        return _read(metrics)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    write(file, yaml.safe_dump(settings, sort_keys=False))
-    arguments = ['--config', str(file)]
-    if (output / 'config.yaml').exists():
-        arguments += ['--resume', 'true']
-    process = _PROCESSES.Process(target=_train, args=(arguments, log))
-    process.start()
-    process.join()
-    if process.exitcode:
-        said = f', see {log}:\n{log.read_text()[-3000:]}' if log else '.'
-        raise RuntimeError(f'The run in {output} failed{said}')
-    return _read(metrics)
+    if not metrics.exists():
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write(file, yaml.safe_dump(settings, sort_keys=False))
+        arguments = ['--config', str(file)]
+        if (output / 'config.yaml').exists():
+            arguments += ['--resume', 'true']
+        process = _PROCESSES.Process(target=_train, args=(arguments, log))
+        process.start()
+        process.join()
+        if process.exitcode:
+            said = f', see {log}:\n{log.read_text()[-3000:]}' if log else '.'
+            raise RuntimeError(f'The run in {output} failed{said}')
+    elif yaml.safe_load(file.read_text()) != settings:
+        raise ValueError(
+            f"'{output}' holds a run with other options, see {file}. Give another --output."
+        )
+    content: dict[str, Any] = json.loads(metrics.read_text())
+    return content
 
 
 def _train(arguments: list[str], log: Path | None) -> None:
@@ -63,8 +63,3 @@ def _train(arguments: list[str], log: Path | None) -> None:
     from timm_fisher.training.__main__ import main
 
     main(arguments)
-
-
-def _read(metrics: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(metrics.read_text())
-    return content

@@ -28,19 +28,12 @@ from timm_fisher.training.config import Config, Stage
 def describe(config: Config, model: PooledModel, accelerator: Accelerator) -> dict[str, Any]:
     """What metrics.json says of a run, besides its results."""
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    settings = without_paths(
-        {
-            'head': config.head,
-            'head_kwargs': config.head_kwargs,
-            'backbone': config.backbone,
-            'backbone_stage': config.backbone_stage,
-            # A folder, or a file of arrays, is not named: its name need not be the data set's.
-            'dataset': '' if config.dataset == 'npz' else config.dataset,
-            'seed': config.seed,
-        }
-    )
+    keys = ('head', 'head_kwargs', 'backbone', 'backbone_stage', 'dataset', 'seed')
+    settings = {key: getattr(config, key) for key in keys}
+    if config.dataset == 'npz':  # as of a folder: its name need not be the data set's
+        settings['dataset'] = ''
     return {
-        **settings,
+        **without_paths(settings),
         'out_features': model.head_hidden_size,
         'parameters': parameters,
         'head_parameters': parameters - sum(p.numel() for p in model.backbone.parameters()),
@@ -62,16 +55,12 @@ def head_names(config: Config) -> str:
 def command(config: Config, accelerator: Accelerator) -> str:
     """The command that repeats a run, with whatever configuration file it was started; PATH stands
     for the images, and of other folders only the last name is left."""
-    default = asdict(Config())
-    settings = {key: value for key, value in asdict(config).items() if value != default[key]}
+    settings = _changed(config)
     for key in ('output', 'resume', 'cache_dir'):
         settings.pop(key, None)
     if config.data_dir:
         settings['data_dir'] = 'PATH'
-    settings['stages'] = {
-        name: {key: value for key, value in asdict(stage).items() if value != getattr(Stage(), key)}
-        for name, stage in config.stages.items()
-    }
+    settings['stages'] = {name: _changed(stage) for name, stage in config.stages.items()}
     settings['seed'] = config.seed
     if accelerator.mixed_precision != 'no':
         settings['mixed_precision'] = accelerator.mixed_precision
@@ -82,6 +71,11 @@ def command(config: Config, accelerator: Accelerator) -> str:
         text = value if isinstance(value, str) else json.dumps(value)
         parts.append(f'--{name.replace("data_dir", "data-dir")} {shlex.quote(text)}')
     return ' \\\n    '.join(parts)
+
+
+def _changed(settings: Config | Stage) -> dict[str, Any]:
+    default = asdict(type(settings)())
+    return {key: value for key, value in asdict(settings).items() if value != default[key]}
 
 
 def without_paths(value: Any) -> Any:
@@ -124,8 +118,7 @@ def draw_curve(history: list[dict[str, Any]], path: Path) -> None:
 
 
 def _peak_memory(device: torch.device) -> int:
-    """Bytes allocated on the GPU, or, on a CPU, resident of this process; 0 on Windows, which does
-    not tell."""
+    """Bytes allocated on the GPU, or resident of this process; 0 on Windows."""
     if device.type == 'cuda':
         return torch.cuda.max_memory_allocated(device)
     if sys.platform == 'win32':

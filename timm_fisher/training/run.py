@@ -8,34 +8,48 @@ config.yaml, and the checkpoint that `resume` continues from exactly.
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import timm
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.utils import DistributedDataParallelKwargs, broadcast, send_to_device, set_seed
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm.auto import tqdm
 
 import timm_fisher
 from timm_fisher import PooledModel
 from timm_fisher.files import write
-from timm_fisher.training.checkpoint import Checkpoints, Progress
+from timm_fisher.training.checkpoint import (
+    Interruption,
+    Progress,
+    latest_checkpoint,
+    open_folder,
+    save_checkpoint,
+)
 from timm_fisher.training.config import Config, Stage
 from timm_fisher.training.data import Images, create_datasets, load_splits
 from timm_fisher.training.features import Cached, cache_features, cache_pooled
-from timm_fisher.training.folder import open_folder
-from timm_fisher.training.interrupt import Interruption
-from timm_fisher.training.loop import Trainer, refuse_non_finite
-from timm_fisher.training.report import describe, head_names
-from timm_fisher.training.stages import Objective, create_objective, freeze
+from timm_fisher.training.report import describe, draw_curve, head_names
+from timm_fisher.training.stages import (
+    Objective,
+    create_objective,
+    create_optimizer,
+    create_scheduler,
+    freeze,
+    set_training_mode,
+)
 
 
 def train(config: Config) -> dict[str, Any]:
@@ -47,7 +61,7 @@ def train(config: Config) -> dict[str, Any]:
     Raises:
         ValueError: settings or data that do not fit; the message says what to do.
         FloatingPointError: a loss is not finite.
-        Interrupted: a signal ended the run.
+        KeyboardInterrupt: a signal ended the run.
     """
     accelerator = _create_accelerator(config)
     set_seed(config.seed)
@@ -74,19 +88,24 @@ def train(config: Config) -> dict[str, Any]:
         say(f'{head_names(config)} on {config.backbone}: {model.head_hidden_size} pooled features')
 
         # Fit
-        run = Run(config, accelerator, model, images, classes, data_config, interruption)
-        checkpoint = run.checkpoints.latest
+        precision = accelerator.mixed_precision
+        progress = Progress({'processes': accelerator.num_processes, 'mixed_precision': precision})
+        run = Run(
+            config, accelerator, interruption, progress, output, model, images, classes, data_config
+        )
+        checkpoint = latest_checkpoint(output)
         if checkpoint is None:
             run.fit()
             say(f'fit: {run.progress.seconds["fit"]:.1f} s')
         else:
-            run.progress = run.checkpoints.load_progress(checkpoint)
+            run.resume(checkpoint)
             say(f'resuming after {checkpoint.name}')
 
         # Stages
         for name, stage in config.stages.items():
-            if name not in run.progress.finished:
-                run.train_stage(name, stage)
+            run.train_stage(name, stage)
+        if accelerator.is_main_process:
+            run.save_model(output / 'last')
 
         # Evaluate the best epoch
         split = 'test' if 'test' in images else 'val'
@@ -94,7 +113,11 @@ def train(config: Config) -> dict[str, Any]:
 
         # Save
         metrics = run.save_metrics(split, result)
-        say(f'{split} {_summary(result)} of {result["samples"]} images -> {output}')
+        if 'accuracy' in result:
+            summary = f'accuracy {result["accuracy"]:.2%}'
+        else:
+            summary = f'unsupervised loss {result["unsupervised_loss"]:.4g}'
+        say(f'{split} {summary} of {result["samples"]} images -> {output}')
     accelerator.end_training()
     return metrics
 
@@ -116,36 +139,32 @@ def create_model(config: Config, num_classes: int) -> PooledModel:
     )
 
 
+@dataclass
+class Training:
+    """A stage while it is trained: its objective, and what accelerate made ready for it."""
+
+    name: str
+    stage: Stage
+    objective: Objective
+    module: nn.Module  # the objective, wrapped by DDP
+    optimizer: Any
+    loader: Any
+    scheduler: Any
+
+
+@dataclass
 class Run:
-    """Model, data and progress of a run, and the steps of which `train` consists.
+    """Model, data and progress of a run, and the steps of which `train` consists."""
 
-    Args:
-        config: its settings.
-        accelerator: where it computes.
-        model: what it trains.
-        images: from `create_datasets`.
-        classes: their names, which are saved with the model; none without a classifier.
-        data_config: of the images, likewise.
-        interruption: the context of signals that it is in.
-    """
-
-    def __init__(
-        self,
-        config: Config,
-        accelerator: Accelerator,
-        model: PooledModel,
-        images: dict[str, Images],
-        classes: list[str],
-        data_config: dict[str, Any],
-        interruption: Interruption,
-    ) -> None:
-        self.config, self.accelerator = config, accelerator
-        self.model, self.images = model, images
-        self.classes, self.data_config = classes, data_config
-        self.interruption = interruption
-        self.output = Path(config.output)
-        self.progress = Progress()
-        self.checkpoints = Checkpoints(self.output, accelerator, model, self._save_model)
+    config: Config
+    accelerator: Accelerator
+    interruption: Interruption
+    progress: Progress
+    output: Path
+    model: PooledModel
+    images: dict[str, Images]
+    classes: list[str]  # none without a classifier
+    data_config: dict[str, Any]
 
     def fit(self) -> None:
         """Start the heads from data."""
@@ -155,13 +174,41 @@ class Run:
             from_features = dataset.gives == 'features'
             timm_fisher.fit(self.model, self._loader(dataset), from_features=from_features)
 
+    def resume(self, checkpoint: Path) -> None:
+        """Go back to a checkpoint; `train_stage` takes the rest of its state."""
+        before = Progress(**json.loads((checkpoint / 'progress.json').read_text()))
+        if before.setting != self.progress.setting:
+            now = self.progress.setting
+            raise ValueError(f'--resume must keep {before.setting}; this is {now}.')
+        self.progress = before
+        self._load_weights(checkpoint / 'model')
+        self.accelerator.load_state(str(checkpoint))  # the scaler of fp16
+
     def train_stage(self, name: str, stage: Stage) -> None:
-        """Train one stage, from its beginning or from the checkpoint inside it."""
+        """Train one stage, or what is left of it after a checkpoint."""
+        accelerator = self.accelerator
+        done = sum(row['stage'] == name for row in self.progress.history)
+        if done < stage.epochs:
+            training, val = self._prepare(name, stage)
+            checkpoint = latest_checkpoint(self.output)
+            if checkpoint is not None and done:
+                accelerator.load_state(str(checkpoint))
+                training.scheduler.load_state_dict(self.progress.scheduler)
+            self.interruption.waits = True
+            for epoch in range(done, stage.epochs):
+                self._run_epoch(training, epoch, val)
+            self.interruption.waits = False
+            self.interruption.check()
+            accelerator.free_memory()
+        if accelerator.is_main_process:
+            shutil.rmtree(self.output / 'pooled', ignore_errors=True)
+            draw_curve(self.progress.history, self.output / 'curve.png')
+
+    def _prepare(self, name: str, stage: Stage) -> tuple[Training, Images | Cached]:
+        """What a stage trains with, and its validation data."""
         config, accelerator = self.config, self.accelerator
-        datasets = self._datasets(stage)
+        datasets = self._datasets(stage, pool=True)
         freeze(self.model, name, stage)
-        if stage.train == 'classifier' and config.caches(stage) and not stage.head_loss:
-            datasets = self._pooled(datasets)
         # Seeded by the stage, so that resuming at its beginning is exact; and by the rank, so that
         # the ranks draw different augmentation and dropout.
         number = list(config.stages).index(name)
@@ -169,65 +216,107 @@ class Run:
         objective = create_objective(self.model, stage, datasets['train'].gives)
         enough = config.batch_size * accelerator.num_processes <= len(datasets['train'])
         drop_last = objective.whole_batches and enough
-        loader = self._loader(datasets['augmented'], shuffle=True, drop_last=drop_last)
-        trainer = Trainer(config, accelerator, self.interruption, name, objective, loader)
+        module, optimizer, loader = accelerator.prepare(
+            objective,
+            create_optimizer(self.model, stage),
+            self._loader(datasets['augmented'], shuffle=True, drop_last=drop_last),
+        )
+        updates = math.ceil(len(loader) / config.grad_accum_steps)
+        scheduler = create_scheduler(optimizer.optimizer, stage, updates)
+        training = Training(name, stage, objective, module, optimizer, loader, scheduler)
+        return training, datasets['val']
 
-        done = 0  # epochs of this stage
-        history, checkpoint = self.progress.history, self.checkpoints.latest
-        if checkpoint is not None and history and history[-1]['stage'] == name:
-            done = history[-1]['epoch']
-            self.checkpoints.load_state(checkpoint, trainer.scheduler)
-        with self.interruption.at_steps():
-            for epoch in range(done, stage.epochs):
-                self._run_epoch(trainer, objective, epoch, datasets['val'])
-            if accelerator.is_main_process:
-                shutil.rmtree(self.output / 'pooled', ignore_errors=True)
-        accelerator.free_memory()
-
-    def _run_epoch(
-        self, trainer: Trainer, objective: Objective, epoch: int, val: Images | Cached
-    ) -> None:
+    def _run_epoch(self, training: Training, epoch: int, val: Images | Cached) -> None:
         """Train, validate, report, keep the model if it is the best, and write the checkpoint."""
-        start, steps = time.perf_counter(), len(trainer.loader)
-        rate = trainer.learning_rate
+        name, progress, scheduler = training.name, self.progress, training.scheduler
+        start = time.perf_counter()
+        rate = max(group['lr'] for group in training.optimizer.param_groups)
         with self._timed('train'):
-            loss = trainer.train_epoch(epoch)
-            result = self._evaluate(objective, val, 'val')
-        val_loss: float = result[objective.loss_name]
-        refuse_non_finite(val_loss, f'{trainer.name}, validation of epoch {epoch + 1}', self.output)
-        if trainer.plateau:
-            trainer.scheduler.step(loss)
-        row: dict[str, Any] = {
-            'stage': trainer.name,
-            'epoch': epoch + 1,
-            'lr': rate,
-            'train_loss': loss,
-            'val_loss': val_loss,
-        }
-        accuracy = ''
+            loss = self._train_epoch(training, epoch)
+            result = self._evaluate(training.objective, val, 'val')
+        val_loss: float = result[training.objective.loss_name]
+        self._refuse_non_finite(val_loss, f'{name}, validation of epoch {epoch + 1}')
+        if isinstance(scheduler, ReduceLROnPlateau):
+            scheduler.step(loss)
+        row: dict[str, Any] = dict(stage=name, epoch=epoch + 1, lr=rate, train_loss=loss)
+        row['val_loss'] = val_loss
+        text = f'lr {rate:.2g}, train loss {loss:.4f}, val loss {val_loss:.4f}, '
         if 'accuracy' in result:
             row['val_accuracy'] = result['accuracy']
-            accuracy = f'val accuracy {result["accuracy"]:.2%}, '
+            text += f'val accuracy {result["accuracy"]:.2%}, '
         row['seconds'] = round(time.perf_counter() - start, 2)
-        self.accelerator.print(
-            f'{trainer.name} {epoch + 1}: lr {rate:.2g}, train loss {loss:.4f}, val loss '
-            f'{val_loss:.4f}, {accuracy}{row["seconds"]:.1f} s'
-        )
-        self.progress.steps += steps
-        ends_stage = epoch + 1 == trainer.stage.epochs
-        if self.progress.add(row, ends_stage=ends_stage) and self.accelerator.is_main_process:
-            self._save_model(self.output / 'model')
-        self.checkpoints.save(self.progress, trainer.scheduler, ends_stage=ends_stage)
+        self.accelerator.print(f'{name} {epoch + 1}: {text}{row["seconds"]:.1f} s')
+        progress.steps += len(training.loader)
+        progress.scheduler = scheduler.state_dict()
+        if progress.add(row) and self.accelerator.is_main_process:
+            self.save_model(self.output / 'model')
+        save_checkpoint(self.output, progress, self.accelerator, self.save_model)
+
+    def _train_epoch(self, training: Training, epoch: int) -> float:
+        """One pass over the training set, which `epoch`, from 0, puts in order; its mean loss over
+        all ranks."""
+        accelerator, loader, stage = self.accelerator, training.loader, training.stage
+        loader.set_epoch(epoch)
+        training.module.train()
+        set_training_mode(self.model, stage)
+        update = epoch * math.ceil(len(loader) / self.config.grad_accum_steps)
+        total, count = 0.0, 0
+        title = f'{training.name} {epoch + 1}/{stage.epochs}'
+        progress = self._progress_bar(loader, title)
+        for step, (x, y) in enumerate(progress):
+            self.interruption.check()
+            with accelerator.accumulate(training.module):
+                loss = training.module(x, y)
+                value = loss.item()
+                self._refuse_non_finite(
+                    value, f'{training.name}, epoch {epoch + 1}, step {step + 1}'
+                )
+                if not loss.requires_grad:
+                    raise ValueError(
+                        f"Stage '{training.name}' trains nothing: the unsupervised loss of "
+                        f'{head_names(self.config)} is zero or does not depend on what train: '
+                        f'{stage.train} trains.'
+                    )
+                update += accelerator.sync_gradients
+                self._step(training, loss, update)
+            total += value * len(y)
+            count += len(y)
+            progress.set_postfix(loss=f'{value:.3f}')
+        sums = accelerator.reduce(torch.tensor([total, count], device=accelerator.device))
+        mean: float = (sums[0] / sums[1]).item()
+        return mean
+
+    def _step(self, training: Training, loss: Tensor, update: int) -> None:
+        """Add to the gradient, and, if it is complete, change the model."""
+        accelerator, optimizer, stage = self.accelerator, training.optimizer, training.stage
+        accelerator.backward(training.objective.weight * loss)
+        if stage.clip_grad is not None and accelerator.sync_gradients:
+            parameters = [p for group in optimizer.param_groups for p in group['params']]
+            accelerator.clip_grad_norm_(parameters, stage.clip_grad)
+        optimizer.step()
+        if accelerator.sync_gradients:
+            self.model.project_()
+            if not isinstance(training.scheduler, ReduceLROnPlateau):
+                training.scheduler.step_update(update)
+        optimizer.zero_grad()
+
+    def _refuse_non_finite(self, loss: float, where: str) -> None:
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f'The loss is {loss} in stage {where}. Last good checkpoint: '
+                f'{latest_checkpoint(self.output) or "none"}. Try a lower learning rate, '
+                'clip_grad, or mixed_precision no or bf16.'
+            )
 
     def evaluate_best(self, split: str) -> dict[str, Any]:
         """The results of the epoch that validated best, which the model becomes."""
         stage = self.config.stages[self.progress.best['stage']]
-        self.checkpoints.load_weights(self.output / 'model')
+        self._load_weights(self.output / 'model')
         dataset = self._datasets(stage)[split]
         return self._evaluate(create_objective(self.model, stage, dataset.gives), dataset, split)
 
     def save_metrics(self, split: str, result: dict[str, Any]) -> dict[str, Any]:
-        """Write last/ and metrics.json; its content."""
+        """Write metrics.json; its content."""
         progress = self.progress
         metrics = {
             split: result,
@@ -238,35 +327,27 @@ class Run:
             'seconds': {key: round(value, 2) for key, value in progress.seconds.items()},
         }
         if self.accelerator.is_main_process:
-            last = self.checkpoints.latest
-            if last is not None:
-                shutil.rmtree(self.output / 'last', ignore_errors=True)
-                shutil.copytree(last / 'model', self.output / 'last')
             write(self.output / 'metrics.json', json.dumps(metrics, indent=2) + '\n')
         return metrics
 
-    def _datasets(self, stage: Stage) -> dict[str, Images] | dict[str, Cached]:
-        """Images, or features of the backbone as it is now where the stage works on those."""
-        if not self.config.caches(stage):
+    def _datasets(self, stage: Stage, *, pool: bool = False) -> dict[str, Any]:
+        """Images, or what a stage with a frozen backbone works on: features of the model as it is
+        now or, to `pool`, its pooled vectors where the classifier alone is trained."""
+        config = self.config
+        if not config.caches(stage):
             return self.images
-        arguments = (self.config, self.accelerator)
+        pool = pool and stage.train == 'classifier' and not stage.head_loss
+        cached = {}
         with self._timed('features'):
-            features = {
-                name: cache_features(self.model, images, *arguments)
-                for name, images in self.images.items()
-                if name != 'augmented'
-            }
-        return {**features, 'augmented': features['train']}
-
-    def _pooled(self, features: dict[str, Any]) -> dict[str, Cached]:
-        """Pooled vectors of features, for a stage that trains the classifier alone."""
-        arguments = (self.config, self.accelerator)
-        with self._timed('features'):
-            pooled = {
-                name: cache_pooled(self.model, features[name], name, *arguments)
-                for name in ('train', 'val')
-            }
-        return {**pooled, 'augmented': pooled['train']}
+            for name in (name for name in self.images if name != 'augmented'):
+                images = self.images[name]
+                cached[name] = cache_features(self.model, images, config, self.accelerator)
+                if pool and name != 'test':
+                    path = self.output / 'pooled' / f'{name}.npy'
+                    cached[name] = cache_pooled(
+                        self.model, cached[name], path, config, self.accelerator
+                    )
+        return {**cached, 'augmented': cached['train']}
 
     def _loader(
         self, dataset: Dataset[Any], *, shuffle: bool = False, drop_last: bool = False
@@ -274,12 +355,9 @@ class Run:
         """A loader over a data set, before accelerate prepares it."""
         # Cached features come from a memory map: workers would only copy them once more.
         whole: Any = dataset.dataset if isinstance(dataset, Subset) else dataset
+        workers = self.config.workers if whole.gives == 'images' else 0
         return DataLoader(
-            dataset,
-            self.config.batch_size,
-            shuffle=shuffle,
-            num_workers=self.config.workers if whole.gives == 'images' else 0,
-            drop_last=drop_last,
+            dataset, self.config.batch_size, shuffle, num_workers=workers, drop_last=drop_last
         )
 
     def _evaluate(
@@ -290,19 +368,17 @@ class Run:
         objective.to(accelerator.device).eval()
         # DDP gives rank 0's batch-norm statistics to the others only at its next step.
         broadcast([*self.model.buffers()])
-        with accelerator.autocast():
-            return objective.evaluate(self._batches(dataset, name))
-
-    def _batches(self, dataset: Images | Cached, name: str) -> Iterator[tuple[Any, Tensor]]:
-        """This rank's share of a data set."""
-        accelerator = self.accelerator
         share = range(accelerator.process_index, len(dataset), accelerator.num_processes)
-        loader = self._loader(Subset(dataset, share))
-        for batch in tqdm(
-            loader, name, leave=False, disable=not accelerator.is_main_process or None
-        ):
-            x, y = send_to_device(batch, accelerator.device)
-            yield x, y
+        batches = self._progress_bar(self._loader(Subset(dataset, share)), name)
+        with accelerator.autocast():
+            return objective.evaluate(
+                send_to_device(batch, accelerator.device) for batch in batches
+            )
+
+    def _progress_bar(self, loader: Any, title: str) -> Any:
+        return tqdm(
+            loader, title, leave=False, disable=not self.accelerator.is_main_process or None
+        )
 
     @contextmanager
     def _timed(self, what: str) -> Iterator[None]:
@@ -310,19 +386,13 @@ class Run:
         yield
         self.progress.seconds[what] += time.perf_counter() - start
 
-    def _save_model(self, folder: Path) -> None:
-        timm_fisher.save_model(
-            self.model,
-            folder,
-            label_names=self.classes or None,
-            data_config=self.data_config,
-        )
+    def save_model(self, folder: Path) -> None:
+        """Write the model as it is now."""
+        label_names, data_config = self.classes or None, self.data_config
+        timm_fisher.save_model(self.model, folder, label_names=label_names, data_config=data_config)
 
-
-def _summary(result: dict[str, Any]) -> str:
-    if 'accuracy' in result:
-        return f'accuracy {result["accuracy"]:.2%}'
-    return f'unsupervised loss {result["unsupervised_loss"]:.4g}'
+    def _load_weights(self, folder: Path) -> None:
+        self.model.load_state_dict(safetensors.torch.load_file(folder / 'model.safetensors'))
 
 
 def _create_accelerator(config: Config) -> Accelerator:
@@ -334,14 +404,12 @@ def _create_accelerator(config: Config) -> Accelerator:
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=config.seed),
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=unsupervised)],
     )
+    # Checkpoints hold the weights in timm's form, once.
+    accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.clear())
+    accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())
     launched = 'ACCELERATE_MIXED_PRECISION' in os.environ
     if accelerator.device.type == 'cpu' and launched and os.environ.get('OMP_NUM_THREADS') == '1':
         # `accelerate launch` sets one thread per process unless it is told otherwise.
-        torch.set_num_threads(max(1, _cpu_count() // accelerator.num_processes))
+        cpus = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+        torch.set_num_threads(max(1, (cpus or 1) // accelerator.num_processes))
     return accelerator
-
-
-def _cpu_count() -> int:
-    if hasattr(os, 'sched_getaffinity'):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

@@ -30,13 +30,7 @@ Batches = Iterable[tuple[Any, Tensor]]
 
 
 class Supervised(nn.Module):
-    """Cross-entropy of the labels, plus the head's unsupervised loss with the stage's weight.
-
-    Args:
-        model: what is trained.
-        stage: how.
-        gives: what the batches hold.
-    """
+    """Cross-entropy of the labels, plus the head's unsupervised loss with the stage's weight."""
 
     whole_batches = False
     weight = 1.0  # of the loss in the gradient
@@ -47,12 +41,8 @@ class Supervised(nn.Module):
         self.model, self.stage, self.gives = model, stage, gives
 
     def forward(self, x: Any, y: Tensor) -> Tensor:
-        """The loss of a batch, a scalar.
-
-        Args:
-            x: images `[B, 3, H, W]`, or a list of features or pooled vectors.
-            y: labels `[B]`.
-        """
+        """The loss, a scalar, of images `[B, 3, H, W]`, or a list of features or pooled vectors,
+        and labels `[B]`."""
         logits, unsupervised = self._logits(x, head_loss=self.stage.head_loss > 0)
         smoothing = self.stage.label_smoothing
         loss = F.cross_entropy(logits.float(), y, label_smoothing=smoothing)
@@ -60,11 +50,8 @@ class Supervised(nn.Module):
 
     @torch.no_grad()
     def evaluate(self, batches: Batches) -> dict[str, Any]:
-        """`loss`, the cross-entropy, `accuracy`, `balanced_accuracy` and `samples` of a data set.
-
-        Args:
-            batches: this rank's share of it.
-        """
+        """`loss`, the cross-entropy, `accuracy`, `balanced_accuracy` and `samples` of a data set;
+        `batches` are this rank's share of it."""
         losses: list[float] = []
         labels: list[int] = []
         predicted: list[int] = []
@@ -91,11 +78,6 @@ class Unsupervised(nn.Module):
     In training mode each head first updates itself by its own rule on the mini-batch
     (`PoolingHead.partial_fit`): the gradient that follows is that of the loss with the new
     parameters, in what the stage trains.
-
-    Args:
-        model: what is trained.
-        stage: how.
-        gives: what the batches hold, images or features.
     """
 
     # A head's own rule takes every batch at full weight: a few images left over would undo what the
@@ -109,12 +91,7 @@ class Unsupervised(nn.Module):
         self.weight = stage.head_loss or 1.0
 
     def forward(self, x: Any, y: Tensor) -> Tensor:
-        """The loss of a batch, a scalar.
-
-        Args:
-            x: images `[B, 3, H, W]`, or a list of features.
-            y: labels, which are ignored.
-        """
+        """The loss, a scalar, of images `[B, 3, H, W]` or a list of features; `y` is ignored."""
         model = self.model
         features = x if self.gives == 'features' else model.descriptors.features(model.backbone, x)
         descriptors = model.descriptors(features)
@@ -126,11 +103,7 @@ class Unsupervised(nn.Module):
 
     @torch.no_grad()
     def evaluate(self, batches: Batches) -> dict[str, Any]:
-        """`unsupervised_loss`, the mean over images, and `samples` of a data set.
-
-        Args:
-            batches: this rank's share of it.
-        """
+        """`unsupervised_loss`, the mean over images, and `samples`, as in `Supervised`."""
         rows = gather_object([(self(x, y).item(), len(y)) for x, y in batches])
         samples = sum(count for _, count in rows)
         total = sum(loss * count for loss, count in rows)
@@ -153,26 +126,26 @@ def freeze(model: PooledModel, name: str, stage: Stage) -> None:
     """
     model.requires_grad_(True)
     model.freeze_backbone(not stage.trains_backbone)
-    layers = _trained_layers(model, stage)
-    for layer_name, layer in zip(stage.layers, layers, strict=True):
-        if not any(parameter.requires_grad for parameter in layer.parameters()):
+    trained: set[nn.Parameter] = set()
+    for layer_name, layer in zip(stage.layers, _trained_layers(model, stage), strict=True):
+        parameters = {p for p in layer.parameters() if p.requires_grad}
+        if not parameters:
             raise ValueError(
                 f"Layer '{layer_name}' of the backbone has no parameters that the head depends on."
             )
-    if layers:
-        trained = {id(parameter) for layer in layers for parameter in layer.parameters()}
+        trained |= parameters
+    if stage.layers:
         for parameter in model.backbone.parameters():
-            parameter.requires_grad_(parameter.requires_grad and id(parameter) in trained)
+            parameter.requires_grad_(parameter in trained)
     if stage.train in ('classifier', 'backbone'):
         model.head.requires_grad_(False)
     if stage.train == 'backbone' or stage.unsupervised:
         model.classifier.requires_grad_(False)
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        reasons = {
+        reason = {
             'backbone': 'the backbone has no parameters that the head depends on',
             'head': 'the head has no parameters',
-        }
-        reason = reasons.get(stage.train, 'neither backbone nor head has parameters')
+        }.get(stage.train, 'neither backbone nor head has parameters')
         raise ValueError(f"Stage '{name}' has nothing to train: {reason}.")
 
 
@@ -215,21 +188,11 @@ def create_optimizer(model: PooledModel, stage: Stage) -> torch.optim.Optimizer:
 
 
 def create_scheduler(optimizer: torch.optim.Optimizer, stage: Stage, updates: int) -> Any:
-    """The schedule of the learning rate: `ReduceLROnPlateau`, or one of timm's.
-
-    Args:
-        optimizer: whose rates it sets.
-        stage: its settings.
-        updates: steps of the optimizer in an epoch.
-    """
+    """`ReduceLROnPlateau`, or a schedule of timm's; `updates` are steps in an epoch."""
     if stage.sched == 'plateau':
         # timm's plateau schedule is deprecated, and does not save its counters.
-        return ReduceLROnPlateau(
-            optimizer,
-            factor=stage.decay_rate,
-            patience=stage.patience_epochs,
-            min_lr=stage.min_lr,
-        )
+        factor, patience = stage.decay_rate, stage.patience_epochs
+        return ReduceLROnPlateau(optimizer, factor=factor, patience=patience, min_lr=stage.min_lr)
     scheduler, _ = create_scheduler_v2(
         optimizer,
         stage.sched,
