@@ -210,12 +210,6 @@ class DBMFisher(PoolingHead):
             self.axes.copy_(axes)
             self.variances.copy_(variances)
 
-    def extra_repr(self) -> str:
-        return (
-            f'{self.in_features} x {" x ".join(map(str, self.hidden))} -> {self.out_features}, '
-            f'whiten={self.whiten}, ridge={self.ridge}, squash={self.squash}'
-        )
-
     def _visible(self, x: Tensor) -> Tensor:
         """v `[B, C]` of descriptors `[B, N, C]`, float32 or better."""
         v = mean_descriptor(x)

@@ -34,7 +34,13 @@ from torch import Tensor, nn
 from timm_fisher.fitting.stream import DescriptorStream
 from timm_fisher.head import MOST_FEATURES, PoolingHead, check_range
 from timm_fisher.numerics.clustering import kmeans, start_reduction
-from timm_fisher.numerics.linalg import at_least_float32, power_l2, unit_length, without_autocast
+from timm_fisher.numerics.linalg import (
+    Linear,
+    at_least_float32,
+    power_l2,
+    unit_length,
+    without_autocast,
+)
 
 FIT_SAMPLE = 50_000  # descriptors that PCA and the first rounds of EM see
 STARTS, START_ROWS, START_ROUNDS = 4, 10_000, 20  # the best start is chosen on some of them
@@ -80,10 +86,11 @@ class GMMFisher(PoolingHead):
         d = min(reduce_dim or in_features, in_features)
         self.in_features = in_features
         self.out_features = 2 * components * d
+        self.components = components
         self.l2_descriptors = l2_descriptors
         self.normalize = normalize
 
-        self.reduce = nn.Linear(in_features, d)
+        self.reduce = Linear(in_features, d)
         nn.init.orthogonal_(self.reduce.weight)
         nn.init.zeros_(self.reduce.bias)
         # As after a fit: descriptors of unit mean squared length.
@@ -125,7 +132,7 @@ class GMMFisher(PoolingHead):
         if self.l2_descriptors:
             sample = unit_length(sample)
         start_reduction(self.reduce, sample)
-        y = self._linear(sample)
+        y: Tensor = self.reduce(sample)
         variance = y.var(0, unbiased=False)
         floor = VARIANCE_FLOOR * torch.maximum(variance, 1e-6 * variance.mean() + 1e-12)
         mixture = start_mixture(y, len(self.means), floor)
@@ -151,20 +158,11 @@ class GMMFisher(PoolingHead):
         """Standard deviations below the floor that `fit` sets are raised to it."""
         self.log_stds.copy_(torch.maximum(self.log_stds, self.log_std_floor))
 
-    def extra_repr(self) -> str:
-        k, d = self.means.shape
-        return (
-            f'{self.in_features} -> {d} x {k} x 2, l2_descriptors={self.l2_descriptors}, '
-            f'normalize={self.normalize}'
-        )
-
     def _reduce(self, x: Tensor) -> Tensor:
         """y `[B, N, D]` of descriptors `[B, N, C]`, float32 or better."""
         x = x.to(at_least_float32(x.dtype))
-        return self._linear(unit_length(x) if self.l2_descriptors else x)
-
-    def _linear(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.reduce.weight.to(x.dtype), self.reduce.bias.to(x.dtype))
+        y: Tensor = self.reduce(unit_length(x) if self.l2_descriptors else x)
+        return y
 
 
 class Mixture(NamedTuple):

@@ -146,12 +146,6 @@ class GSNMF(PoolingHead):
         basis = self.basis.double().clamp_min(0)
         self.basis.copy_(F.normalize(basis, dim=0))
 
-    def extra_repr(self) -> str:
-        return (
-            f'{self.in_features} -> {self.out_features}, updates={self.updates}, '
-            f'l2_penalty={self.l2_penalty}, l1_penalty={self.l1_penalty}, signed={self.signed}'
-        )
-
     def _features(self, x: Tensor) -> Tensor:
         """Non-negative features of unit length `[B, C or 2 C]`; zero where nothing is positive."""
         x = x.to(at_least_float32(x.dtype))
