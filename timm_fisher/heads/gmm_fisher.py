@@ -126,28 +126,25 @@ class GMMFisher(PoolingHead):
         """PCA, k-means and EM on a sample, then EM on the whole stream."""
         sample = stream.sample(FIT_SAMPLE).double()
         with without_autocast(sample):
-            self._fit(sample, stream)
-
-    def _fit(self, sample: Tensor, stream: DescriptorStream) -> None:
-        if self.l2_descriptors:
-            sample = unit_length(sample)
-        start_reduction(self.reduce, sample)
-        y: Tensor = self.reduce(sample)
-        variance = y.var(0, unbiased=False)
-        floor = VARIANCE_FLOOR * torch.maximum(variance, 1e-6 * variance.mean() + 1e-12)
-        mixture = start_mixture(y, len(self.means), floor)
-        mixture, _ = expectation_maximisation(mixture, lambda: [y], floor, rounds=SAMPLE_ROUNDS)
-        mixture, _ = expectation_maximisation(
-            mixture,
-            lambda: (self._reduce(x).flatten(0, 1).double() for x in stream.batches()),
-            floor,
-            rounds=STREAM_ROUNDS,
-            sum_over_ranks=stream.sum,
-        )
-        self.log_weights.copy_(mixture.log_weights)
-        self.means.copy_(mixture.means)
-        self.log_stds.copy_(mixture.log_stds)
-        self.log_std_floor.copy_(floor.log() / 2)
+            if self.l2_descriptors:
+                sample = unit_length(sample)
+            start_reduction(self.reduce, sample)
+            y: Tensor = self.reduce(sample)
+            variance = y.var(0, unbiased=False)
+            floor = VARIANCE_FLOOR * torch.maximum(variance, 1e-6 * variance.mean() + 1e-12)
+            mixture = start_mixture(y, len(self.means), floor)
+            mixture, _ = expectation_maximisation(mixture, lambda: [y], floor, rounds=SAMPLE_ROUNDS)
+            mixture, _ = expectation_maximisation(
+                mixture,
+                lambda: (self._reduce(x).flatten(0, 1).double() for x in stream.batches()),
+                floor,
+                rounds=STREAM_ROUNDS,
+                sum_over_ranks=stream.sum,
+            )
+            self.log_weights.copy_(mixture.log_weights)
+            self.means.copy_(mixture.means)
+            self.log_stds.copy_(mixture.log_stds)
+            self.log_std_floor.copy_(floor.log() / 2)
 
     def no_weight_decay(self) -> set[str]:
         """Zero is no natural place for means and log deviations."""
@@ -173,16 +170,11 @@ class Mixture(NamedTuple):
     log_stds: Tensor  # [K, D]
 
     def log_joint(self, y: Tensor, squares: Tensor) -> Tensor:
-        """`log p(y, k)` `[..., K]` of descriptors y `[..., D]`, up to `D/2 log(2 pi)`.
-
-        Args:
-            y: descriptors.
-            squares: of them, which the caller needs as well.
-        """
+        """`log p(y, k)` `[..., K]` of descriptors y `[..., D]` and their squares, up to
+        `D/2 log(2 pi)`."""
         precision = torch.exp(-2 * self.log_stds)
-        constant = (
-            self.log_weights - self.log_stds.sum(1) - 0.5 * (self.means.square() * precision).sum(1)
-        )
+        distance = (self.means.square() * precision).sum(1)
+        constant = self.log_weights - self.log_stds.sum(1) - 0.5 * distance
         linear = F.linear(y, self.means * precision, constant)
         return linear - F.linear(squares, 0.5 * precision)
 
@@ -237,9 +229,8 @@ def expectation_maximisation(
             joint = mixture.log_joint(y, squares)
             evidence = joint.logsumexp(-1, keepdim=True)
             g = torch.exp(joint - evidence).T
-            for total, part in zip(
-                totals, (evidence.sum(), g.sum(1), g @ y, g @ squares), strict=True
-            ):
+            parts = evidence.sum(), g.sum(1), g @ y, g @ squares
+            for total, part in zip(totals, parts, strict=True):
                 total += part
         likelihood, *statistics = sum_over_ranks(*totals)
         history.append((likelihood / statistics[0].sum()).item() - constant)

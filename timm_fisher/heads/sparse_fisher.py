@@ -133,8 +133,8 @@ class SparseFisher(PoolingHead):
         if self.tied:
             encoder, lateral, threshold = ista(dictionary, self.sparsity)
         else:
-            encoder, threshold = self.encoder.to(y.dtype), self.log_threshold.to(y.dtype).exp()
-            lateral = self.lateral.to(y.dtype)
+            encoder, lateral = self.encoder.to(y.dtype), self.lateral.to(y.dtype)
+            threshold = self.log_threshold.to(y.dtype).exp()
         drive = F.linear(y, encoder)
         code = soft_threshold(drive, threshold)
         for _ in range(self.iterations):

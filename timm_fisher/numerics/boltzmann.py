@@ -70,14 +70,12 @@ class Machine:
         up: float = 1.0,
         down: float = 1.0,
     ) -> None:
-        like = dict(dtype=v.dtype, device=v.device)
         self.generator, self.up, self.down = generator, up, down
         self.weights = [
-            0.01 * torch.randn(m, n, generator=generator, **like)  # type: ignore[call-overload]
+            0.01 * torch.randn(m, n, generator=generator, dtype=v.dtype, device=v.device)
             for m, n in pairwise(sizes)
         ]
-        self.biases = [v.mean(0).clamp(0.01, 0.99).logit()]
-        self.biases += [torch.zeros(n, **like) for n in sizes[1:]]  # type: ignore[call-overload]
+        self.biases = [v.mean(0).clamp(0.01, 0.99).logit(), *(v.new_zeros(n) for n in sizes[1:])]
         self.states = [self._draw(bias.expand(CHAINS, -1)) for bias in self.biases]
         self.centres = [v.mean(0), *(torch.full_like(bias, 0.5) for bias in self.biases[1:])]
 
@@ -151,9 +149,7 @@ class Machine:
         return total
 
     def _draw(self, drive: Tensor) -> Tensor:
-        chance = torch.rand(
-            drive.shape, generator=self.generator, dtype=drive.dtype, device=drive.device
-        )
+        chance = torch.empty_like(drive).uniform_(generator=self.generator)
         return (chance < torch.sigmoid(drive)).to(drive.dtype)
 
 

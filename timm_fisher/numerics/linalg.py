@@ -52,13 +52,10 @@ def without_autocast(x: Tensor) -> AbstractContextManager[None]:
 
 
 def unit_length(x: Tensor) -> Tensor:
-    """Each descriptor divided by its length.
+    """Each descriptor of `[..., N, C]`, float32 or better, divided by its length.
 
     The length has a floor, 1e-4 of the longest descriptor of the image, so that near-zero ones
     stay short and have a bounded gradient.
-
-    Args:
-        x: descriptors `[..., N, C]`, float32 or better.
     """
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     longest = length.detach().amax(-2, keepdim=True)
