@@ -200,16 +200,15 @@ def _gives_output(
 ) -> bool:
     """Whether `forward_intermediates` gives the output beside earlier maps: the same shape,
     computed by the same operations from the same parameters."""
-    stages = [reader.stage for reader in readers if reader.stage != -1]
-    if not stages or readers[-1].stage != -1 or readers[-1].intermediate:
+    *stages, final = (reader.stage for reader in readers)
+    if not stages or final != -1 or readers[-1].intermediate:
         return False
     try:
         beside, _ = backbone.forward_intermediates(image, indices=stages, output_fmt='NCHW')
     except (RuntimeError, AttributeError):
         return False
-    if not isinstance(beside, Tensor) or beside.shape != output.shape:
-        return False
-    return _operations(beside) == _operations(output)
+    same_shape = isinstance(beside, Tensor) and beside.shape == output.shape
+    return same_shape and _operations(beside) == _operations(output)
 
 
 def _from_features(

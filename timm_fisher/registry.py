@@ -85,13 +85,8 @@ def create_head(name: str, in_features: int, /, **arguments: Any) -> PoolingHead
 
 
 def check_head_output(name: str, head: PoolingHead, pooled: Any) -> None:
-    """Refuse what a head returns if it is no tensor `[B, out_features]`. Whoever builds a head
-    checks it once, best on the meta device.
-
-    Args:
-        name: entry-point name of the head.
-        head: the head.
-        pooled: what its `forward` has returned.
+    """Refuse what the head `name` returns from its `forward` if it is no tensor
+    `[B, out_features]`. Whoever builds a head checks it once, best on the meta device.
 
     Raises:
         TypeError: it is not a tensor.
@@ -111,13 +106,8 @@ def check_arguments(
     *,
     given: Collection[str] = (),
 ) -> None:
-    """Check keyword arguments against a signature, before the call.
-
-    Args:
-        what: who takes the arguments, to begin the error with.
-        function: the callable (or class) whose signature counts.
-        arguments: keyword arguments of the user.
-        given: parameters that the caller fills in himself and the user may not name.
+    """Check a user's keyword arguments against the signature of a function or class, before the
+    call. The error begins with `what`; parameters in `given` are the caller's, not the user's.
 
     Raises:
         TypeError: an unknown argument, with the nearest known ones, or a missing one.

@@ -263,9 +263,8 @@ class ModelStream(DescriptorStream):
             for batch, item in zip(batches, progress, strict=True):
                 x: Any = item[0] if isinstance(item, tuple | list) else item
                 if self.from_features:
-                    features = (x if isinstance(x, tuple | list) else [x])[self.place].to(
-                        self.device
-                    )
+                    features = x[self.place] if isinstance(x, tuple | list) else x
+                    features = features.to(self.device)
                 else:
                     features = self.descriptors.features(self.model.backbone, x.to(self.device))
                 yield batch, self.descriptors(features)

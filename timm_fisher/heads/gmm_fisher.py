@@ -180,13 +180,8 @@ class Mixture(NamedTuple):
 
 
 def start_mixture(y: Tensor, components: int, floor: Tensor) -> Mixture:
-    """The best of some mixtures from k-means, after a few rounds of EM on some of the rows.
-
-    Args:
-        y: descriptors `[M, D]`, float64.
-        components: K.
-        floor: smallest variances `[D]`.
-    """
+    """The best of some mixtures from k-means, after a few rounds of EM on some of the descriptors
+    y `[M, D]`, float64; variances are held above the floor `[D]`."""
     y = y[:: math.ceil(len(y) / START_ROWS)]
     wide = (y.var(0, unbiased=False) + floor).log() / 2
     candidates = []

@@ -291,17 +291,11 @@ def descend_(values: Tensor, drive: Tensor, gram: Tensor, *, within_ball: bool =
 
 
 def worst_residuals(x: Tensor, w: Tensor, h: Tensor, count: int, least: float) -> Tensor:
-    """Directions `[count, C]`, or fewer, in which some row of `x` is represented worst.
+    """Directions `[count, C]`, or fewer, in which some row of x `[n, C]` is represented worst by
+    columns w `[L, C]` and codes h `[L, n]`.
 
     A new column helps a row by the product of the two directions, less the L1 penalty: at best by
-    the length of the positive part of the row's residual.
-
-    Args:
-        x: rows `[n, C]`.
-        w: columns of the basis `[L, C]`.
-        h: codes `[L, n]`.
-        count: directions wanted.
-        least: squared length that a positive part has to exceed.
+    the length of the positive part of the row's residual, whose square has to exceed `least`.
     """
     w = w.to(x.dtype)
     chunks = zip(x.split(8192), h.split(8192, dim=1), strict=True)

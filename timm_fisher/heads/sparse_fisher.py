@@ -159,11 +159,7 @@ def soft_threshold(v: Tensor, threshold: Tensor) -> Tensor:
 
 
 def ista(dictionary: Tensor, sparsity: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The matrices of one ISTA step on `|x - B u|^2 + sparsity |u|_1` (section 3.2).
-
-    Args:
-        dictionary: B `[d, m]`.
-        sparsity: weight of the L1 penalty.
+    """The matrices of one ISTA step on `|x - B u|^2 + sparsity |u|_1`, B `[d, m]` (section 3.2).
 
     Returns:
         `W = 2t B^T` `[m, d]`, `S = I - 2t B^T B` `[m, m]` and the threshold `sparsity * t` `[]`,

@@ -209,13 +209,8 @@ def shifted_root(g: Tensor, e: Tensor, iterations: int) -> tuple[Tensor, Tensor]
 
 
 def newton_schulz(a: Tensor, iterations: int) -> Tensor:
-    """The iterate `Z = p(A)` of coupled Newton-Schulz iterations, near `A^(-1/2)`; `A Z` is near
-    the root.
-
-    Args:
-        a: symmetric matrices `[B, n, n]` with eigenvalues in [0, 1].
-        iterations: 1 or more.
-    """
+    """The iterate `Z = p(A)` of coupled Newton-Schulz iterations, near `A^(-1/2)`, of symmetric
+    matrices A `[B, n, n]` with eigenvalues in [0, 1]; `A Z` is near the root."""
     identity = torch.eye(a.shape[1], dtype=a.dtype, device=a.device).expand_as(a)
     z = 1.5 * identity - 0.5 * a
     y = a @ z
