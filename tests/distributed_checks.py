@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import timm_fisher
-from timm_fisher.fitting.stream import BatchStream
+from timm_fisher.fitting.stream import ListStream
 
 SMALL = {  # faster than the default
     'bilinear': {'reduce_dim': 8},
@@ -79,7 +79,7 @@ def updated(rank: int = 0, world_size: int = 1) -> dict[str, Any]:
     x = torch.randn(11, 5, 16, generator=generator).tensor_split(world_size)[rank]
     torch.manual_seed(0)
     head = timm_fisher.create_head('gsnmf', 16, components=8)
-    stream = BatchStream(x)
+    stream = ListStream([x])
     head.partial_fit(stream)
     return {
         'basis': head.basis.detach(),

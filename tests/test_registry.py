@@ -249,7 +249,7 @@ def test_in_features_is_a_size(in_features):
 def test_without_an_installation(monkeypatch):
     monkeypatch.setattr(sys, 'path', [])
     assert timm_fisher.list_heads() == []
-    with pytest.raises(ValueError, match=r'not installed in this environment\. Run `pip install'):
+    with pytest.raises(ValueError, match=r'timm_fisher is not installed\. Run `pip install'):
         timm_fisher.get_head('avg')
 
 

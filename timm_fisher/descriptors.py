@@ -72,16 +72,11 @@ class Descriptors(nn.Module):
             return features.flatten(1, 2)
         return features if self.class_token == 'keep' else features[:, self.num_prefix_tokens :]
 
-    def appended(self, features: Tensor) -> Tensor | None:
-        """The class token `[B, C]` that goes behind the pooled vector, if there is one."""
-        return features[:, 0] if self.class_token == 'append' else None
-
     def extra_repr(self) -> str:
         rule = 'forward_intermediates' if self.intermediate else 'forward_features'
         text = f'{rule}, stage={self.stage}, {self.layout}, {self.num_features} channels'
-        if self.num_prefix_tokens:
-            text += f', {self.num_prefix_tokens} prefix tokens: {self.class_token}'
-        return text
+        prefix = f', {self.num_prefix_tokens} prefix tokens: {self.class_token}'
+        return text + prefix * bool(self.num_prefix_tokens)
 
 
 class StageDescriptors(nn.ModuleList):
@@ -117,23 +112,14 @@ class StageDescriptors(nn.ModuleList):
 
     def appended(self, features: Sequence[Tensor]) -> Tensor | None:
         """The class token `[B, C]` of the output that goes behind the pooled vector, if any."""
-        return cast(Descriptors, self[-1]).appended(features[-1])
-
-    def extra_repr(self) -> str:
-        return f'one_pass={self.one_pass}'
+        output = cast(Descriptors, self[-1])
+        return features[-1][:, 0] if output.class_token == 'append' else None
 
 
 def _intermediates(backbone: Any, x: Tensor, stages: list[int], **options: Any) -> list[Tensor]:
     """Maps NCHW of some stages, in ascending order, without what lies behind the last of them."""
-    maps = backbone.forward_intermediates(
-        x,
-        indices=stages,
-        stop_early=True,
-        output_fmt='NCHW',
-        intermediates_only=True,
-        **options,
-    )
-    return cast(list[Tensor], list(maps))
+    options |= dict(stop_early=True, output_fmt='NCHW', intermediates_only=True)
+    return list(backbone.forward_intermediates(x, indices=stages, **options))
 
 
 def find_descriptors(
@@ -201,7 +187,7 @@ def _find_stage(
         raise ValueError(
             f'{class_token=} needs tokens ahead of the grid, and {name} has none at {stage=}.'
         )
-    if class_token == 'append' and not _has_class_token(backbone):
+    if class_token == 'append' and getattr(backbone, 'cls_token', None) is None:
         raise ValueError(
             f"class_token='append' needs a class token; the {descriptors.num_prefix_tokens} prefix "
             f"tokens of this {name} are registers. Use 'drop' or 'keep'."
@@ -214,16 +200,15 @@ def _gives_output(
 ) -> bool:
     """Whether `forward_intermediates` gives the output beside earlier maps: the same shape,
     computed by the same operations from the same parameters."""
-    stages = [reader.stage for reader in readers if reader.stage != -1]
-    if not stages or readers[-1].stage != -1 or readers[-1].intermediate:
+    *stages, final = (reader.stage for reader in readers)
+    if not stages or final != -1 or readers[-1].intermediate:
         return False
     try:
         beside, _ = backbone.forward_intermediates(image, indices=stages, output_fmt='NCHW')
     except (RuntimeError, AttributeError):
         return False
-    if not isinstance(beside, Tensor) or beside.shape != output.shape:
-        return False
-    return _operations(beside) == _operations(output)
+    same_shape = isinstance(beside, Tensor) and beside.shape == output.shape
+    return same_shape and _operations(beside) == _operations(output)
 
 
 def _from_features(
@@ -240,13 +225,10 @@ def _from_features(
         return None
     prefix = getattr(backbone, 'num_prefix_tokens', 0)
     strides = to_2tuple(backbone.feature_info[-1]['reduction'])
-    grids = {
-        math.prod(
-            divide(size / stride) for size, stride in zip(image.shape[2:], strides, strict=True)
-        )
-        for divide in (math.floor, math.ceil)
-    }
-    if features.shape[1] - prefix not in grids:
+    sides = [size / stride for size, stride in zip(image.shape[2:], strides, strict=True)]
+    if features.shape[1] - prefix not in [
+        math.prod(map(divide, sides)) for divide in (math.floor, math.ceil)
+    ]:
         return None
     return Descriptors(
         stage=-1,
@@ -255,10 +237,6 @@ def _from_features(
         num_prefix_tokens=prefix,
         class_token=class_token,
     )
-
-
-def _has_class_token(backbone: Any) -> bool:
-    return getattr(backbone, 'cls_token', None) is not None
 
 
 @contextmanager

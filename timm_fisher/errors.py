@@ -31,41 +31,36 @@ def explain_errors(
         raise kind(f'{doing} failed: {_explain(error)}') from None
 
 
+_KINDS: dict[type[Exception], str] = {  # the first that fits
+    hub_errors.OfflineModeIsEnabled: 'the Hub is needed, but HF_HUB_OFFLINE is set. Unset it, or '
+    'give a folder.',
+    hub_errors.GatedRepoError: 'access to the repository must be asked for, on its page.',
+    hub_errors.RevisionNotFoundError: 'the repository has no such revision.',
+    hub_errors.RemoteEntryNotFoundError: 'the repository lacks a file that every saved model has.',
+    hub_errors.LocalEntryNotFoundError: 'the Hub cannot be reached, and the file is not in the '
+    'cache. Check the connection, or HF_HUB_OFFLINE, and try again.',
+}
+_STATUSES = {
+    401: 'no such repository, or it is private and HF_TOKEN has no access to it (401).',
+    403: 'the token does not allow this (403). Give one that may write to the repository.',
+    404: 'no such repository (404). Check its name, and the token if it is private.',
+    409: 'the repository was changed by somebody else at the same time (409). Try again.',
+    429: 'the Hub says that there were too many requests (429). Wait, and try again.',
+}
+
+
 def _explain(error: Exception) -> str:
     # The reason may be wrapped: "an error happened", because of a 403.
     if isinstance(error.__cause__, HTTPError) and not isinstance(error, HTTPError):
         error = error.__cause__
+    for kind, reason in _KINDS.items():
+        if isinstance(error, kind):
+            return reason
     response = getattr(error, 'response', None)
-    status = response.status_code if response is not None else None
-    if isinstance(error, hub_errors.HFValidationError):
-        return str(error)
-    if isinstance(error, hub_errors.OfflineModeIsEnabled):
-        return 'the Hub is needed, but HF_HUB_OFFLINE is set. Unset it, or give a folder.'
-    if isinstance(error, hub_errors.GatedRepoError):
-        return 'access to the repository must be asked for, on its page.'
-    if isinstance(error, hub_errors.RevisionNotFoundError):
-        return 'the repository has no such revision.'
-    if isinstance(error, hub_errors.RemoteEntryNotFoundError):
-        return 'the repository lacks a file that every saved model has.'
-    if isinstance(error, hub_errors.LocalEntryNotFoundError):
-        return (
-            'the Hub cannot be reached, and the file is not in the cache. Check the connection, or '
-            'HF_HUB_OFFLINE, and try again.'
-        )
-    if status == 401:
-        return 'no such repository, or it is private and HF_TOKEN has no access to it (401).'
-    if status == 403:
-        return 'the token does not allow this (403). Give one that may write to the repository.'
-    if status == 404:
-        return 'no such repository (404). Check its name, and the token if it is private.'
-    if status == 409:
-        return 'the repository was changed by somebody else at the same time (409). Try again.'
-    if status == 429:
-        return 'the Hub says that there were too many requests (429). Wait, and try again.'
-    if status is not None and status >= 500:
-        return f'the Hub has a fault of its own ({status}). Try again later.'
-    if status is not None:
-        return f'the Hub answered {status}.'
+    if response is not None:
+        status = response.status_code
+        fault = f'the Hub has a fault of its own ({status}). Try again later.'
+        return _STATUSES.get(status, fault if status >= 500 else f'the Hub answered {status}.')
     if isinstance(error, HTTPError | ConnectionError):
         return 'there is no connection to the Hub, or it broke. Try again.'
     return str(error).partition('\n')[0] or type(error).__name__

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import reprlib
 from typing import TYPE_CHECKING, Any
 
@@ -86,6 +87,12 @@ class PoolingHead(nn.Module):
 
     def project_(self) -> None:
         """Bring the parameters back to their feasible set, in place, after an optimizer step."""
+
+    def extra_repr(self) -> str:
+        """Sizes, and the arguments that the head keeps under their names."""
+        names = [name for name in inspect.signature(type(self)).parameters if name in vars(self)]
+        settings = [f'{name}={vars(self)[name]!r}' for name in names if name != 'in_features']
+        return ', '.join([f'{self.in_features} -> {self.out_features}', *settings])
 
 
 def check_range(

@@ -76,7 +76,11 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 def _register(name: str, preset: dict[str, Any]) -> None:
     def entry_point(pretrained: bool = False, **arguments: Any) -> PooledModel:
-        model: PooledModel = timm_fisher(pretrained, **_override(preset, arguments))
+        head_kwargs = arguments.get('head_kwargs')
+        if arguments.get('head', preset['head']) == preset['head']:
+            head_kwargs = {**preset['head_kwargs'], **(head_kwargs or {})}
+        arguments = {**preset, **arguments, 'head_kwargs': head_kwargs}
+        model: PooledModel = timm_fisher(pretrained, **arguments)
         return model
 
     # timm takes name and module of a model from its function.
@@ -86,14 +90,6 @@ def _register(name: str, preset: dict[str, Any]) -> None:
         f'`PooledModel({settings})`, unless overridden; see `timm_fisher.presets`.'
     )
     globals()[name] = register_model(entry_point)
-
-
-def _override(preset: dict[str, Any], arguments: dict[str, Any]) -> dict[str, Any]:
-    """A preset's arguments, replaced by the caller's; those of its own head are merged."""
-    head_kwargs = arguments.get('head_kwargs')
-    if arguments.get('head', preset['head']) == preset['head']:
-        head_kwargs = {**preset['head_kwargs'], **(head_kwargs or {})}
-    return {**preset, **arguments, 'head_kwargs': head_kwargs}
 
 
 for _name, _preset in PRESETS.items():

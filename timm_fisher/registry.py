@@ -40,11 +40,11 @@ def get_head(name: str) -> type[PoolingHead]:
         head = entry.load()
     except Exception as error:
         raise ImportError(
-            f'{_title(entry)} ({entry.value}) cannot be imported: {type(error).__name__}: {error}'
+            f'{_title(name)} ({entry.value}) cannot be imported: {type(error).__name__}: {error}'
         ) from error
     if not (isinstance(head, type) and issubclass(head, PoolingHead)):
         raise TypeError(
-            f'{_title(entry)} ({entry.value}) is {head!r}, not a subclass of '
+            f'{_title(name)} ({entry.value}) is {head!r}, not a subclass of '
             'timm_fisher.PoolingHead.'
         )
     return head
@@ -70,30 +70,23 @@ def create_head(name: str, in_features: int, /, **arguments: Any) -> PoolingHead
     check_arguments(f"Head '{name}'", head, arguments, given=('in_features',))
     try:
         made = head(in_features, **arguments)
-    except (TypeError, ValueError) as error:
-        kind = TypeError if isinstance(error, TypeError) else ValueError
-        raise kind(f'{_title(_find(name))} cannot be built: {error}') from error
     except Exception as error:
-        raise RuntimeError(
-            f'{_title(_find(name))} cannot be built: {type(error).__name__}: {error}'
-        ) from error
+        known = (kind for kind in (TypeError, ValueError) if isinstance(error, kind))
+        kind = next(known, RuntimeError)
+        reason = f'{type(error).__name__}: {error}' if kind is RuntimeError else error
+        raise kind(f'{_title(name)} cannot be built: {reason}') from error
     sizes = [getattr(made, key, None) for key in ('in_features', 'out_features')]
     if sizes[0] != in_features or not all(map(_is_size, sizes)):
         raise ValueError(
-            f'{_title(_find(name))} must set in_features to {in_features} and out_features to a '
+            f'{_title(name)} must set in_features to {in_features} and out_features to a '
             f'positive whole number in __init__; it sets {sizes[0]!r} and {sizes[1]!r}.'
         )
     return made
 
 
 def check_head_output(name: str, head: PoolingHead, pooled: Any) -> None:
-    """Refuse what a head returns if it is no tensor `[B, out_features]`. Whoever builds a head
-    checks it once, best on the meta device.
-
-    Args:
-        name: entry-point name of the head.
-        head: the head.
-        pooled: what its `forward` has returned.
+    """Refuse what the head `name` returns from its `forward` if it is no tensor
+    `[B, out_features]`. Whoever builds a head checks it once, best on the meta device.
 
     Raises:
         TypeError: it is not a tensor.
@@ -101,11 +94,9 @@ def check_head_output(name: str, head: PoolingHead, pooled: Any) -> None:
     """
     wanted = f'a tensor [B, {head.out_features}]'
     if not isinstance(pooled, Tensor):
-        raise TypeError(f'{_title(_find(name))} returns a {type(pooled).__name__}, not {wanted}.')
+        raise TypeError(f'{_title(name)} returns a {type(pooled).__name__}, not {wanted}.')
     if pooled.ndim != 2 or pooled.shape[1] != head.out_features:
-        raise ValueError(
-            f'{_title(_find(name))} returns a tensor {list(pooled.shape)}, not {wanted}.'
-        )
+        raise ValueError(f'{_title(name)} returns a tensor {list(pooled.shape)}, not {wanted}.')
 
 
 def check_arguments(
@@ -115,13 +106,8 @@ def check_arguments(
     *,
     given: Collection[str] = (),
 ) -> None:
-    """Check keyword arguments against a signature, before the call.
-
-    Args:
-        what: who takes the arguments, to begin the error with.
-        function: the callable (or class) whose signature counts.
-        arguments: keyword arguments of the user.
-        given: parameters that the caller fills in himself and the user may not name.
+    """Check a user's keyword arguments against the signature of a function or class, before the
+    call. The error begins with `what`; parameters in `given` are the caller's, not the user's.
 
     Raises:
         TypeError: an unknown argument, with the nearest known ones, or a missing one.
@@ -156,29 +142,25 @@ def _find(name: str) -> EntryPoint:
     entries = list(entry_points(group=GROUP, name=name))
     if not entries:
         names = list_heads()
-        if not names:
-            raise ValueError(
-                f"Unknown head '{name}': no head is registered at all, so timm_fisher is not "
-                'installed in this environment. Run `pip install -e .` in its folder.'
-            )
-        raise ValueError(
-            f"Unknown head '{name}'.{nearest(name, names)} Installed: {', '.join(names)}."
-        )
+        # Built-in heads are always there, unless the package is imported from its folder alone.
+        missing = 'none, so timm_fisher is not installed. Run `pip install -e .` in its folder'
+        installed = ', '.join(names) or missing
+        raise ValueError(f"Unknown head '{name}'.{nearest(name, names)} Installed: {installed}.")
     if len(entries) > 1:
-        owners = ' and '.join(sorted(f"'{_distribution(entry)}'" for entry in entries))
+        owners = ' and '.join(sorted(map(_distribution, entries)))
         raise ValueError(
             f"Head '{name}' is registered by {owners}. Uninstall one, or rename its entry point."
         )
     return entries[0]
 
 
-def _title(entry: EntryPoint) -> str:
-    return f"Head '{entry.name}' of the distribution '{_distribution(entry)}'"
+def _title(name: str) -> str:
+    return f"Head '{name}' of the distribution {_distribution(_find(name))}"
+
+
+def _distribution(entry: EntryPoint) -> str:
+    return f"'{entry.dist.name}'" if entry.dist is not None else 'unknown'
 
 
 def _is_size(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
-
-
-def _distribution(entry: EntryPoint) -> str:
-    return entry.dist.name if entry.dist is not None else 'unknown'

@@ -103,7 +103,7 @@ def test_on_meta():
     with torch.device('meta'):
         made = Bilinear(12, reduce_dim=5)
         assert made(torch.empty(2, 7, 12)).shape == (2, 15)
-    assert made.half().index.dtype == torch.int64
+    assert made.half().triangle.index.dtype == torch.int64
 
 
 def test_fit_refuses_what_is_not_finite():

@@ -15,7 +15,6 @@ from sklearn.decomposition import NMF, DictionaryLearning, _nmf, non_negative_fa
 from torch import Tensor
 
 from timm_fisher import ListStream
-from timm_fisher.fitting.stream import BatchStream
 from timm_fisher.heads import gsnmf
 from timm_fisher.heads.gsnmf import GSNMF, factorize, nndsvd
 
@@ -105,7 +104,7 @@ def test_partial_fit_is_one_round_of_the_paper(signed):
     x = descriptors(batch=40)
     made = head(x[:10], signed=signed)
     expected = reference.update(numpy_state(made), x.numpy(), options(made))
-    made.partial_fit(BatchStream(x))
+    made.partial_fit(ListStream([x]))
     np.testing.assert_allclose(made.basis.detach(), expected, rtol=1e-9, atol=1e-12)
     other = head(x[:10], signed=signed)
     other.partial_fit(ListStream([x[:7], x[7:]]))
@@ -117,9 +116,9 @@ def test_partial_fit_ignores_autocast(dtype):
     """It is called inside the forward that accelerate has put under autocast."""
     x = descriptors(batch=40).float()
     plain, made = head(x[:10]).float(), head(x[:10]).float()
-    plain.partial_fit(BatchStream(x))
+    plain.partial_fit(ListStream([x]))
     with torch.autocast('cpu', dtype):
-        made.partial_fit(BatchStream(x))
+        made.partial_fit(ListStream([x]))
     assert torch.equal(made.basis, plain.basis)
 
 
@@ -130,7 +129,7 @@ def test_partial_fit_lowers_the_error():
     losses = []
     for _ in range(20):
         losses.append(made.forward_with_loss(x)[1].item())
-        made.partial_fit(BatchStream(x))
+        made.partial_fit(ListStream([x]))
     assert all(np.diff(losses) < 1e-6)
     assert losses[-1] < 0.8 * losses[0]
 
@@ -139,12 +138,12 @@ def test_partial_fit_leaves_alone_what_no_code_uses():
     x = descriptors()
     made = head(x)
     before = made.basis.detach().clone()
-    made.partial_fit(BatchStream(0 * x))
+    made.partial_fit(ListStream([0 * x]))
     torch.testing.assert_close(made.basis.detach(), before)
     with torch.no_grad():
         made.basis[:, 2] = 0
         made.basis[:, 3] = torch.arange(16) == 5
-    made.partial_fit(BatchStream(x * (torch.arange(16) != 5)))
+    made.partial_fit(ListStream([x * (torch.arange(16) != 5)]))
     torch.testing.assert_close(
         made.basis[:, 2:4], torch.eye(16).double()[:, [5, 5]] * torch.tensor([0, 1])
     )

@@ -243,8 +243,9 @@ def test_from_meta(name):
     for key in derived:
         empty.get_buffer(key).zero_()
     empty.load_state_dict(head.state_dict(), strict=True)
-    if derived:
-        empty.init_non_persistent_buffers()
+    for module in empty.modules():
+        if hasattr(module, 'init_non_persistent_buffers'):
+            module.init_non_persistent_buffers()
     assert torch.equal(empty(descriptors()), head(descriptors()))
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 from tqdm.auto import tqdm
@@ -29,9 +30,11 @@ class DescriptorStream(ABC):
 
     Attributes:
         num_features: channels C of one descriptor.
+        device: where this rank's part of a sum is added.
     """
 
     num_features: int
+    device: torch.device
 
     @abstractmethod
     def __len__(self) -> int:
@@ -48,9 +51,14 @@ class DescriptorStream(ABC):
             Positions in `images`, and the descriptors `[B, N, C]` of the images there.
         """
 
-    @abstractmethod
     def sum(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Each tensor added up over ranks; every rank must call it, with the same shapes."""
+        if _ranks()[0] == 1:
+            return tensors
+        summed = [tensor.to(self.device, copy=True) for tensor in tensors]
+        for tensor in summed:
+            dist.all_reduce(tensor)
+        return tuple(summed)
 
     def batches(self) -> Iterator[Tensor]:
         """This rank's descriptors image by image, `[B, N, C]`."""
@@ -76,25 +84,20 @@ class DescriptorStream(ABC):
             Descriptors `[n, C]`; fewer if the images hold fewer.
         """
         generator = torch.Generator().manual_seed(seed)
-        images = torch.randperm(len(self), generator=generator)[:n].sort().values.tolist()
+        images = _choose(len(self), n, generator)
         per_image = math.ceil(n / len(images))
-        rows = torch.zeros(len(images), per_image, self.num_features)
-        filled = torch.zeros(len(images), per_image)
-        for positions, x in self.read(images):
+
+        def draw(numbers: Tensor, x: Tensor) -> Tensor:
             # By image: the choice must not depend on how images are shared out to batches.
-            keys = _scatter([images[i] for i in positions], x.shape[1], seed)
-            order = keys.argsort(1)[:, :per_image].to(x.device)
-            x = x.to(at_least_float32(x.dtype))
-            rows, filled = rows.to(x), filled.to(x.device)
-            where = torch.as_tensor(positions, device=x.device)
-            rows[where, : order.shape[1]] = x.gather(1, order[..., None].expand(-1, -1, x.shape[2]))
-            filled[where, : order.shape[1]] = 1
-        rows, filled = self.sum(rows, filled)
-        rows = rows[filled > 0]
-        if len(rows) > n:
-            keep = torch.randperm(len(rows), generator=generator)[:n].sort().values
-            rows = rows[keep.to(rows.device)]
-        return rows
+            order = _scatter(numbers, x.shape[1], seed).argsort(1)[:, :per_image].to(x.device)
+            rows = x.gather(1, order[..., None].expand(-1, -1, x.shape[2]))
+            # One channel more tells descriptors from what fills up images that hold fewer.
+            rows = F.pad(rows.to(at_least_float32(x.dtype)), (0, 1), value=1.0)
+            return F.pad(rows, (0, 0, 0, per_image - order.shape[1]))
+
+        rows = self._collect(images, draw).flatten(0, 1)
+        rows = rows[:, :-1][rows[:, -1] > 0]
+        return rows[_choose(len(rows), n, generator).to(rows.device)] if len(rows) > n else rows
 
     def sample_images(self, n: int, pool: Callable[[Tensor], Tensor], *, seed: int = 0) -> Tensor:
         """One vector for each of at most `n` random images, the same on every rank.
@@ -110,24 +113,33 @@ class DescriptorStream(ABC):
         Returns:
             Vectors `[min(n, images), D]`, in the order of the images.
         """
-        generator = torch.Generator().manual_seed(seed)
-        images = torch.randperm(len(self), generator=generator)[:n].sort().values.tolist()
+        images = _choose(len(self), n, torch.Generator().manual_seed(seed))
+        return self._collect(images, lambda _, x: pool(x))
+
+    def _collect(self, images: Tensor, pool: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """What `pool` makes of each image, from their numbers `[B]` and descriptors `[B, N, C]`."""
         rows: Tensor | None = None
-        for positions, x in self.read(images):
-            vectors = pool(x)
+        for positions, x in self.read(images.tolist()):
+            places = torch.as_tensor(positions)
+            values = pool(images[places], x)
             if rows is None:
-                rows = vectors.new_zeros(len(images), vectors.shape[1])
-            rows[torch.as_tensor(positions, device=rows.device)] = vectors
+                rows = values.new_zeros(len(images), *values.shape[1:])
+            rows[places.to(rows.device)] = values
         if rows is None:  # a rank without a share
-            like = pool(torch.zeros(1, 1, self.num_features))
-            rows = like.new_zeros(len(images), like.shape[1])
+            like = pool(images[:1], torch.zeros(1, 1, self.num_features))
+            rows = like.new_zeros(len(images), *like.shape[1:])
         return self.sum(rows)[0]
 
 
-def _scatter(images: Sequence[int], number: int, seed: int) -> Tensor:
+def _choose(number: int, n: int, generator: torch.Generator) -> Tensor:
+    """At most `n` random ones of 0 ... number - 1, ascending."""
+    return torch.randperm(number, generator=generator)[:n].sort().values
+
+
+def _scatter(images: Tensor, number: int, seed: int) -> Tensor:
     """Pseudorandom int64 `[B, number]` that depend on image, column and seed alone: the low 32 bits
     of MurmurHash3's finaliser."""
-    keys = torch.as_tensor(images)[:, None] * 0x9E3779B1 + torch.arange(number) + seed * 0x85EBCA77
+    keys = images[:, None] * 0x9E3779B1 + torch.arange(number) + seed * 0x85EBCA77
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
         keys = keys & 0xFFFFFFFF
         keys = (keys ^ (keys >> shift)) * factor
@@ -135,10 +147,17 @@ def _scatter(images: Sequence[int], number: int, seed: int) -> Tensor:
 
 
 class ListStream(DescriptorStream):
-    """Descriptors in memory, on one process: what a unit test passes.
+    """Descriptors in memory: those of a mini-batch, or of a test.
+
+    Under `torch.distributed` each rank passes its share. The images are those of the first rank,
+    then those of the second, and so on; ranks tell one another how many they have when the first of
+    `len`, `read`, `sample` and `sample_images` is called, on every rank.
 
     Args:
         batches: tensors `[B, N, C]`, or `[M, C]` for M images of one descriptor each.
+
+    Raises:
+        ValueError: no descriptors, or of another shape.
     """
 
     def __init__(self, batches: Sequence[Tensor]) -> None:
@@ -149,44 +168,14 @@ class ListStream(DescriptorStream):
                 f'ListStream takes descriptors [B, N, C] or [M, C], at least one; got {shapes}.'
             )
         self.num_features = self._batches[0].shape[2]
-
-    def __len__(self) -> int:
-        return sum(len(x) for x in self._batches)
-
-    def read(self, images: Sequence[int]) -> Iterator[tuple[Sequence[int], Tensor]]:
-        position = {image: i for i, image in enumerate(images)}
-        start = 0
-        for x in self._batches:
-            rows = [i for i in range(len(x)) if start + i in position]
-            if rows:
-                yield [position[start + i] for i in rows], x[rows]
-            start += len(x)
-
-    def sum(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return tensors
-
-
-class BatchStream(ListStream):
-    """One mini-batch, shared out over ranks: what `PoolingHead.partial_fit` reads.
-
-    Its images are those of the first rank, then those of the second, and so on. Ranks tell one
-    another how many they have when the first of `len`, `read`, `sample` and `sample_images` is
-    called, on every rank.
-
-    Args:
-        x: this rank's descriptors `[B, N, C]`.
-    """
-
-    def __init__(self, x: Tensor) -> None:
-        super().__init__([x])
-        self._device = x.device
+        self.device = self._batches[0].device
 
     @functools.cached_property
     def _counts(self) -> list[int]:
         """Images on each rank."""
         world_size, rank = _ranks()
         counts = torch.zeros(world_size, dtype=torch.long)
-        counts[rank] = super().__len__()
+        counts[rank] = sum(map(len, self._batches))
         return self.sum(counts)[0].tolist()
 
     def __len__(self) -> int:
@@ -196,11 +185,13 @@ class BatchStream(ListStream):
         yield from self._batches  # all of them: no rank has to ask another
 
     def read(self, images: Sequence[int]) -> Iterator[tuple[Sequence[int], Tensor]]:
+        position = {image: i for i, image in enumerate(images)}
         start = sum(self._counts[: _ranks()[1]])
-        yield from super().read([image - start for image in images])
-
-    def sum(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return sum_over_ranks(*(tensor.to(self._device) for tensor in tensors))
+        for x in self._batches:
+            rows = [i for i in range(len(x)) if start + i in position]
+            if rows:
+                yield [position[start + i] for i in rows], x[rows]
+            start += len(x)
 
 
 class ModelStream(DescriptorStream):
@@ -246,21 +237,19 @@ class ModelStream(DescriptorStream):
         self.from_features = from_features
         self.descriptors = list(model.descriptors)[place]
         self.num_features = self.descriptors.num_features
+        self.device = next(model.parameters()).device
         self.batch_size = (
             loader.batch_size or getattr(loader.batch_sampler, 'batch_size', None) or 32
         )
-        self.world_size, self.rank = _ranks()
 
     def __len__(self) -> int:
         return len(self.loader.dataset)  # type: ignore[arg-type]
 
     @torch.no_grad()
     def read(self, images: Sequence[int]) -> Iterator[tuple[Sequence[int], Tensor]]:
-        device = next(self.model.parameters()).device
-        batches = [
-            range(start, min(start + self.batch_size, len(images)))
-            for start in range(0, len(images), self.batch_size)
-        ][self.rank :: self.world_size]
+        world_size, rank = _ranks()
+        starts = range(rank * self.batch_size, len(images), world_size * self.batch_size)
+        batches = [range(start, min(start + self.batch_size, len(images))) for start in starts]
         loader = DataLoader(
             self.loader.dataset,
             batch_sampler=[[images[i] for i in batch] for batch in batches],
@@ -270,30 +259,17 @@ class ModelStream(DescriptorStream):
         was_training = self.model.training
         self.model.eval()
         try:
-            progress = tqdm(loader, 'fit: descriptors', leave=False, disable=self.rank > 0 or None)
+            progress = tqdm(loader, 'fit: descriptors', leave=False, disable=rank > 0 or None)
             for batch, item in zip(batches, progress, strict=True):
                 x: Any = item[0] if isinstance(item, tuple | list) else item
                 if self.from_features:
-                    features = (x if isinstance(x, tuple | list) else [x])[self.place].to(device)
+                    features = x[self.place] if isinstance(x, tuple | list) else x
+                    features = features.to(self.device)
                 else:
-                    features = self.descriptors.features(self.model.backbone, x.to(device))
+                    features = self.descriptors.features(self.model.backbone, x.to(self.device))
                 yield batch, self.descriptors(features)
         finally:
             self.model.train(was_training)
-
-    def sum(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        device = next(self.model.parameters()).device
-        return sum_over_ranks(*(tensor.to(device) for tensor in tensors))
-
-
-def sum_over_ranks(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Each tensor added up over the ranks of `torch.distributed`, if there are several."""
-    if _ranks()[0] == 1:
-        return tensors
-    summed = [tensor.clone() for tensor in tensors]
-    for tensor in summed:
-        dist.all_reduce(tensor)
-    return tuple(summed)
 
 
 def _ranks() -> tuple[int, int]:

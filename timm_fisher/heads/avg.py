@@ -28,6 +28,3 @@ class Average(PoolingHead):
         with without_autocast(x):
             z = x.mean(1, dtype=at_least_float32(x.dtype))
             return (power_l2(z) if self.normalize else z).to(x.dtype)
-
-    def extra_repr(self) -> str:
-        return f'{self.in_features}, normalize={self.normalize}'

@@ -16,13 +16,18 @@ ICCV 2015 (eq. 2 and section 3.1, both networks the same). The paper has no redu
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from timm_fisher.fitting.stream import DescriptorStream
 from timm_fisher.head import MOST_FEATURES, PoolingHead, check_range
 from timm_fisher.numerics.clustering import pca
-from timm_fisher.numerics.linalg import at_least_float32, power_l2, triangle_index, without_autocast
+from timm_fisher.numerics.linalg import (
+    Linear,
+    Triangle,
+    at_least_float32,
+    power_l2,
+    without_autocast,
+)
 
 FIT_SAMPLE = 10_000  # descriptors that PCA is fitted to
 
@@ -41,8 +46,6 @@ class Bilinear(PoolingHead):
         ValueError: a number out of range.
     """
 
-    index: Tensor
-
     def __init__(
         self, in_features: int, *, reduce_dim: int | None = 128, normalize: bool = True
     ) -> None:
@@ -50,31 +53,24 @@ class Bilinear(PoolingHead):
         check_range('bilinear', reduce_dim=(reduce_dim, 1, MOST_FEATURES, None))
         d = min(reduce_dim or in_features, in_features)
         self.in_features = in_features
-        self.out_features = d * (d + 1) // 2
+        self.triangle = Triangle(d)
+        self.out_features = self.triangle.length
         self.normalize = normalize
         self.reduce = None
         if reduce_dim is not None:
-            self.reduce = nn.Linear(in_features, d, bias=False)
+            self.reduce = Linear(in_features, d, bias=False)
             nn.init.orthogonal_(self.reduce.weight)
-        self.matrix_size = d
-        index = torch.empty(self.out_features, dtype=torch.long)
-        self.register_buffer('index', index, persistent=False)
-        self.init_non_persistent_buffers()
-
-    def init_non_persistent_buffers(self) -> None:
-        """Fill the positions of the triangle, as timm's layers fill such buffers."""
-        self.index.copy_(triangle_index(self.matrix_size, device=self.index.device))
 
     def forward(self, x: Tensor) -> Tensor:
         with without_autocast(x):
             y = x.to(at_least_float32(x.dtype))
             if self.reduce is not None:
-                y = F.linear(y, self.reduce.weight.to(y.dtype))
+                y = self.reduce(y)
             n, d = y.shape[1:]
-            z = (y.transpose(1, 2) @ y / n).flatten(1).index_select(1, self.index)
+            z: Tensor = self.triangle(y.transpose(1, 2) @ y / n)
             if self.normalize:
                 z = power_l2(z)
-            z = torch.where(self.index % (d + 1) == 0, z, 2**0.5 * z)
+            z = torch.where(self.triangle.index % (d + 1) == 0, z, 2**0.5 * z)
             if self.normalize:
                 # Of length 1 to sqrt(2) by now, or zero.
                 z = z / torch.linalg.vector_norm(z, dim=1, keepdim=True).clamp_min(0.5)
@@ -89,6 +85,3 @@ class Bilinear(PoolingHead):
         components, _ = pca(rows, len(self.reduce.weight))
         scale = (rows.double() @ components.T).square().sum(1).mean().sqrt()
         self.reduce.weight.copy_(components / torch.where(scale > 0, scale, 1.0))
-
-    def extra_repr(self) -> str:
-        return f'{self.in_features} -> {self.out_features}, normalize={self.normalize}'

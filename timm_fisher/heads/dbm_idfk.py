@@ -31,7 +31,7 @@ Improve Object Classification"; equations are numbered as there.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
@@ -102,8 +102,7 @@ class DBMFisher(PoolingHead):
             raise ValueError(
                 f'dbm_idfk takes hidden as a list of one or two sizes, got {hidden!r:.99}.'
             )
-        layers = list(hidden)
-        for units in layers:
+        for units in hidden:
             check_range('dbm_idfk', hidden=(units, 1, MOST_FEATURES))
         check_range(
             'dbm_idfk',
@@ -115,7 +114,7 @@ class DBMFisher(PoolingHead):
             seed=(seed, 0, 2**63 - 1),
         )
         self.in_features = in_features
-        self.hidden = layers
+        self.hidden = list(hidden)
         self.ridge = ridge
         self.mean_field_steps = mean_field_steps
         self.whiten = whiten
@@ -123,14 +122,14 @@ class DBMFisher(PoolingHead):
         self.epochs = epochs
         self.learning_rate = learning_rate
         self.seed = seed
-        sizes = [in_features, *layers]
+        sizes = [in_features, *hidden]
         self.score_features = sum(m * n for m, n in pairwise(sizes))
         r = self.score_features if rank is None else min(rank, self.score_features)
         self.out_features = r if whiten else self.score_features
 
         pairs = pairwise(sizes)
         self.weights = nn.ParameterList(torch.randn(m, n) / (m + n) ** 0.5 for m, n in pairs)
-        self.biases = nn.ParameterList(torch.zeros(n) for n in layers)
+        self.biases = nn.ParameterList(torch.zeros(n) for n in hidden)
         # The posteriors do not depend on it, so no gradient would reach it.
         self.register_buffer('visible_bias', torch.zeros(in_features))
         self.register_buffer('model_moments', torch.zeros(self.score_features))
@@ -140,8 +139,8 @@ class DBMFisher(PoolingHead):
         self.register_buffer('low', torch.zeros(self.score_features))
         self.register_buffer('high', torch.ones(self.score_features))
         if whiten:
-            axes = torch.randn(self.score_features, r) / self.score_features**0.5
-            self.register_buffer('axes', axes)
+            shape = self.score_features, r
+            self.register_buffer('axes', torch.randn(shape) / self.score_features**0.5)
             self.register_buffer('variances', torch.ones(r))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -189,39 +188,31 @@ class DBMFisher(PoolingHead):
             )
         v = self._visible(rows[:, None])
         trained = train_machine(v, self.hidden, self.epochs, self.learning_rate, seed=self.seed)
-        self.visible_bias.copy_(trained.biases[0])
-        for weight, trained_weight in zip(self.weights, trained.weights, strict=True):
-            weight.copy_(trained_weight)
-        for bias, trained_bias in zip(self.biases, trained.biases[1:], strict=True):
-            bias.copy_(trained_bias)
+        here = [*self.weights, self.visible_bias, *self.biases]
+        for value, trained_value in zip(here, [*trained.weights, *trained.biases], strict=True):
+            value.copy_(trained_value)
         self.model_moments.copy_(trained.model_moments())
 
         low = high = self._moments(v[:1])[0]
-        for chunk in _chunks(v):
+        for chunk in v.split(CHUNK):
             moments = self._moments(chunk)
             low, high = torch.minimum(low, moments.amin(0)), torch.maximum(high, moments.amax(0))
         self.low.copy_(low)
         self.high.copy_(high)
         if self.whiten:
             axes, variances = leading_axes(
-                lambda: (self._normalize(self._moments(chunk)) for chunk in _chunks(v)),
+                lambda: (self._normalize(self._moments(chunk)) for chunk in v.split(CHUNK)),
                 self.out_features,
             )
             self.axes.copy_(axes)
             self.variances.copy_(variances)
 
-    def extra_repr(self) -> str:
-        return (
-            f'{self.in_features} x {" x ".join(map(str, self.hidden))} -> {self.out_features}, '
-            f'whiten={self.whiten}, ridge={self.ridge}, squash={self.squash}'
-        )
-
     def _visible(self, x: Tensor) -> Tensor:
         """v `[B, C]` of descriptors `[B, N, C]`, float32 or better."""
         v = mean_descriptor(x)
-        if self.squash:
-            v = torch.sigmoid((v - self.centre.to(v.dtype)) / self.deviation.to(v.dtype))
-        return v
+        if not self.squash:
+            return v
+        return torch.sigmoid((v - self.centre.to(v.dtype)) / self.deviation.to(v.dtype))
 
     def _posteriors(self, v: Tensor) -> list[Tensor]:
         weights = [weight.to(v.dtype) for weight in self.weights]
@@ -230,14 +221,9 @@ class DBMFisher(PoolingHead):
 
     def _moments(self, v: Tensor) -> Tensor:
         """`v mu1^T | mu1 mu2^T` `[B, C * L1 + L1 * L2]`."""
-        layers = [v, *self._posteriors(v)]
-        return torch.cat(
-            [
-                (below[:, :, None] * above[:, None, :]).flatten(1)
-                for below, above in pairwise(layers)
-            ],
-            1,
-        )
+        pairs = pairwise([v, *self._posteriors(v)])
+        products = [(below[:, :, None] * above[:, None, :]).flatten(1) for below, above in pairs]
+        return torch.cat(products, 1)
 
     def _normalize(self, moments: Tensor) -> Tensor:
         """phi: to [0, 1] entry by entry, then to unit length."""
@@ -259,7 +245,3 @@ class DBMFisher(PoolingHead):
 def mean_descriptor(x: Tensor) -> Tensor:
     """`[B, N, C]` -> `[B, C]`, float32 or better."""
     return x.to(at_least_float32(x.dtype)).mean(1)
-
-
-def _chunks(rows: Tensor) -> Iterator[Tensor]:
-    return (rows[i : i + CHUNK] for i in range(0, len(rows), CHUNK))

@@ -62,6 +62,3 @@ class GeM(PoolingHead):
     def project_(self) -> None:
         """The exponent, back to between 0.01 and 10 000."""
         self.log_p.clamp_(math.log(LEAST), math.log(MOST))
-
-    def extra_repr(self) -> str:
-        return f'{self.in_features}'

@@ -34,7 +34,13 @@ from torch import Tensor, nn
 from timm_fisher.fitting.stream import DescriptorStream
 from timm_fisher.head import MOST_FEATURES, PoolingHead, check_range
 from timm_fisher.numerics.clustering import kmeans, start_reduction
-from timm_fisher.numerics.linalg import at_least_float32, power_l2, unit_length, without_autocast
+from timm_fisher.numerics.linalg import (
+    Linear,
+    at_least_float32,
+    power_l2,
+    unit_length,
+    without_autocast,
+)
 
 FIT_SAMPLE = 50_000  # descriptors that PCA and the first rounds of EM see
 STARTS, START_ROWS, START_ROUNDS = 4, 10_000, 20  # the best start is chosen on some of them
@@ -80,10 +86,11 @@ class GMMFisher(PoolingHead):
         d = min(reduce_dim or in_features, in_features)
         self.in_features = in_features
         self.out_features = 2 * components * d
+        self.components = components
         self.l2_descriptors = l2_descriptors
         self.normalize = normalize
 
-        self.reduce = nn.Linear(in_features, d)
+        self.reduce = Linear(in_features, d)
         nn.init.orthogonal_(self.reduce.weight)
         nn.init.zeros_(self.reduce.bias)
         # As after a fit: descriptors of unit mean squared length.
@@ -119,28 +126,25 @@ class GMMFisher(PoolingHead):
         """PCA, k-means and EM on a sample, then EM on the whole stream."""
         sample = stream.sample(FIT_SAMPLE).double()
         with without_autocast(sample):
-            self._fit(sample, stream)
-
-    def _fit(self, sample: Tensor, stream: DescriptorStream) -> None:
-        if self.l2_descriptors:
-            sample = unit_length(sample)
-        start_reduction(self.reduce, sample)
-        y = self._linear(sample)
-        variance = y.var(0, unbiased=False)
-        floor = VARIANCE_FLOOR * torch.maximum(variance, 1e-6 * variance.mean() + 1e-12)
-        mixture = start_mixture(y, len(self.means), floor)
-        mixture, _ = expectation_maximisation(mixture, lambda: [y], floor, rounds=SAMPLE_ROUNDS)
-        mixture, _ = expectation_maximisation(
-            mixture,
-            lambda: (self._reduce(x).flatten(0, 1).double() for x in stream.batches()),
-            floor,
-            rounds=STREAM_ROUNDS,
-            sum_over_ranks=stream.sum,
-        )
-        self.log_weights.copy_(mixture.log_weights)
-        self.means.copy_(mixture.means)
-        self.log_stds.copy_(mixture.log_stds)
-        self.log_std_floor.copy_(floor.log() / 2)
+            if self.l2_descriptors:
+                sample = unit_length(sample)
+            start_reduction(self.reduce, sample)
+            y: Tensor = self.reduce(sample)
+            variance = y.var(0, unbiased=False)
+            floor = VARIANCE_FLOOR * torch.maximum(variance, 1e-6 * variance.mean() + 1e-12)
+            mixture = start_mixture(y, len(self.means), floor)
+            mixture, _ = expectation_maximisation(mixture, lambda: [y], floor, rounds=SAMPLE_ROUNDS)
+            mixture, _ = expectation_maximisation(
+                mixture,
+                lambda: (self._reduce(x).flatten(0, 1).double() for x in stream.batches()),
+                floor,
+                rounds=STREAM_ROUNDS,
+                sum_over_ranks=stream.sum,
+            )
+            self.log_weights.copy_(mixture.log_weights)
+            self.means.copy_(mixture.means)
+            self.log_stds.copy_(mixture.log_stds)
+            self.log_std_floor.copy_(floor.log() / 2)
 
     def no_weight_decay(self) -> set[str]:
         """Zero is no natural place for means and log deviations."""
@@ -151,20 +155,11 @@ class GMMFisher(PoolingHead):
         """Standard deviations below the floor that `fit` sets are raised to it."""
         self.log_stds.copy_(torch.maximum(self.log_stds, self.log_std_floor))
 
-    def extra_repr(self) -> str:
-        k, d = self.means.shape
-        return (
-            f'{self.in_features} -> {d} x {k} x 2, l2_descriptors={self.l2_descriptors}, '
-            f'normalize={self.normalize}'
-        )
-
     def _reduce(self, x: Tensor) -> Tensor:
         """y `[B, N, D]` of descriptors `[B, N, C]`, float32 or better."""
         x = x.to(at_least_float32(x.dtype))
-        return self._linear(unit_length(x) if self.l2_descriptors else x)
-
-    def _linear(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.reduce.weight.to(x.dtype), self.reduce.bias.to(x.dtype))
+        y: Tensor = self.reduce(unit_length(x) if self.l2_descriptors else x)
+        return y
 
 
 class Mixture(NamedTuple):
@@ -175,28 +170,18 @@ class Mixture(NamedTuple):
     log_stds: Tensor  # [K, D]
 
     def log_joint(self, y: Tensor, squares: Tensor) -> Tensor:
-        """`log p(y, k)` `[..., K]` of descriptors y `[..., D]`, up to `D/2 log(2 pi)`.
-
-        Args:
-            y: descriptors.
-            squares: of them, which the caller needs as well.
-        """
+        """`log p(y, k)` `[..., K]` of descriptors y `[..., D]` and their squares, up to
+        `D/2 log(2 pi)`."""
         precision = torch.exp(-2 * self.log_stds)
-        constant = (
-            self.log_weights - self.log_stds.sum(1) - 0.5 * (self.means.square() * precision).sum(1)
-        )
+        distance = (self.means.square() * precision).sum(1)
+        constant = self.log_weights - self.log_stds.sum(1) - 0.5 * distance
         linear = F.linear(y, self.means * precision, constant)
         return linear - F.linear(squares, 0.5 * precision)
 
 
 def start_mixture(y: Tensor, components: int, floor: Tensor) -> Mixture:
-    """The best of some mixtures from k-means, after a few rounds of EM on some of the rows.
-
-    Args:
-        y: descriptors `[M, D]`, float64.
-        components: K.
-        floor: smallest variances `[D]`.
-    """
+    """The best of some mixtures from k-means, after a few rounds of EM on some of the descriptors
+    y `[M, D]`, float64; variances are held above the floor `[D]`."""
     y = y[:: math.ceil(len(y) / START_ROWS)]
     wide = (y.var(0, unbiased=False) + floor).log() / 2
     candidates = []
@@ -239,9 +224,8 @@ def expectation_maximisation(
             joint = mixture.log_joint(y, squares)
             evidence = joint.logsumexp(-1, keepdim=True)
             g = torch.exp(joint - evidence).T
-            for total, part in zip(
-                totals, (evidence.sum(), g.sum(1), g @ y, g @ squares), strict=True
-            ):
+            parts = evidence.sum(), g.sum(1), g @ y, g @ squares
+            for total, part in zip(totals, parts, strict=True):
                 total += part
         likelihood, *statistics = sum_over_ranks(*totals)
         history.append((likelihood / statistics[0].sum()).item() - constant)

@@ -105,8 +105,8 @@ class GSNMF(PoolingHead):
             code = self._code(features)
             h = code.detach()
             error = features - F.linear(h, self.basis.to(h.dtype))
-            loss = 0.5 * error.square().sum(1) + self._penalty(h)
-            return code.to(x.dtype), loss.mean()
+            penalty = 0.5 * self.l2_penalty * h.square().sum(1) + self.l1_penalty * h.sum(1)
+            return code.to(x.dtype), (0.5 * error.square().sum(1) + penalty).mean()
 
     @torch.no_grad()
     def fit(self, stream: DescriptorStream) -> None:
@@ -143,14 +143,7 @@ class GSNMF(PoolingHead):
     def project_(self) -> None:
         """Negative entries of the basis become zero, its columns unit vectors; a column without a
         positive entry becomes zero."""
-        basis = self.basis.double().clamp_min(0)
-        self.basis.copy_(F.normalize(basis, dim=0))
-
-    def extra_repr(self) -> str:
-        return (
-            f'{self.in_features} -> {self.out_features}, updates={self.updates}, '
-            f'l2_penalty={self.l2_penalty}, l1_penalty={self.l1_penalty}, signed={self.signed}'
-        )
+        self.basis.copy_(F.normalize(self.basis.double().clamp_min(0), dim=0))
 
     def _features(self, x: Tensor) -> Tensor:
         """Non-negative features of unit length `[B, C or 2 C]`; zero where nothing is positive."""
@@ -177,12 +170,9 @@ class GSNMF(PoolingHead):
         h = torch.full_like(drive, components**-0.5)
         for _ in range(self.updates):
             product = h @ gram if gram is not None else h @ basis.T @ basis
-            product = product + (self.l2_penalty * h + self.l1_penalty)
-            h = h * drive / product.clamp_min(FLOOR)
+            slope = product + (self.l2_penalty * h + self.l1_penalty)
+            h = h * drive / slope.clamp_min(FLOOR)
         return h
-
-    def _penalty(self, h: Tensor) -> Tensor:
-        return 0.5 * self.l2_penalty * h.square().sum(-1) + self.l1_penalty * h.sum(-1)
 
 
 @torch.no_grad()
@@ -301,36 +291,22 @@ def descend_(values: Tensor, drive: Tensor, gram: Tensor, *, within_ball: bool =
 
 
 def worst_residuals(x: Tensor, w: Tensor, h: Tensor, count: int, least: float) -> Tensor:
-    """Directions `[count, C]`, or fewer, in which some row of `x` is represented worst.
+    """Directions `[count, C]`, or fewer, in which some row of x `[n, C]` is represented worst by
+    columns w `[L, C]` and codes h `[L, n]`.
 
     A new column helps a row by the product of the two directions, less the L1 penalty: at best by
-    the length of the positive part of the row's residual.
-
-    Args:
-        x: rows `[n, C]`.
-        w: columns of the basis `[L, C]`.
-        h: codes `[L, n]`.
-        count: directions wanted.
-        least: squared length that a positive part has to exceed.
+    the length of the positive part of the row's residual, whose square has to exceed `least`.
     """
     w = w.to(x.dtype)
-    size = 8192
-    reach = torch.cat(
-        [
-            (x[i : i + size] - h[:, i : i + size].T @ w).clamp_min_(0).square().sum(1)
-            for i in range(0, len(x), size)
-        ]
-    )
-    farthest = reach.topk(min(count, len(x)))
+    chunks = zip(x.split(8192), h.split(8192, dim=1), strict=True)
+    reach = [(chunk - part.T @ w).clamp_min_(0).square().sum(1) for chunk, part in chunks]
+    farthest = torch.cat(reach).topk(min(count, len(x)))
     rows = farthest.indices[farthest.values > least]
     return F.normalize((x[rows] - h[:, rows].T @ w).clamp_min(0).double(), dim=1)
 
 
 def copies(x: Tensor, components: int) -> tuple[Tensor, Tensor]:
-    """A start for no more rows than components: each row is a column of its own, or several.
-
-    Args and returns as those of `nndsvd`.
-    """
+    """As `nndsvd`, for no more rows than components: each row becomes a column, or several."""
     owner = torch.arange(components, device=x.device) % len(x)
     h = F.one_hot(owner, len(x)).to(x.dtype)
     return x.double().T[:, owner], h / h.sum(0)

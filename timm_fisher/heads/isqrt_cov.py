@@ -15,15 +15,14 @@ of a ResNet, without dilation (`last_stride=1` of the model).
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from timm_fisher.head import MOST_FEATURES, MOST_ITERATIONS, PoolingHead, check_range
 from timm_fisher.numerics.linalg import (
     LinearNorm,
+    Triangle,
     at_least_float32,
     covariance_root,
-    triangle_index,
     without_autocast,
 )
 
@@ -43,8 +42,6 @@ class ISqrtCov(PoolingHead):
         ValueError: a number out of range.
     """
 
-    index: Tensor
-
     def __init__(
         self, in_features: int, *, reduce_dim: int | None = 256, iterations: int = 5
     ) -> None:
@@ -56,25 +53,15 @@ class ISqrtCov(PoolingHead):
         )
         d = min(reduce_dim or in_features, in_features)
         self.in_features = in_features
-        self.out_features = d * (d + 1) // 2
+        self.triangle = Triangle(d)
+        self.out_features = self.triangle.length
         self.iterations = iterations
         self.reduce = LinearNorm(in_features, d) if reduce_dim is not None else None
-        self.matrix_size = d
-        index = torch.empty(self.out_features, dtype=torch.long)
-        self.register_buffer('index', index, persistent=False)
-        self.init_non_persistent_buffers()
-
-    def init_non_persistent_buffers(self) -> None:
-        """Fill the positions of the triangle, as timm's layers fill such buffers."""
-        self.index.copy_(triangle_index(self.matrix_size, device=self.index.device))
 
     def forward(self, x: Tensor) -> Tensor:
         with without_autocast(x):
             y = x.to(at_least_float32(x.dtype))
             if self.reduce is not None:
                 y = nn.functional.relu(self.reduce(y))
-            root = covariance_root(y, self.iterations)
-            return root.flatten(1).index_select(1, self.index).to(x.dtype)
-
-    def extra_repr(self) -> str:
-        return f'{self.in_features} -> {self.out_features}, iterations={self.iterations}'
+            z: Tensor = self.triangle(covariance_root(y, self.iterations))
+            return z.to(x.dtype)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from timm_fisher.fitting.stream import DescriptorStream
 from timm_fisher.head import MOST_FEATURES, PoolingHead, check_range
 from timm_fisher.numerics.clustering import kmeans, pca
-from timm_fisher.numerics.linalg import at_least_float32, unit_length, without_autocast
+from timm_fisher.numerics.linalg import Linear, at_least_float32, unit_length, without_autocast
 
 FIT_SAMPLE = 10_000  # descriptors that PCA and centroids are fitted to
 
@@ -53,8 +53,8 @@ class NetVLAD(PoolingHead):
         )
         d = min(reduce_dim or in_features, in_features)
         self.in_features, self.out_features = in_features, clusters * d
-        self.reduce = nn.Linear(in_features, d) if reduce_dim is not None else None
-        self.assign = nn.Linear(d, clusters)
+        self.reduce = Linear(in_features, d) if reduce_dim is not None else None
+        self.assign = Linear(d, clusters)
         self.centroids = nn.Parameter(torch.empty(clusters, d))
         self._start(F.normalize(torch.randn(clusters, d)), F.normalize(torch.randn(1000, d)))
 
@@ -62,10 +62,9 @@ class NetVLAD(PoolingHead):
         with without_autocast(x):
             y = x.to(at_least_float32(x.dtype))
             if self.reduce is not None:
-                y = F.linear(y, self.reduce.weight.to(y.dtype), self.reduce.bias.to(y.dtype))
+                y = self.reduce(y)
             y, c = unit_length(y), self.centroids.to(y.dtype)
-            logits = F.linear(y, self.assign.weight.to(y.dtype), self.assign.bias.to(y.dtype))
-            a = logits.softmax(-1)
+            a = self.assign(y).softmax(-1)
             v = a.transpose(1, 2) @ y / y.shape[1] - a.mean(1)[..., None] * c
             # y has length 1, so these floors are relative. A cluster with next to nothing stays
             # short; if one has more, the whole has length 1 or more before the last step.

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from timm_fisher.fitting.stream import DescriptorStream
 from timm_fisher.head import MOST_FEATURES, MOST_ITERATIONS, PoolingHead, check_range
 from timm_fisher.numerics.clustering import start_reduction
-from timm_fisher.numerics.linalg import at_least_float32, power_l2, without_autocast
+from timm_fisher.numerics.linalg import Linear, at_least_float32, power_l2, without_autocast
 
 FIT_SAMPLE = 10_000  # descriptors that PCA and dictionary are fitted to (section 3.3)
 
@@ -76,12 +76,13 @@ class SparseFisher(PoolingHead):
         d = min(reduce_dim or in_features, in_features)
         self.in_features = in_features
         self.out_features = d * code_dim
+        self.code_dim = code_dim
         self.iterations = iterations
         self.sparsity = sparsity
         self.tied = tied
         self.normalize = normalize
 
-        self.reduce = nn.Linear(in_features, d)
+        self.reduce = Linear(in_features, d)
         nn.init.orthogonal_(self.reduce.weight)
         nn.init.zeros_(self.reduce.bias)
         self.dictionary = nn.Parameter(F.normalize(torch.randn(d, code_dim), dim=0))
@@ -121,17 +122,10 @@ class SparseFisher(PoolingHead):
         """Atoms longer than 1 are cut back to length 1."""
         self.dictionary.div_(self.dictionary.norm(dim=0).clamp_min(1))
 
-    def extra_repr(self) -> str:
-        d, m = self.dictionary.shape
-        return (
-            f'{self.in_features} -> {d} x {m}, iterations={self.iterations}, '
-            f'sparsity={self.sparsity}, tied={self.tied}, normalize={self.normalize}'
-        )
-
     def _reduce(self, x: Tensor) -> Tensor:
         """y `[B, N, d]` of descriptors `[B, N, C]`, float32 or better."""
-        dtype = at_least_float32(x.dtype)
-        return F.linear(x.to(dtype), self.reduce.weight.to(dtype), self.reduce.bias.to(dtype))
+        y: Tensor = self.reduce(x.to(at_least_float32(x.dtype)))
+        return y
 
     def _sparse_code(self, y: Tensor) -> tuple[Tensor, Tensor]:
         """Codes `[B, N, m]` and residuals `[B, N, d]` of y."""
@@ -139,8 +133,8 @@ class SparseFisher(PoolingHead):
         if self.tied:
             encoder, lateral, threshold = ista(dictionary, self.sparsity)
         else:
-            encoder, threshold = self.encoder.to(y.dtype), self.log_threshold.to(y.dtype).exp()
-            lateral = self.lateral.to(y.dtype)
+            encoder, lateral = self.encoder.to(y.dtype), self.lateral.to(y.dtype)
+            threshold = self.log_threshold.to(y.dtype).exp()
         drive = F.linear(y, encoder)
         code = soft_threshold(drive, threshold)
         for _ in range(self.iterations):
@@ -165,11 +159,7 @@ def soft_threshold(v: Tensor, threshold: Tensor) -> Tensor:
 
 
 def ista(dictionary: Tensor, sparsity: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The matrices of one ISTA step on `|x - B u|^2 + sparsity |u|_1` (section 3.2).
-
-    Args:
-        dictionary: B `[d, m]`.
-        sparsity: weight of the L1 penalty.
+    """The matrices of one ISTA step on `|x - B u|^2 + sparsity |u|_1`, B `[d, m]` (section 3.2).
 
     Returns:
         `W = 2t B^T` `[m, d]`, `S = I - 2t B^T B` `[m, m]` and the threshold `sparsity * t` `[]`,

@@ -30,10 +30,11 @@ from torch.nn.functional import relu
 
 from timm_fisher.head import MOST_FEATURES, MOST_ITERATIONS, PoolingHead, check_range
 from timm_fisher.numerics.linalg import (
+    Linear,
     LinearNorm,
+    Triangle,
     at_least_float32,
     covariance_root,
-    triangle_index,
     without_autocast,
 )
 
@@ -57,8 +58,6 @@ class ThreeG(PoolingHead):
         ValueError: a number out of range.
     """
 
-    index: Tensor
-
     def __init__(
         self,
         in_features: int,
@@ -78,19 +77,12 @@ class ThreeG(PoolingHead):
         )
         d = min(reduce_dim or in_features, in_features)
         self.in_features = in_features
-        self.out_features = d * (d + 1) // 2
+        self.triangle = Triangle(d, lower=True)
+        self.out_features = self.triangle.length
         self.iterations = iterations
         self.shrinkage = shrinkage
         self.reduce = LinearNorm(in_features, d)
         self.blocks = nn.ModuleList(Reweighting(d) for _ in range(blocks))
-        self.matrix_size = d
-        index = torch.empty(self.out_features, dtype=torch.long)
-        self.register_buffer('index', index, persistent=False)
-        self.init_non_persistent_buffers()
-
-    def init_non_persistent_buffers(self) -> None:
-        """Fill the positions of the triangle, as timm's layers fill such buffers."""
-        self.index.copy_(triangle_index(self.matrix_size, lower=True, device=self.index.device))
 
     def forward(self, x: Tensor) -> Tensor:
         with without_autocast(x):
@@ -102,13 +94,8 @@ class ThreeG(PoolingHead):
                 root = covariance_root(y, self.iterations, EPS)
             else:
                 root = shrunk_root(y, self.shrinkage, EPS)
-            return root.flatten(1).index_select(1, self.index).to(x.dtype)
-
-    def extra_repr(self) -> str:
-        return (
-            f'{self.in_features} -> {self.out_features}, iterations={self.iterations}, '
-            f'shrinkage={self.shrinkage}'
-        )
+            z: Tensor = self.triangle(root)
+            return z.to(x.dtype)
 
 
 class Reweighting(nn.Module):
@@ -119,14 +106,14 @@ class Reweighting(nn.Module):
         self.left, self.right, self.skip = (LinearNorm(d, d) for _ in range(3))  # A, A', A''
         self.project_left, self.project_right = (LinearNorm(d, d) for _ in range(2))  # P, P'
         self.squeeze = LinearNorm(d, max(1, d // 4))  # Q
-        self.score = nn.Linear(max(1, d // 4), 1, bias=False)  # q
+        self.score = Linear(max(1, d // 4), 1, bias=False)  # q
         self.scale = nn.Parameter(torch.rand(()))  # a
 
     def forward(self, x: Tensor, x0: Tensor) -> Tensor:
         """Weighted descriptors `[B, N, d]` of x and of the first ones x0, both `[B, N, d]`."""
         z = relu(self.left(x) * self.right(x) + self.skip(x0))
         y = relu(self.project_left(z)) * relu(self.project_right(z))
-        score = nn.functional.linear(relu(self.squeeze(y)), self.score.weight.to(y.dtype))
+        score = self.score(relu(self.squeeze(y)))
         weight: Tensor = torch.sigmoid(score + self.scale.to(y.dtype) * score)
         return weight * x
 

@@ -25,16 +25,14 @@ WEIGHT_DECAY = 2e-4
 def mean_field(
     v: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], steps: int
 ) -> list[Tensor]:
-    """Posteriors of the hidden layers that maximise the variational bound, by turns.
+    """Posteriors `[B, L1]`, and `[B, L2]`, of the hidden layers that maximise the variational
+    bound, by turns.
 
     Args:
         v: visible units `[B, C]`.
         weights: `[C, L1]`, and `[L1, L2]` if there is a second layer.
         biases: `[L1]`, and `[L2]`.
         steps: rounds; the posterior of a single layer is exact.
-
-    Returns:
-        `[B, L1]`, and `[B, L2]`.
 
     Source: Salakhutdinov and Hinton, AISTATS 2009, eqs. 8 and 9; start: bottom-up, with doubled
     weights in place of the layer above.
@@ -70,14 +68,12 @@ class Machine:
         up: float = 1.0,
         down: float = 1.0,
     ) -> None:
-        like = dict(dtype=v.dtype, device=v.device)
         self.generator, self.up, self.down = generator, up, down
         self.weights = [
-            0.01 * torch.randn(m, n, generator=generator, **like)  # type: ignore[call-overload]
+            0.01 * torch.randn(m, n, generator=generator, dtype=v.dtype, device=v.device)
             for m, n in pairwise(sizes)
         ]
-        self.biases = [v.mean(0).clamp(0.01, 0.99).logit()]
-        self.biases += [torch.zeros(n, **like) for n in sizes[1:]]  # type: ignore[call-overload]
+        self.biases = [v.mean(0).clamp(0.01, 0.99).logit(), *(v.new_zeros(n) for n in sizes[1:])]
         self.states = [self._draw(bias.expand(CHAINS, -1)) for bias in self.biases]
         self.centres = [v.mean(0), *(torch.full_like(bias, 0.5) for bias in self.biases[1:])]
 
@@ -85,13 +81,16 @@ class Machine:
         """Ascend the variational bound by persistent contrastive divergence, on rows `[n, C]`."""
         slopes = [torch.zeros_like(p) for p in (*self.weights, *self.biases)]
         size = min(BATCH, max(10, len(v) // STEPS), len(v))
-        total = epochs * (len(v) // size)
-        for step, batch in enumerate(self._batches(v, size, epochs)):
+        number = len(v) // size  # a few rows left over would count as much as a whole batch
+        for step in range(epochs * number):
+            if step % number == 0:
+                order = torch.randperm(len(v), generator=self.generator, device=v.device)
+            batch = v[order[step % number * size :][:size]]
             data = [batch, *self.posteriors(batch)]
             model = self.sample(GIBBS_SWEEPS)
             for centre, layer in zip(self.centres[1:], data[1:], strict=True):
                 centre.lerp_(layer.mean(0), 0.05)
-            rate = learning_rate * (1 - step / total)
+            rate = learning_rate * (1 - step / (epochs * number))
             for slope, gradient in zip(slopes, self._gradients(data, model), strict=True):
                 slope.mul_(MOMENTUM).add_(gradient)
             for parameter, slope in zip((*self.weights, *self.biases), slopes, strict=True):
@@ -135,12 +134,6 @@ class Machine:
             yield slope
         yield from steps
 
-    def _batches(self, v: Tensor, size: int, epochs: int) -> Iterator[Tensor]:
-        for _ in range(epochs):
-            order = torch.randperm(len(v), generator=self.generator, device=v.device)
-            # A few left over would count as much as a whole batch.
-            yield from (v[rows] for rows in order[: len(v) // size * size].view(-1, size))
-
     def _input(self, layer: int) -> Tensor:
         """What the units of a layer of the chains get from their neighbours."""
         total = self.biases[layer]
@@ -151,9 +144,7 @@ class Machine:
         return total
 
     def _draw(self, drive: Tensor) -> Tensor:
-        chance = torch.rand(
-            drive.shape, generator=self.generator, dtype=drive.dtype, device=drive.device
-        )
+        chance = torch.empty_like(drive).uniform_(generator=self.generator)
         return (chance < torch.sigmoid(drive)).to(drive.dtype)
 
 

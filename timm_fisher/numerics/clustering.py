@@ -189,10 +189,8 @@ def _kmeans_seeds(rows: Tensor, length: Tensor, clusters: int, seed: int) -> Ten
 def _nearest(rows: Tensor, length: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     """Nearest centroid `[M]` of each row, and the squared distance to it `[M]`."""
     size = max(1, DISTANCES // len(centroids))
-    parts = [
-        _squared_distances(rows[i : i + size], length[i : i + size], centroids).min(1)
-        for i in range(0, len(rows), size)
-    ]
+    chunks = zip(rows.split(size), length.split(size), strict=True)
+    parts = [_squared_distances(chunk, part, centroids).min(1) for chunk, part in chunks]
     distance, nearest = (torch.cat(values) for values in zip(*parts, strict=True))
     return nearest, torch.where(distance > ROUNDING * length.amax(), distance, 0.0)
 

@@ -52,36 +52,35 @@ def without_autocast(x: Tensor) -> AbstractContextManager[None]:
 
 
 def unit_length(x: Tensor) -> Tensor:
-    """Each descriptor divided by its length.
+    """Each descriptor of `[..., N, C]`, float32 or better, divided by its length.
 
     The length has a floor, 1e-4 of the longest descriptor of the image, so that near-zero ones
     stay short and have a bounded gradient.
-
-    Args:
-        x: descriptors `[..., N, C]`, float32 or better.
     """
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     longest = length.detach().amax(-2, keepdim=True)
     return x / torch.maximum(length, torch.where(longest > 0, 1e-4 * longest, 1.0))
 
 
+class Linear(nn.Linear):
+    """Linear map that computes in the dtype of its input, whatever that of its weights."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.weight.to(x.dtype), bias)
+
+
 class LinearNorm(nn.Module):
-    """Linear map without bias, then batch norm: a 1 x 1 convolution and its norm, on descriptors.
-
-    Computes in the dtype of its input, whatever that of its weights.
-
-    Args:
-        in_features: channels of the input `[..., in_features]`.
-        out_features: channels of the output `[..., out_features]`.
-    """
+    """`Linear` without bias, then batch norm, in the dtype of the input too: a 1 x 1 convolution
+    and its norm, on descriptors `[..., in_features]`."""
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
-        self.linear = nn.Linear(in_features, out_features, bias=False)
+        self.linear = Linear(in_features, out_features, bias=False)
         self.norm = nn.BatchNorm1d(out_features)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.linear(x, self.linear.weight.to(x.dtype))
+        y: Tensor = self.linear(x)
         return self._normalize(y.flatten(0, -2)).view_as(y)
 
     def _normalize(self, x: Tensor) -> Tensor:
@@ -95,6 +94,35 @@ class LinearNorm(nn.Module):
             for key, value in buffers.items():
                 getattr(norm, key).copy_(value)
         return out
+
+
+class Triangle(nn.Module):
+    """Reads one triangle of symmetric matrices `[B, d, d]`, diagonal included, row by row:
+    `[B, d (d + 1) / 2]`.
+
+    Args:
+        size: d.
+        lower: the lower triangle instead of the upper one.
+    """
+
+    index: Tensor  # positions in a flattened matrix
+
+    def __init__(self, size: int, *, lower: bool = False) -> None:
+        super().__init__()
+        self.size = size
+        self.lower = lower
+        self.length = size * (size + 1) // 2
+        self.register_buffer('index', torch.empty(self.length, dtype=torch.long), persistent=False)
+        self.init_non_persistent_buffers()
+
+    def init_non_persistent_buffers(self) -> None:
+        """Fill the positions, as timm's layers fill such buffers."""
+        indices = torch.tril_indices if self.lower else torch.triu_indices
+        rows, columns = indices(self.size, self.size, device=self.index.device)
+        self.index.copy_(rows * self.size + columns)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flatten(1).index_select(1, self.index)
 
 
 def covariance_root(x: Tensor, iterations: int, eps: float = 0.0) -> Tensor:
@@ -181,13 +209,8 @@ def shifted_root(g: Tensor, e: Tensor, iterations: int) -> tuple[Tensor, Tensor]
 
 
 def newton_schulz(a: Tensor, iterations: int) -> Tensor:
-    """The iterate `Z = p(A)` of coupled Newton-Schulz iterations, near `A^(-1/2)`; `A Z` is near
-    the root.
-
-    Args:
-        a: symmetric matrices `[B, n, n]` with eigenvalues in [0, 1].
-        iterations: 1 or more.
-    """
+    """The iterate `Z = p(A)` of coupled Newton-Schulz iterations, near `A^(-1/2)`, of symmetric
+    matrices A `[B, n, n]` with eigenvalues in [0, 1]; `A Z` is near the root."""
     identity = torch.eye(a.shape[1], dtype=a.dtype, device=a.device).expand_as(a)
     z = 1.5 * identity - 0.5 * a
     y = a @ z
@@ -197,24 +220,6 @@ def newton_schulz(a: Tensor, iterations: int) -> Tensor:
         if iteration < iterations - 1:
             y = y @ p
     return z
-
-
-def triangle_index(
-    size: int, *, lower: bool = False, device: torch.device | str | None = None
-) -> Tensor:
-    """Positions of one triangle, diagonal included, in a flattened matrix, row by row.
-
-    Args:
-        size: d, rows of the matrix.
-        lower: the lower triangle instead of the upper one.
-        device: of the result.
-
-    Returns:
-        int64 `[d (d + 1) / 2]`.
-    """
-    indices = torch.tril_indices if lower else torch.triu_indices
-    places = indices(size, size, device=device)
-    return places[0] * size + places[1]
 
 
 def _safe_trace(trace: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from timm_fisher import PooledModel
-from timm_fisher.fitting.stream import BatchStream
+from timm_fisher.fitting.stream import ListStream
 from timm_fisher.registry import nearest
 from timm_fisher.training.config import Stage
 from timm_fisher.training.data import Gives
@@ -97,7 +97,7 @@ class Unsupervised(nn.Module):
         descriptors = model.descriptors(features)
         if self.training:
             for head, place in model.heads:
-                head.partial_fit(BatchStream(descriptors[place].detach()))
+                head.partial_fit(ListStream([descriptors[place].detach()]))
         losses = [head.forward_with_loss(descriptors[place])[1] for head, place in model.heads]
         return torch.stack(losses).sum()
 
