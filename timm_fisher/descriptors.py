@@ -262,10 +262,13 @@ def _unused_parts(
     dead = {
         name for name, p in backbone.named_parameters() if p.requires_grad and id(p) not in reached
     }
+    # Whatever holds something that ran has run, too.
+    parts = (other.split('.') for other in ran)
+    ran = {'.'.join(part[:depth]) for part in parts for depth in range(1, len(part) + 1)}
     idle: set[str] = set()
     for name, module in backbone.named_modules():  # a module comes before its children
         inside = {key for key, _ in module.named_parameters(prefix=name)}
-        runs = any(other == name or other.startswith(f'{name}.') for other in ran)
+        runs = name in ran
         # Code that never calls a list of modules may still loop over it: take out what is in it.
         container = isinstance(module, nn.ModuleList | nn.ModuleDict | nn.Sequential)
         if name and inside and inside <= dead and not runs and not container:

@@ -10,7 +10,17 @@ from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
 
 
 class LoadError(RuntimeError):
-    """A saved model cannot be loaded: what is wrong with it, or with the way to it."""
+    """A saved model cannot be loaded: what is wrong with it, or with the way to it.
+
+    The message may quote a stranger's file, so it is cut where it is long, and holds nothing that a
+    terminal would obey.
+    """
+
+    def __init__(self, message: str) -> None:
+        if len(message) > 3000:
+            message = f'{message[:2000]} ... {message[-500:]}'
+        clean = (c if c.isprintable() or c == '\n' else ascii(c)[1:-1] for c in message)
+        super().__init__(''.join(clean))
 
 
 class PushError(RuntimeError):

@@ -112,10 +112,11 @@ def check_arguments(
     Raises:
         TypeError: an unknown argument, with the nearest known ones, or a missing one.
     """
+    variable = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
     parameters = {
         key: parameter
         for key, parameter in inspect.signature(function).parameters.items()
-        if key not in given and parameter.kind is not inspect.Parameter.VAR_KEYWORD
+        if key not in given and parameter.kind not in variable
     }
     for key in arguments:
         if key not in parameters:

@@ -231,6 +231,15 @@ def test_weights_of_another_kind(saved, name, change, error):
         LOADERS['timm'](saved)
 
 
+def test_names_of_tensors_in_a_message(saved):
+    odd = {f'\x1b[2J{i}' + 'x' * 100_000: torch.zeros(1) for i in range(25)}
+    edit_weights(saved, lambda weights: weights.update(odd))
+    with pytest.raises(LoadError, match=r'25 differences:\s+unexpected \\x1b') as caught:
+        LOADERS['timm'](saved)
+    assert len(str(caught.value)) < 3100
+    assert '\x1b' not in str(caught.value)
+
+
 class Bomb:
     """Makes a file when it is unpickled."""
 

@@ -9,6 +9,7 @@ from references import isqrt_cov
 from torch import Tensor
 
 from timm_fisher.numerics.linalg import (
+    MOST_STEPS,
     at_least_float32,
     covariance_root,
     gram_root,
@@ -115,6 +116,40 @@ def test_smaller_side_without_eps(trace):
     expected, expected_gradient = root_and_gradient(matrix_root, x, 5, 0.0)
     assert_near(actual, expected, 1e-12)
     assert_near(gradient, expected_gradient, 1e-12)
+
+
+def test_the_smaller_side_is_taken(monkeypatch):
+    """Of 7 descriptors and 20 channels, and of 20 and 7."""
+    sides = []
+
+    def record(a, iterations):
+        sides.append(a.shape[1])
+        return newton_schulz(a, iterations)
+
+    monkeypatch.setattr('timm_fisher.numerics.linalg.newton_schulz', record)
+    covariance_root(torch.randn(2, 7, 20), 5)
+    covariance_root(torch.randn(2, 20, 7), 5)
+    assert sides == [7, 7]
+
+
+@pytest.mark.parametrize('number', [1, 5, 60])
+@pytest.mark.parametrize('eps', [0.0, 1e-7])
+def test_a_map_of_zeros(number, eps):
+    """Exactly zero, without any rounding errors: a trace that nothing can be divided by."""
+    x = torch.zeros(2, number, 20, requires_grad=True)
+    root = covariance_root(x, 5, eps)
+    (gradient,) = torch.autograd.grad(root.sum(), x)
+    assert root.isfinite().all()
+    assert gradient.isfinite().all()
+    assert root.abs().max() <= eps**0.5
+
+
+@pytest.mark.parametrize('shape', [(12, 40), (6, 40), (60, 20)])
+@pytest.mark.parametrize('eps', [0.0, 1e-7])
+def test_most_iterations_are_finite_in_float32(shape, eps):
+    for seed in range(5):
+        x = torch.randn(2, *shape, generator=torch.Generator().manual_seed(seed))
+        assert covariance_root(x, MOST_STEPS, eps).isfinite().all()
 
 
 def test_many_iterations_are_the_square_root():

@@ -17,8 +17,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from timm_fisher.head import MOST_FEATURES, MOST_ITERATIONS, PoolingHead, check_range
+from timm_fisher.head import MOST_FEATURES, PoolingHead, check_range
 from timm_fisher.numerics.linalg import (
+    MOST_STEPS,
     LinearNorm,
     Triangle,
     at_least_float32,
@@ -49,7 +50,7 @@ class ISqrtCov(PoolingHead):
         check_range(
             'isqrt_cov',
             reduce_dim=(reduce_dim, 1, MOST_FEATURES, None),
-            iterations=(iterations, 1, MOST_ITERATIONS),
+            iterations=(iterations, 1, MOST_STEPS),
         )
         d = min(reduce_dim or in_features, in_features)
         self.in_features = in_features

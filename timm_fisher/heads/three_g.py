@@ -28,8 +28,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import relu
 
-from timm_fisher.head import MOST_FEATURES, MOST_ITERATIONS, PoolingHead, check_range
+from timm_fisher.head import MOST_FEATURES, PoolingHead, check_range
 from timm_fisher.numerics.linalg import (
+    MOST_STEPS,
     Linear,
     LinearNorm,
     Triangle,
@@ -71,8 +72,8 @@ class ThreeG(PoolingHead):
         check_range(
             '3g',
             reduce_dim=(reduce_dim, 1, MOST_FEATURES, None),
-            blocks=(blocks, 0, 64),
-            iterations=(iterations, 1, MOST_ITERATIONS),
+            blocks=(blocks, 0, 16),
+            iterations=(iterations, 1, MOST_STEPS),
             shrinkage=(shrinkage, 1e-6, 1e6),
         )
         d = min(reduce_dim or in_features, in_features)

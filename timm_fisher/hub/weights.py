@@ -125,7 +125,8 @@ def check_tensors(header: Header, expected: Mapping[str, Tensor], what: str) -> 
         elif kind not in allowed:
             problems.append(f'{name} is of type {kind}, not {wanted.dtype}')
     if not header.prefix:
-        problems += [f'unexpected {key} {given[key][1]}' for key in given.keys() - expected.keys()]
+        unexpected = sorted(given.keys() - expected.keys())
+        problems += [f'unexpected {key:.200} {given[key][1]}' for key in unexpected]
     if problems:
         shown = '\n  '.join(problems[:20] + ['...'] * (len(problems) > 20))
         raise LoadError(

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 POWER_EPS = 1e-6
+# Of Newton-Schulz. More blow up what rounding has made of zero eigenvalues in float32.
+MOST_STEPS = 20
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
