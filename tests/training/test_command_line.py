@@ -8,6 +8,7 @@ import pytest
 
 from timm_fisher.errors import LoadError, PushError
 from timm_fisher.training.command_line import parse, run
+from timm_fisher.training.config import Config
 
 
 @dataclass
@@ -73,3 +74,12 @@ def test_error_is_a_sentence(capsys, error, status, text):
 def test_mistake_of_ours_is_a_traceback():
     with pytest.raises(ZeroDivisionError):
         run(lambda settings: 1 // 0, Settings, arguments=[])
+
+
+def test_stage_with_a_hyphen(tmp_path):
+    """Hyphens of an option's own name alone stand for underscores."""
+    file = tmp_path / 'config.yaml'
+    file.write_text('stages: {fine-tune: {train: all, lr: 0.1}}')
+    config = parse(Config, arguments=['--config', str(file), '--stages.fine-tune.lr', '0.5'])
+    assert list(config.stages) == ['fine-tune']
+    assert config.stages['fine-tune'].lr == 0.5

@@ -75,7 +75,8 @@ def make_card(
     split = next((key for key in ('test', 'val') if 'accuracy' in metrics.get(key, {})), '')
     result = metrics.get(split, {})
     dataset = dataset or metrics.get('dataset') or ''
-    license = license or model.backbone.pretrained_cfg.get('license') or ''
+    if model.backbone_weights is not None:
+        license = license or model.backbone.pretrained_cfg.get('license') or ''
     arguments = model._model_args
     asked = arguments['head']
     if isinstance(asked, str):

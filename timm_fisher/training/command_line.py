@@ -91,4 +91,4 @@ def _add_positional(parser: _Parser, settings: type[Any], name: str) -> None:
 
 def _with_underscores(argument: str) -> str:
     """`--data-dir=a-b` -> `--data_dir=a-b`."""
-    return re.sub(r'(?<=^--)[\w.-]+', lambda name: name[0].replace('-', '_'), argument)
+    return re.sub(r'(?<=^--)[\w-]+', lambda name: name[0].replace('-', '_'), argument)
