@@ -148,7 +148,7 @@ ATTACKS = {
 }  # fmt: skip
 
 
-WITHOUT_WEIGHTS = ('head', 'heads', 'backbone', 'derived tables', 'endless loop', 'images')
+WITHOUT_WEIGHTS = ('head', 'backbone', 'derived tables', 'endless loop', 'images')
 
 
 def test_attacks_cost_little(originals, tmp_path):
