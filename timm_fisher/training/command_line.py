@@ -90,5 +90,11 @@ def _add_positional(parser: _Parser, settings: type[Any], name: str) -> None:
 
 
 def _with_underscores(argument: str) -> str:
-    """`--data-dir=a-b` -> `--data_dir=a-b`."""
-    return re.sub(r'(?<=^--)[\w-]+', lambda name: name[0].replace('-', '_'), argument)
+    """`--data-dir=a-b` -> `--data_dir=a-b`; a name in the middle, as of a stage, stays."""
+    pattern = r'^(--[\w-]+)(\.[\w.-]+(?=\.))?(\.[\w-]+)?'
+    match = re.match(pattern, argument)
+    if match is None:
+        return argument
+    first, middle, last = (part or '' for part in match.groups())
+    name = f'--{first[2:].replace("-", "_")}{middle}{last.replace("-", "_")}'
+    return name + argument[match.end() :]
