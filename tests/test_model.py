@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from small_models import BACKBONES, create, images, names
 from timm.data import create_transform, resolve_input_data_config
 from timm.models import resolve_model_input_args
 from timm.optim import create_optimizer_v2
@@ -14,23 +15,6 @@ from timm.utils import ModelEmaV2, ModelEmaV3
 
 import timm_fisher
 from timm_fisher import PooledModel
-
-BACKBONES = ['test_resnet', 'test_efficientnet', 'test_convnext', 'test_vit']
-
-
-def create(backbone='test_resnet', head='avg', **arguments):
-    torch.manual_seed(0)
-    arguments = {'num_classes': 5} | arguments
-    return timm_fisher.create_model(backbone, head=head, **arguments).eval()
-
-
-def images(channels=3, size=64):
-    return torch.randn(2, channels, size, size, generator=torch.Generator().manual_seed(1))
-
-
-def names(model):
-    return set(dict(model.named_parameters()))
-
 
 # Outputs
 

@@ -8,22 +8,12 @@ import re
 import pytest
 import timm
 from PIL import Image
-from saved_models import LOADERS, argument, copy, edit, set_at, write_originals
+from saved_models import LOADERS, argument, edit, set_at
 
 import timm_fisher
 from timm_fisher import LoadError
 from timm_fisher.hub import config as saved_config
 from timm_fisher.hub.config import check_config, read_config
-
-
-@pytest.fixture(scope='module')
-def originals(tmp_path_factory):
-    return write_originals(tmp_path_factory.mktemp('originals'))
-
-
-@pytest.fixture
-def saved(originals, tmp_path):
-    return copy(originals / 'sparse_fisher', tmp_path / 'saved')
 
 
 def several(heads):

@@ -14,7 +14,7 @@ from collections import Counter
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from saved_models import HEADS, LOADERS, write_originals
+from saved_models import HEADS, LOADERS
 
 import timm_fisher
 from timm_fisher import LoadError
@@ -33,11 +33,6 @@ def offline(monkeypatch):
         monkeypatch.setattr(f'{place}.hf_hub_download', no_network)
     monkeypatch.setattr('timm.models._builder.load_state_dict_from_url', no_network)
     monkeypatch.setattr('timm.models._builder.download_cached_file', no_network)
-
-
-@pytest.fixture(scope='module')
-def originals(tmp_path_factory):
-    return write_originals(tmp_path_factory.mktemp('originals'))
 
 
 def peak():

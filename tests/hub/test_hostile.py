@@ -22,7 +22,6 @@ from saved_models import (
     measure_loading,
     set_at,
     without_backbone,
-    write_originals,
 )  # fmt: skip
 
 import timm_fisher
@@ -39,16 +38,6 @@ def offline(monkeypatch):
 
     for place in ('timm_fisher.hub.weights', 'timm.models._hub'):
         monkeypatch.setattr(f'{place}.hf_hub_download', no_network)
-
-
-@pytest.fixture(scope='module')
-def originals(tmp_path_factory):
-    return write_originals(tmp_path_factory.mktemp('originals'))
-
-
-@pytest.fixture
-def saved(originals, tmp_path):
-    return copy(originals / 'sparse_fisher', tmp_path / 'saved')
 
 
 # Time and memory
