@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import timm
 import torch
+from conftest import ROOT
 from safetensors.torch import load_file, save_file
 
 import timm_fisher
@@ -407,3 +408,19 @@ def test_names_with_their_source(tmp_path, monkeypatch):
     with pytest.raises(timm_fisher.LoadError) as caught:
         timm_fisher.from_pretrained('hf-hub:runs/model')
     assert 'no folder' not in str(caught.value)
+
+
+@pytest.mark.parametrize('name', ['one_head', 'two_heads'])
+def test_folder_that_version_0_1_0_saved(name):
+    """One head, and two with the class token of a grey model: logits as that version gave them."""
+    folder = ROOT / 'tests' / 'golden' / 'saved_0.1.0' / name
+    expected = load_file(folder / 'logits.safetensors')['logits']
+    for model in (load(folder), timm_fisher.from_pretrained(folder).eval()):
+        size = timm.data.resolve_model_data_config(model)['input_size']
+        x = torch.rand(2, *size, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
+        assert model.pretrained_cfg['label_names'] == ['ash', 'beech', 'elm']
+        state, stored = model.state_dict(), load_file(folder / WEIGHTS)
+        assert state.keys() == stored.keys()
+        assert all(torch.equal(state[key], stored[key]) for key in stored)
