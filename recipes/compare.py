@@ -25,8 +25,9 @@ from tqdm.auto import tqdm
 
 from timm_fisher.files import save_png, write
 from timm_fisher.training import command_line
+from timm_fisher.training.embeddings import parse_options
 from timm_fisher.training.launch import launch
-from timm_fisher.training.tables import percent, table
+from timm_fisher.training.tables import percent, records
 
 # What every table must hold: timm's pool, and what the Fisher vectors' normalisation alone brings.
 BASELINES: dict[str, dict[str, Any]] = {
@@ -65,17 +66,23 @@ class Comparison:
             raise ValueError(
                 f'--only names {sorted(unknown)}; the variants are {list(self.variants)}.'
             )
-        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f'seeds is {self.seeds}; give one or more, all different.')
+        command_line.check_lists(self, 'seeds')
         if self.data_dir:
             self.train = {**self.train, 'data_dir': self.data_dir}
-        if self.only:
-            kept = {*BASELINES, *self.only}
-            self.variants = {name: self.variants[name] for name in self.variants if name in kept}
+        kept = {*BASELINES, *(self.only or self.variants)}
+        self.variants = {name: self.variants[name] for name in self.variants if name in kept}
 
 
 def main(comparison: Comparison) -> None:
     """Run all variants, writing the results so far after each of them."""
+    for name, variant in comparison.variants.items():
+        options = {**comparison.train, **variant}
+        options.pop('search', None)
+        if parse_options(options).unsupervised:
+            raise ValueError(
+                f"All stages of '{name}' are unsupervised; heads are compared by the accuracy of a "
+                'classifier. Add a stage that trains it.'
+            )
     output = Path(comparison.output)
     output.mkdir(parents=True, exist_ok=True)
     rows = []
@@ -95,13 +102,13 @@ def compare_variant(
     folder = output / name.replace(' ', '').replace('/', '-')
     tried = []
     for values in itertools.product(*grid.values()):
-        chosen = dict(zip(grid, values, strict=True))
-        metrics = run(options, chosen, folder, seed=comparison.seeds[0])
-        tried.append({**chosen, 'val_accuracy': metrics['best']['val_accuracy']})
+        settings = dict(zip(grid, values, strict=True))
+        metrics = run(options, settings, folder, seed=comparison.seeds[0])
+        tried.append({**settings, 'val_accuracy': metrics['best']['val_accuracy']})
     best = max(tried, key=lambda row: row['val_accuracy'])  # the first of equals
     chosen = {key: best[key] for key in grid}
     runs = [run(options, chosen, folder, seed=seed) for seed in comparison.seeds]
-    first, split = runs[0], 'test' if 'test' in runs[0] else 'val'
+    split = 'test' if 'test' in runs[0] else 'val'
     return {
         'name': name,
         'chosen': chosen,
@@ -110,8 +117,8 @@ def compare_variant(
         'val_accuracy': [metrics['best']['val_accuracy'] for metrics in runs],
         'accuracy': [metrics[split]['accuracy'] for metrics in runs],
         'balanced_accuracy': [metrics[split]['balanced_accuracy'] for metrics in runs],
-        'out_features': first['out_features'],
-        'head_parameters': first['head_parameters'],
+        'out_features': runs[0]['out_features'],
+        'head_parameters': runs[0]['head_parameters'],
         'fit_seconds': [metrics['seconds']['fit'] for metrics in runs],
         'step_milliseconds': [
             1000 * metrics['seconds']['train'] / max(1, metrics['steps']) for metrics in runs
@@ -148,23 +155,19 @@ def write_results(rows: list[dict[str, Any]], comparison: Comparison, output: Pa
 def describe(rows: list[dict[str, Any]], seeds: list[int]) -> str:
     """Markdown; mean and standard deviation over the seeds."""
     split = rows[0]['split']
-    header = [
-        'head', 'pooled vector', 'parameters', 'validation', split, f'{split}, balanced', 'fit',
-        'step', 'peak memory', 'chosen',
-    ]  # fmt: skip
     lines = [
-        (
-            row['name'],
-            str(row['out_features']),
-            str(row['head_parameters']),
-            percent(row['val_accuracy']),
-            percent(row['accuracy']),
-            percent(row['balanced_accuracy']),
-            f'{statistics.median(row["fit_seconds"]):.1f} s',
-            f'{statistics.median(row["step_milliseconds"]):.0f} ms',
-            f'{statistics.median(row["peak_memory_mb"]):.0f} MB',
-            ', '.join(f'{name.split(".")[-1]} {value}' for name, value in row['chosen'].items()),
-        )
+        {
+            'head': row['name'],
+            'pooled vector': row['out_features'],
+            'parameters': row['head_parameters'],
+            'validation': percent(row['val_accuracy']),
+            split: percent(row['accuracy']),
+            f'{split}, balanced': percent(row['balanced_accuracy']),
+            'fit': f'{statistics.median(row["fit_seconds"]):.1f} s',
+            'step': f'{statistics.median(row["step_milliseconds"]):.0f} ms',
+            'peak memory': f'{statistics.median(row["peak_memory_mb"]):.0f} MB',
+            'chosen': ', '.join(f'{k.split(".")[-1]} {v}' for k, v in row['chosen'].items()),
+        }
         for row in rows
     ]
     note = (
@@ -174,11 +177,11 @@ def describe(rows: list[dict[str, Any]], seeds: list[int]) -> str:
         'where features were not cached yet. Settings chosen by the validation accuracy of the '
         'first seed.'
     )
-    return f'{table(header, lines)}\n\n{note}\n'
+    return f'{records(lines)}\n\n{note}\n'
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Accuracy against size of the pooled vector, a dot for each head, bars of one deviation."""
+    """Accuracy against size of the pooled vector, with bars of one standard deviation."""
     figure = Figure(figsize=(9, 5.5))
     axes = figure.subplots()
     for i, row in enumerate(rows):

@@ -6,6 +6,7 @@ Prints the top classes and leaves them in `--output`, in predictions.csv; and, w
 local descriptors, overlays/IMAGE.png: the image as the model sees it, and over it what each of its
 parts adds to the logit of the winning class. The exit status is 1 if an image cannot be read.
 
+Images are read as training and evaluation read them, by timm: not turned upright by their EXIF.
 Cells of predictions.csv that a spreadsheet would take for a formula begin with an apostrophe.
 """
 
@@ -28,6 +29,8 @@ from timm_fisher.files import save_png, write
 from timm_fisher.hub.pypi import from_pretrained_or_pypi
 from timm_fisher.hub.text import csv_cell
 from timm_fisher.training.command_line import run
+
+BATCH = 8  # images
 
 
 @dataclass
@@ -67,13 +70,17 @@ def main(settings: Settings) -> None:
 
     explained = settings.overlay
     table, lines, unreadable = [('image', 'rank', 'class', 'probability')], [], False
-    for path in tqdm(paths, 'predict', disable=None):
-        try:
-            x = transform(read_image(path, data['input_size'][0]))[None].to(device)
-        except ValueError as error:
-            tqdm.write(f'Skipped: {shown(error)}', file=sys.stderr)
-            unreadable = True
+    for start in tqdm(range(0, len(paths), BATCH), 'predict', disable=None):
+        images = {}
+        for path in paths[start : start + BATCH]:
+            try:
+                images[path] = transform(read_image(path, data['input_size'][0]))
+            except ValueError as error:
+                tqdm.write(f'Skipped: {shown(error)}', file=sys.stderr)
+                unreadable = True
+        if not images:
             continue
+        x = torch.stack([*images.values()]).to(device)
         if explained:
             try:
                 logits, heat = explain(model, x)
@@ -83,15 +90,16 @@ def main(settings: Settings) -> None:
         if not explained:
             with torch.no_grad():
                 logits = model(x)
-        top = logits[0].float().softmax(0).cpu().topk(min(settings.topk, len(names)))
-        best = [(names[k], p) for k, p in zip(top.indices, top.values, strict=True)]
-        lines += [shown(path), *(f'  {p:7.2%}  {name}' for name, p in best)]
-        for rank, (name, p) in enumerate(best, 1):
-            table.append((csv_cell(shown(path)), str(rank), csv_cell(name), f'{p:.6f}'))
-        if explained:
-            title = f'{best[0][0]}, {best[0][1]:.1%}'
-            overlays[path].parent.mkdir(parents=True, exist_ok=True)
-            save_png(overlay(model, x[0], heat[0], title=title), overlays[path])
+        top = logits.float().softmax(1).cpu().topk(min(settings.topk, len(names)))
+        for i, path in enumerate(images):
+            best = [(names[k], p) for k, p in zip(top.indices[i], top.values[i], strict=True)]
+            lines += [shown(path), *(f'  {p:7.2%}  {name}' for name, p in best)]
+            for rank, (name, p) in enumerate(best, 1):
+                table.append((csv_cell(shown(path)), str(rank), csv_cell(name), f'{p:.6f}'))
+            if explained:
+                title = f'{best[0][0]}, {best[0][1]:.1%}'
+                overlays[path].parent.mkdir(parents=True, exist_ok=True)
+                save_png(overlay(model, x[i], heat[i], title=title), overlays[path])
 
     text = io.StringIO()
     csv.writer(text, lineterminator='\n').writerows(table)
@@ -106,16 +114,15 @@ def find_images(given: Sequence[Path], overlays: Path) -> list[Path]:
     """The files that were given, and all images in the folders, sorted; each of them once, and
     without the overlays of an earlier call."""
     endings = timm.data.get_img_extensions()
-    drawn = overlays.resolve()
     images: list[Path] = []
     for path in given:
         if not path.exists():
             raise ValueError(f"'{shown(path)}' is neither a file nor a folder.")
         files = [path]
         if path.is_dir():
-            inside = (p for p in sorted(path.rglob('*')) if not p.is_dir())
-            files = [p for p in inside if p.suffix.lower() in endings]
-            files = [p for p in files if not p.resolve().is_relative_to(drawn)]
+            files = [p for p in sorted(path.rglob('*')) if p.suffix.lower() in endings]
+            drawn = overlays.resolve()
+            files = [p for p in files if not p.is_dir() and drawn not in p.resolve().parents]
             if not files:
                 raise ValueError(f"'{shown(path)}' holds no image ({' '.join(endings)}).")
         images += files

@@ -3,14 +3,13 @@
     python recipes/quickstart.py
 
 Does for each head what `accelerate launch recipes/train.py --config recipes/configs/digits.yaml`
-does, prints a table, and leaves a model in runs/quickstart/sparse_fisher/model and an image to try
-it on in runs/quickstart/digit.png.
+does, prints a table, and leaves in `--output` a model in sparse_fisher/model and an image to try it
+on, digit.png. Called again, it shows the runs that are there; interrupted, it goes on with them.
 """
 
 from __future__ import annotations
 
-import shutil
-import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,36 +17,44 @@ import yaml
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from timm_fisher.training import command_line
 from timm_fisher.training.launch import launch
+from timm_fisher.training.tables import records
 
 CONFIG = Path(__file__).parent / 'configs/digits.yaml'
-OUTPUT = Path('runs/quickstart')
 HEADS = ('avg', 'sparse_fisher')
 
 
-def main() -> None:
-    """Train each head, and show what it brings."""
-    shutil.rmtree(OUTPUT, ignore_errors=True)
+@dataclass
+class Quickstart:
+    """Train two heads on handwritten digits.
+
+    Args:
+        output: folder of the runs.
+    """
+
+    output: Path = Path('runs/quickstart')
+
+
+def main(quickstart: Quickstart) -> None:
+    output = quickstart.output
     settings = yaml.safe_load(CONFIG.read_text())
     rows = []
     for head in HEADS:
         print(f'\n== {head}', flush=True)
-        start = time.perf_counter()
-        metrics = launch({**settings, 'head': head}, OUTPUT / head)
-        rows.append((head, metrics, time.perf_counter() - start))
+        metrics = launch({**settings, 'head': head}, output / head)
+        rows.append({
+            'head': head, 'test accuracy': f'{metrics["test"]["accuracy"]:.2%}',
+            'pooled vector': metrics['out_features'], 'parameters': metrics['parameters'],
+            'time': f'{sum(metrics["seconds"].values()):.0f} s',
+        })  # fmt: skip
 
     pixels = (load_digits().images[0] * (255 / 16)).astype(np.uint8)
-    Image.fromarray(pixels).save(OUTPUT / 'digit.png')
-
-    print(f'\n{"head":<16}{"test accuracy":>14}{"pooled vector":>15}{"parameters":>12}{"time":>9}')
-    for head, metrics, seconds in rows:
-        print(
-            f'{head:<16}{metrics["test"]["accuracy"]:>14.2%}{metrics["out_features"]:>15}'
-            f'{metrics["parameters"]:>12}{seconds:>7.0f} s'
-        )
-    folder = OUTPUT / HEADS[-1]
+    Image.fromarray(pixels).save(output / 'digit.png')
+    folder = output / HEADS[-1]
+    print(f'\n{records(rows)}')
     print(f'\nThe model is in {folder}/model, its training curve in {folder}/curve.png.')
 
 
 if __name__ == '__main__':
-    main()
+    command_line.run(main, Quickstart)

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image
 from timm.data.config import resolve_model_data_config
 from timm.layers.helpers import to_2tuple
 from torch import Tensor
@@ -35,24 +35,18 @@ if TYPE_CHECKING:
 
 
 def read_image(path: str | Path, channels: int = 3) -> Image.Image:
-    """An image file, in colour or of one channel in grey, turned upright by its EXIF.
-
-    Raises:
-        ValueError: the file cannot be read as an image.
-    """
+    """An image file, in colour or of one channel in grey; as timm reads it, which does not turn a
+    photograph upright by its EXIF. ValueError if it cannot be read as an image."""
     try:
         with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert('L' if channels == 1 else 'RGB')
+            return image.convert('L' if channels == 1 else 'RGB')
     except Exception as error:  # Pillow's decoders raise what they like
         raise ValueError(f"'{path}' cannot be read as an image: {error}") from error
 
 
 def class_names(model: PooledModel) -> list[str]:
     """Names of the classes by index, or the indices themselves where the model has no names.
-
-    Raises:
-        ValueError: the model has no classes, or another number of names.
-    """
+    ValueError if it has no classes, or another number of names."""
     if not model.num_classes:
         raise ValueError('This model has num_classes=0: it gives embeddings, and no class.')
     names = model.pretrained_cfg.get('label_names') or range(model.num_classes)
@@ -68,7 +62,7 @@ def grids(
 
     Args:
         model: whose descriptors they are.
-        features: one tensor for each stage, see `PooledModel.forward_features`.
+        features: a list of what `PooledModel.forward_features` gives.
         size: height and width of the images.
 
     Raises:
@@ -76,18 +70,18 @@ def grids(
     """
     places: list[tuple[int, int]] = []
     for stage, tensor in zip(model.descriptors, features, strict=True):
-        if stage.layout == 'NLC':
-            number = tensor.shape[1] - stage.num_prefix_tokens
-            strides = to_2tuple(model.backbone.feature_info[-1]['reduction'])
-            height, width = (side / stride for side, stride in zip(size, strides, strict=True))
-            patches = [(rounded(height), rounded(width)) for rounded in (math.floor, math.ceil)]
-            matches = [grid for grid in patches if math.prod(grid) == number]
-            if not matches:
-                raise ValueError(f'the places of the {number} tokens of this backbone are unknown.')
-            places.append(matches[0])
-        else:
+        if stage.layout != 'NLC':
             rows, columns = tensor.shape[1:3] if stage.layout == 'NHWC' else tensor.shape[2:]
             places.append((rows, columns))
+            continue
+        number = tensor.shape[1] - stage.num_prefix_tokens
+        strides = to_2tuple(model.backbone.feature_info[-1]['reduction'])
+        height, width = (side / stride for side, stride in zip(size, strides, strict=True))
+        patches = [(rounded(height), rounded(width)) for rounded in (math.floor, math.ceil)]
+        matches = [grid for grid in patches if math.prod(grid) == number]
+        if not matches:
+            raise ValueError(f'the places of the {number} tokens of this backbone are unknown.')
+        places.append(matches[0])
     return places
 
 
@@ -107,8 +101,7 @@ def contributions(model: PooledModel, images: Tensor) -> tuple[Tensor, list[Tens
     class_names(model)  # refuses embeddings
     model.eval()
     with torch.no_grad():
-        features = model.forward_features(images)
-    stages = [features] if isinstance(features, Tensor) else features
+        stages = model.descriptors.features(model.backbone, images)
     places = grids(model, stages, images.shape[2:])
     if all(grid == (1, 1) for grid in places):
         raise ValueError('this model pools one descriptor of the whole image.')
@@ -119,21 +112,16 @@ def contributions(model: PooledModel, images: Tensor) -> tuple[Tensor, list[Tens
     products = [slope * tensor.detach() for slope, tensor in zip(slopes, stages, strict=True)]
     maps = [
         # Without the prefix tokens, which may be kept among the descriptors.
-        descriptors[:, -math.prod(grid) :].sum(2).unflatten(1, grid)
-        for descriptors, grid in zip(model.descriptors(products), places, strict=True)
+        shares[:, -math.prod(grid) :].sum(2).unflatten(1, grid)
+        for shares, grid in zip(model.descriptors(products), places, strict=True)
     ]
     return logits.detach(), maps
 
 
 def explain(model: PooledModel, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits, and maps of what speaks for (above zero) or against the class that won.
-
-    Args and errors as those of `contributions`.
-
-    Returns:
-        Logits `[B, num_classes]`; and maps `[B, H, W]` of the images' own size. The mean of a map
-        is the sum of all contributions, over all stages.
-    """
+    """As `contributions`, but of all stages together, on the images' own grid: logits
+    `[B, num_classes]`, and maps `[B, H, W]` of what speaks for (above zero) or against the class
+    that won. The mean of a map is the sum of all contributions."""
     logits, maps = contributions(model, images)
     # Per area, so that stages of different grids add up.
     enlarged = [

@@ -5,23 +5,22 @@
     python recipes/benchmarks/fits.py fisher_information --data usps.npz --threads 2 --full true
 
 Parts, one at a time, because each takes minutes:
-- nmf: the fit of gsnmf against scikit-learn's NMF, in seconds to the objective at which that ends;
+- nmf: the fit of gsnmf against scikit-learn's NMF, in seconds to the objective at which that ends.
+  The features may be those of a backbone, averaged over each of some thousand images:
+  `np.savez('features.npz', x=backbone.forward_features(images).relu().mean((2, 3)).numpy())`;
 - fisher_information: the fit of dbm_idfk, hidden layers of 40 and 80 units, with its peak memory;
   and the leading axes of its Fisher information F, which it takes without forming F, against
   forming F and decomposing it. That is measured at smaller sizes and extrapolated by its growth
   between the two largest of them; --full measures it at the full size too.
 
 Everything is timed once. Peak memory is that of the whole process as the system counts it
-(ru_maxrss), with Python, PyTorch, timm and scikit-learn.
-
-Leaves in OUTPUT: benchmark_fits.md, the tables that it prints; benchmark_fits.json, the numbers.
+(ru_maxrss), with all libraries. Leaves in OUTPUT benchmark_fits.md, the tables that it prints, and
+benchmark_fits.json, the numbers.
 """
 
 from __future__ import annotations
 
 import math
-import resource
-import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -43,7 +42,7 @@ from timm_fisher.numerics.clustering import leading_axes
 from timm_fisher.training.command_line import run
 from timm_fisher.training.config import Config, Stage
 from timm_fisher.training.data import load_splits
-from timm_fisher.training.measure import Row, report, timed
+from timm_fisher.training.measure import Row, peak_resident, report, timed
 from timm_fisher.training.tables import records, three_digits
 
 FACTORIZE = dict(images=10_000, channels=1280, components=256, rounds=300)
@@ -174,30 +173,23 @@ def measure_fisher_information(
         row['both s'] = row['product s'] + row['decomposition s']
         row['times faster'] = row['both s'] / row['leading_axes s']
 
-    first = {
-        'hidden': 'hidden layers', 'd': 'd', 'r': 'r', 'seconds': 'whole fit, s',
-        'leading_axes s': 'leading axes alone, s', 'peak GB': 'peak, GB',
-    }  # fmt: skip
-    second = {
-        'd': 'd', 'product s': 'product, s', 'decomposition s': 'decomposition, s',
-        'both s': 'both, s', 'leading_axes s': 'leading axes, s', 'times faster': 'times faster',
-        'difference': f'largest difference of {min(COMPARED, rank)} eigenvalues',
-    }  # fmt: skip
     d = estimate['d']
+    lines = [*compared[:-1], {**estimate, 'd': f'{d}, extrapolated'}]
+    times = ('product s', 'decomposition s', 'both s', 'leading_axes s')
     text = (
         f"### dbm_idfk's fit: {len(x)} images of {x.shape[1]} pixels, {settings.epochs} epochs, "
         f'float32, {torch.get_num_threads()} threads\n\n'
-        f'{records([{**fitted, "hidden": " x ".join(map(str, full))}], first)}\n\n'
-        'The peak is the resident memory of the whole process, in 10^9 bytes, with Python, PyTorch '
-        'and other libraries; before the fit, images loaded, it was '
-        f'{three_digits(before / 1e9)}.\n\n'
+        f'{records([fitted], list(fitted)[1:])}\n\n'
+        'Seconds are those of the whole fit, and of the leading axes alone. Memory is that of the '
+        'whole process, in 10^9 bytes: its peak, and before the fit, images loaded.\n\n'
         f'### {rank} leading axes, against forming F (d x d) and decomposing it, float32\n\n'
-        f'{records([*compared[:-1], {**estimate, "d": f"{d}, extrapolated"}], second)}\n\n'
+        f'{records(lines, ["d", *times, "times faster", "difference"])}\n\n'
         'The product makes F in one pass over the scores, which are computed anew in each pass; '
         f'the leading axes take four. Between d = {rows[len(smaller) - 2]["d"]} and '
         f'{rows[len(smaller) - 1]["d"]} the product grows as d^{growth["product s"]:.2f} and the '
         f'decomposition as d^{growth["decomposition s"]:.2f}. The last line continues this to '
-        f'd = {d}: there only the leading axes are measured. Differences are relative.'
+        f'd = {d}: there only the leading axes are measured. The difference is the largest, '
+        f'relative one of {min(COMPARED, rank)} eigenvalues.'
     )
     return text, [fitted, *rows, estimate]
 
@@ -256,12 +248,6 @@ def extrapolate(points: Sequence[tuple[int, float]], size: int) -> tuple[float, 
     (small, before), (large, after) = points[-2:]
     exponent = math.log(after / before) / math.log(large / small)
     return exponent, after * (size / large) ** exponent
-
-
-def peak_resident() -> int:
-    """Most bytes of memory that this process has held at a time so far."""
-    unit = 1 if sys.platform == 'darwin' else 1024
-    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 PARTS: dict[str, Callable[[Settings], tuple[str, list[Row]]]] = {

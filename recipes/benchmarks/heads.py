@@ -14,10 +14,10 @@ Parts:
 A forward pass is in eval mode without a graph. A step is forward and backward in train mode, to
 the parameters and, for heads alone, to the descriptors; no optimizer. Times are medians over
 repetitions, after a warm-up. Memory is the peak of what PyTorch's allocator gives out during one
-such pass, above what was there before (weights, input); it is the same in each run. On a busy CPU
-OMP_WAIT_POLICY=passive, or --threads 1, helps.
+such pass, above what was there before (weights, input). On a busy CPU OMP_WAIT_POLICY=passive, or
+--threads 1, helps.
 
-Leaves in OUTPUT: benchmark.md, the tables that it prints; benchmark.json, the numbers; and
+Leaves in OUTPUT benchmark.md, the tables that it prints; benchmark.json, the numbers; and
 benchmark.png, the cost against N, d and K.
 """
 
@@ -26,11 +26,11 @@ from __future__ import annotations
 import ctypes
 import ctypes.util
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -53,6 +53,8 @@ VALUES = {'d': (32, 64, 128, 256, 512), 'K': (8, 16, 32, 64, 128)}
 CLASSES = 100
 ROOT = dict(batch=64, number=49, d=256, iterations=5)  # the papers' 7 x 7 maps
 FISHER = dict(batch=32, number=196, d=64, components=32)
+Part = Literal['descriptors', 'sizes', 'model', 'newton_schulz', 'fisher']
+Sections = Iterator[tuple[str, str, list[Row]]]
 
 
 @dataclass
@@ -76,9 +78,7 @@ class Settings:
     """
 
     heads: list[str] = field(default_factory=list_heads)
-    parts: list[Literal['descriptors', 'sizes', 'model', 'newton_schulz', 'fisher']] = field(
-        default_factory=lambda: ['descriptors', 'sizes', 'model', 'newton_schulz', 'fisher']
-    )
+    parts: list[Part] = field(default_factory=lambda: list(get_args(Part)))
     output: Path = Path('runs/benchmark')
     device: str = 'cpu'
     precision: Literal['float32', 'float64', 'bfloat16', 'amp'] = 'float32'
@@ -102,7 +102,12 @@ class Settings:
 
 
 def main(settings: Settings) -> None:
-    parts = {name: partial(PARTS[name], settings) for name in settings.parts}
+    def part(name: str) -> tuple[str, list[Row]]:
+        sections = list(PARTS[name](settings))
+        text = '\n\n'.join(f'### {title}\n\n{table}' for title, table, _ in sections)
+        return text, [row for *_, rows in sections for row in rows]
+
+    parts = {name: partial(part, name) for name in settings.parts}
     path = settings.output / 'benchmark'
     rows = report(parts, path, asdict(settings), precision=settings.precision)
     if {'descriptors', 'sizes'} & set(settings.parts):
@@ -147,34 +152,27 @@ def descriptors(batch: int, number: int, channels: int) -> Tensor:
     return torch.randn(batch, number, channels).relu()
 
 
-def head_alone(name: str, channels: int, **arguments: int) -> tuple[Row, nn.Module]:
-    head = create_head(name, channels, **arguments)
-    return {'head': name, 'output': head.out_features}, head
+def head_alone(settings: Settings, name: str, row: Row, **arguments: int) -> tuple[Row, nn.Module]:
+    head = create_head(name, settings.channels, **arguments)
+    return {**row, 'head': name, 'output': head.out_features}, head
 
 
 def relative_difference(ours: Tensor, theirs: Tensor) -> float:
     return float((ours - theirs).norm() / theirs.norm())
 
 
-# The parts: each gives its Markdown text and its rows
+# The parts: each gives sections, of a title, a table and its rows
 
 
-def measure_descriptors(settings: Settings) -> tuple[str, list[Row]]:
-    rows, text = [], []
+def measure_descriptors(settings: Settings) -> Sections:
     for number in settings.numbers:
-        heads = [head_alone(name, settings.channels) for name in settings.heads]
-        x = descriptors(settings.batch, number, settings.channels)
-        measured = [{'N': number, **row} for row in costs(settings, heads, x)]
-        rows += measured
-        text.append(
-            f'### Heads alone, {settings.batch} images of N = {number} descriptors, '
-            f'C = {settings.channels}\n\n{against_avg(measured)}'
-        )
-    return '\n\n'.join(text), rows
+        heads = [head_alone(settings, name, {'N': number}) for name in settings.heads]
+        rows = costs(settings, heads, descriptors(settings.batch, number, settings.channels))
+        images = f'{settings.batch} images of N = {number} descriptors, C = {settings.channels}'
+        yield f'Heads alone, {images}', against_avg(rows), rows
 
 
-def measure_model(settings: Settings) -> tuple[str, list[Row]]:
-    rows, text = [], []
+def measure_model(settings: Settings) -> Sections:
     for size in settings.img_sizes:
         heads = []
         for name in settings.heads:
@@ -182,45 +180,38 @@ def measure_model(settings: Settings) -> tuple[str, list[Row]]:
                 settings.backbone, head=name, num_classes=CLASSES, img_size=size
             )
             heads.append(({'head': name, 'image': size, 'output': model.head_hidden_size}, model))
-        x = torch.randn(settings.model_batch, model.in_chans, size, size)
-        measured = costs(settings, heads, x)
-        rows += measured
-        text.append(
-            f'### Inside {settings.backbone}, {settings.model_batch} images of {size} x {size}, '
-            f'{CLASSES} classes\n\n{against_avg(measured)}'
-        )
-    return '\n\n'.join(text), rows
+        rows = costs(settings, heads, torch.randn(settings.model_batch, model.in_chans, size, size))
+        images = f'{settings.model_batch} images of {size} x {size}, {CLASSES} classes'
+        yield f'Inside {settings.backbone}, {images}', against_avg(rows), rows
 
 
-def measure_sizes(settings: Settings) -> tuple[str, list[Row]]:
-    rows: list[Row] = []
+def measure_sizes(settings: Settings) -> Sections:
     number = sorted(settings.numbers)[len(settings.numbers) // 2]
     x = descriptors(settings.batch, number, settings.channels)
-    for name in settings.heads:
-        for argument in inspect.signature(get_head(name)).parameters:
-            letter, heads = LETTERS.get(argument, ''), []
-            for value in VALUES.get(letter, ()):
-                if letter != 'd' or value <= settings.channels:
-                    row, head = head_alone(name, settings.channels, **{argument: value})
-                    heads.append(({letter: value, **row}, head))
-            rows += costs(settings, heads, x) if heads else []
-    text = []
+    images = f'{settings.batch} images, N = {number}, C = {settings.channels}'
     for letter, values in VALUES.items():
-        lines: dict[str, Row] = {}
-        for row in rows:
-            if letter in row:
-                line = lines.setdefault(row['head'], {'head': f'`{row["head"]}`'})
-                cell = f'{three_digits(row["step ms"])} ({three_digits(row["step MiB"])})'
-                line[f'{letter} = {row[letter]}'] = cell
-        columns = ['head', *(f'{letter} = {value}' for value in values)]
-        text.append(
-            f'### As {letter} grows: step, ms per image (MiB), {settings.batch} images, '
-            f'N = {number}, C = {settings.channels}\n\n{records([*lines.values()], columns)}'
-        )
-    return '\n\n'.join(text), rows
+        sizes = [size for size in values if letter != 'd' or size <= settings.channels]
+        rows: list[Row] = []
+        lines = []
+        for name in settings.heads:
+            for argument in inspect.signature(get_head(name)).parameters:
+                if LETTERS.get(argument) == letter:
+                    heads = [
+                        head_alone(settings, name, {letter: size}, **{argument: size})
+                        for size in sizes
+                    ]
+                    line = {'head': f'`{name}`'}
+                    for row in costs(settings, heads, x):
+                        rows.append(row)
+                        cell = f'{three_digits(row["step ms"])} ({three_digits(row["step MiB"])})'
+                        line[f'{letter} = {row[letter]}'] = cell
+                    lines.append(line)
+        columns = ['head', *(f'{letter} = {size}' for size in values)]
+        title = f'As {letter} grows: step, ms per image (MiB), {images}'
+        yield title, records(lines, columns), rows
 
 
-def measure_newton_schulz(settings: Settings) -> tuple[str, list[Row]]:
+def measure_newton_schulz(settings: Settings) -> Sections:
     b, n, d, iterations = ROOT.values()
     x = descriptors(b, n, d).to(settings.device)
     x = ((x - x.mean(1, keepdim=True)) * n**-0.5).requires_grad_()
@@ -236,21 +227,21 @@ def measure_newton_schulz(settings: Settings) -> tuple[str, list[Row]]:
     rows = []
     for name, eps in (('isqrt_cov', 0.0), ('3g', EPS)):
         for label, function in (('forward', forward), ('step', step)):
-            small, large = partial(function, gram_root, eps), partial(function, matrix_root, eps)
-            seconds = times(settings, small, large)
+            calls = [partial(function, root, eps) for root in (gram_root, matrix_root)]
+            seconds = times(settings, *calls)
             row: Row = {'head': name, 'pass': label}
-            for side, taken, call in zip(('N x N', 'd x d'), seconds, (small, large), strict=True):
+            for side, taken, call in zip(('N x N', 'd x d'), seconds, calls, strict=True):
                 row[f'{side} ms'] = 1e3 * taken
                 row[f'{side} MiB'] = peak_memory(call, settings.device) / 2**20
             row['times faster'] = seconds[1] / seconds[0]
-            row['relative difference'] = relative_difference(small(), large())
+            row['relative difference'] = relative_difference(*(call() for call in calls))
             rows.append(row)
-    title = f'### Newton-Schulz on the smaller side: {b} images, N = {n}, d = {d}, float32\n\n'
-    return title + records(rows), rows
+    title = f'Newton-Schulz on the smaller side: {b} images, N = {n}, d = {d}, float32'
+    yield title, records(rows), rows
 
 
 @torch.no_grad()
-def measure_fisher(settings: Settings) -> tuple[str, list[Row]]:
+def measure_fisher(settings: Settings) -> Sections:
     b, n, d, k = FISHER.values()
     head = GMMFisher(d, reduce_dim=None, components=k, l2_descriptors=False)
     head.to(settings.device).eval()
@@ -279,15 +270,12 @@ def measure_fisher(settings: Settings) -> tuple[str, list[Row]]:
         {'what': what, 'ms': 1e3 * taken, 'gmm_fisher takes': seconds[0] / taken}
         for what, taken in zip(calls, seconds, strict=True)
     ]
-    title = (
-        f'### gmm_fisher, encoding: {b} images, N = {n}, D = {d}, K = {k}, float32, '
-        f'{torch.get_num_threads()} threads\n\n'
-    )
     columns = {'what': 'what', 'ms': 'ms', 'gmm_fisher takes': 'gmm_fisher takes, times as long'}
-    note += ' The time of gmm_fisher includes the product with its reduction, which the rest lacks.'
     if 'VLFeat' in calls:
         rows[-1]['relative difference'] = apart
-    return f'{title}{records(rows, columns)}\n\n{note}', rows
+    note += ' The time of gmm_fisher includes the product with its reduction, which the rest lacks.'
+    sizes = f'{b} images, N = {n}, D = {d}, K = {k}, float32, {torch.get_num_threads()} threads'
+    yield f'gmm_fisher, encoding: {sizes}', f'{records(rows, columns)}\n\n{note}', rows
 
 
 def vlfeat_vectors(library: str, head: GMMFisher, x: Tensor) -> Tensor:
@@ -314,7 +302,7 @@ def vlfeat_vectors(library: str, head: GMMFisher, x: Tensor) -> Tensor:
     return vectors
 
 
-PARTS: dict[str, Callable[[Settings], tuple[str, list[Row]]]] = {
+PARTS: dict[str, Callable[[Settings], Sections]] = {
     'descriptors': measure_descriptors,
     'sizes': measure_sizes,
     'model': measure_model,

@@ -13,10 +13,10 @@ Five representations of each image, by their names in the paper:
 
 L2-normalised, they are clustered by k-means and spectral clustering, with as many clusters as there
 are classes. Labels serve to measure: accuracy and mutual information of the clusters, and a linear
-SVM on the labelled training images (table 5), whose C is chosen on the validation split.
+SVM on the labelled training images (table 5), whose C is chosen on the validation split. A seed is
+of everything: what is carved off for validation, fine-tuning, clustering.
 
-A seed is of everything: what is carved off for validation, fine-tuning, clustering. Leaves in
-`--output`: table.md, results.json, tsne.png, the models, each loadable by
+Leaves in `--output`: table.md, results.json, tsne.png, the models, loadable by
 `timm.create_model('local-dir:...', pretrained=True)`, and a log of each fine-tuning; interrupted,
 it goes on where it stopped.
 
@@ -37,21 +37,13 @@ from sklearn.decomposition import PCA
 from sklearn.preprocessing import normalize
 
 from timm_fisher.files import keep_settings, write
-from timm_fisher.training import command_line
+from timm_fisher.training import command_line, embeddings
 from timm_fisher.training.classifiers import validated_svm
 from timm_fisher.training.clusters import evaluate_clusters
 from timm_fisher.training.data import load_splits
-from timm_fisher.training.embeddings import (
-    cache_splits,
-    create_embedder,
-    fit_once,
-    head_vectors,
-    load_weights,
-    mean_vectors,
-    parse_options,
-)
 from timm_fisher.training.launch import launch
-from timm_fisher.training.tables import percent, table
+from timm_fisher.training.run import load_weights
+from timm_fisher.training.tables import percent, records
 from timm_fisher.training.tsne import plot_tsne
 
 COLUMNS = {
@@ -86,8 +78,7 @@ class Clustering:
     neighbours: int = 10
 
     def __post_init__(self) -> None:
-        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f'seeds is {self.seeds}; give one or more, all different.')
+        command_line.check_lists(self, 'seeds')
         self.train = {**self.train, 'head': 'gsnmf'}
         if self.data_dir:
             self.train['data_dir'] = self.data_dir
@@ -114,7 +105,7 @@ def measure(clustering: Clustering, seed: int, output: Path) -> dict[str, Any]:
     """All representations with one seed, clustered and classified."""
     # Data and frozen backbone
     options = {**clustering.train, 'seed': seed}
-    config = parse_options(options)
+    config = embeddings.parse_options(options)
     if not config.unsupervised:
         raise ValueError('Every stage of `train` must be unsupervised: labels are for measuring.')
     splits, classes = load_splits(config)
@@ -125,48 +116,49 @@ def measure(clustering: Clustering, seed: int, output: Path) -> dict[str, Any]:
         )
     components = min(config.head_kwargs.get('components', 256), len(splits['train'].indices))
     options['head_kwargs'] = {**config.head_kwargs, 'components': components}
-    config = parse_options(options)
-    labels = {name: split.labels for name, split in splits.items()}
-    model = create_embedder(config)
-    frozen = cache_splits(model, splits, config)
+    config = embeddings.parse_options(options)
+    model = embeddings.create_embedder(config)
+    frozen = embeddings.cache_splits(model, splits, config)
 
     # Representations
-    vectors = {'CNN': {name: mean_vectors(model, part) for name, part in frozen.items()}}
+    vectors = {'CNN': {name: embeddings.mean_vectors(model, part) for name, part in frozen.items()}}
     pca = PCA(min(components, *vectors['CNN']['train'].shape), random_state=seed)
     pca.fit(vectors['CNN']['train'])
     vectors['PCA-CNN'] = {name: normalize(pca.transform(x)) for name, x in vectors['CNN'].items()}
     no_penalties = {'l1_penalty': 0.0, 'l2_penalty': 0.0}
     for name, head_kwargs in (('NMF-FCN', no_penalties), ('GSNMF-FCN-OTS', {})):
-        model = create_embedder(config, **head_kwargs)
-        fit_once(model, frozen['train'], output / name / f's{seed}', config)
-        vectors[name] = {split: head_vectors(model, part) for split, part in frozen.items()}
+        model = embeddings.create_embedder(config, **head_kwargs)
+        embeddings.fit_once(model, frozen['train'], output / name / f's{seed}', config)
+        vectors[name] = {part: embeddings.head_vectors(model, x) for part, x in frozen.items()}
     folder = output / 'GSNMF-FCN-FT' / f's{seed}'
     launch(options, folder, log=Path(f'{folder}.log'))
     load_weights(model, folder / 'model')
     # No other run has this backbone: its features serve once. (Windows keeps what is mapped.)
     with TemporaryDirectory(dir=config.cache_dir, ignore_cleanup_errors=True) as once:
-        tuned = cache_splits(model, splits, replace(config, cache_dir=once))
-        vectors['GSNMF-FCN-FT'] = {name: head_vectors(model, part) for name, part in tuned.items()}
+        tuned = embeddings.cache_splits(model, splits, replace(config, cache_dir=once))
+        fine_tuned = {part: embeddings.head_vectors(model, x) for part, x in tuned.items()}
+        vectors['GSNMF-FCN-FT'] = fine_tuned
         if seed == clustering.seeds[0]:
             panels = {
                 'before fine-tuning': vectors['CNN']['test'],
-                'after fine-tuning': mean_vectors(model, tuned['test']),
+                'after fine-tuning': embeddings.mean_vectors(model, tuned['test']),
             }
-            plot_tsne(panels, labels['test'], classes, output / 'tsne.png')
+            plot_tsne(panels, splits['test'].labels, classes, output / 'tsne.png')
 
     # Clusters and classes
+    labels = {name: split.labels for name, split in splits.items()}
     one_set = splits['test'].dataset is splits['train'].dataset
     chosen = list(splits) if one_set or clustering.clustered == 'all' else ['test']
     truth = np.concatenate([labels[name] for name in chosen])
     rows = {}
     for name, parts in vectors.items():
         points = np.concatenate([parts[split] for split in chosen])
-        rows[name] = {'dimensions': points.shape[1]}
-        rows[name] |= evaluate_clusters(
+        clusters = evaluate_clusters(
             points, truth, len(classes), neighbours=clustering.neighbours, seed=seed
         )
         accuracy, c = validated_svm(parts, labels, seed=seed)
-        rows[name] |= {'svm_accuracy': accuracy, 'svm_C': c}
+        svm = {'svm_accuracy': accuracy, 'svm_C': c}
+        rows[name] = {'dimensions': points.shape[1], **clusters, **svm}
         print(f'seed {seed}, {name}: {rows[name]}', flush=True)
     about = {'clustered': len(truth), 'splits': chosen, 'classes': len(classes)}
     return {**about, 'images': {name: len(y) for name, y in labels.items()}, 'rows': rows}
@@ -177,11 +169,12 @@ def report(results: list[dict[str, Any]], seeds: list[int]) -> str:
     first = results[0]
     rows = []
     for name, row in first['rows'].items():
-        shares = [percent([result['rows'][name][key] for result in results]) for key in COLUMNS]
-        rows.append([name, str(row['dimensions']), *shares])
+        rows.append({'representation': name, 'dimensions': row['dimensions']})
+        for key, title in COLUMNS.items():
+            rows[-1][title] = percent([result['rows'][name][key] for result in results])
     images = ', '.join(f'{count} {name}' for name, count in first['images'].items())
     return (
-        f'{table(["representation", "dimensions", *COLUMNS.values()], rows)}\n\n'
+        f'{records(rows)}\n\n'
         f'{first["clustered"]} images of {first["classes"]} classes clustered '
         f'({" + ".join(first["splits"])}); {images} images. Mean and standard deviation over seeds '
         f'{", ".join(map(str, seeds))}.\n'

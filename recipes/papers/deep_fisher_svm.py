@@ -4,8 +4,8 @@
         --data-dir PATH --mode multi
 
 The backbone is frozen and the PCA of its descriptors fixed; the Gaussian mixture starts from EM.
-Then `timm_fisher.training.deep_fisher_svm` learns it: one for all classes, by the sum of their
-objectives (eq. 6, mode `multi`), or one for each class (eq. 4, mode `single`).
+Then `timm_fisher.training.deep_fisher_svm` learns it, one for all classes (eq. 6, mode `multi`), or
+one for each (eq. 4, mode `single`).
 
 Nothing is chosen on the test split: C on the validation split with the EM mixture, and the mixture
 for kernel transfer by its average precision there. Leaves in `--output`: tables.md (tables 2 and 3
@@ -22,6 +22,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -37,19 +38,9 @@ from timm_fisher.files import save_png, write
 from timm_fisher.heads.gmm_fisher import GMMFisher, Mixture
 from timm_fisher.numerics.linalg import unit_length
 from timm_fisher.training import command_line, embeddings, tables
+from timm_fisher.training import deep_fisher_svm as algorithm
 from timm_fisher.training.config import Config
 from timm_fisher.training.data import load_splits
-from timm_fisher.training.deep_fisher_svm import (
-    BATCH,
-    FisherKernel,
-    LabelledDescriptors,
-    average_precision,
-    choose_costs,
-    learn,
-    one_vs_rest,
-    solve_svms,
-    to_classifier,
-)
 
 
 @dataclass
@@ -112,10 +103,10 @@ def main(config: DeepFisher) -> None:
     model, data = prepare(config)
     data_config = embeddings.preprocessing(model, config)
     classes = data.classes
-    kernel = FisherKernel(cast(GMMFisher, model.head), bias=config.bias)
+    kernel = algorithm.FisherKernel(cast(GMMFisher, model.head), bias=config.bias)
     em = kernel.get()
     if config.C is None:
-        costs = choose_costs(kernel, data, shared=config.mode == 'multi')
+        costs = algorithm.choose_costs(kernel, data, shared=config.mode == 'multi')
     else:
         costs = [config.C] * len(classes)
     print('C:', ', '.join(f'{name} {c:g}' for name, c in zip(classes, costs, strict=True)))
@@ -125,21 +116,21 @@ def main(config: DeepFisher) -> None:
         kernel.set(mixture)
         phi = {split: kernel.phi(y) for split, y in data.y.items()}
         signs = torch.cat([data.signs[split] for split in splits])[:, task]
-        svms = solve_svms(
-            torch.cat([phi[split] for split in splits]), signs, [costs[c] for c in task]
-        )
+        training = torch.cat([phi[split] for split in splits])
+        svms = algorithm.solve_svms(training, signs, [costs[c] for c in task])
         return svms, {split: x.double() @ svms for split, x in phi.items()}
 
     def save(mixture: Mixture, svms: Tensor, folder: Path, names: list[str]) -> None:
-        to_classifier(model, mixture, svms)
+        algorithm.to_classifier(model, mixture, svms)
         timm_fisher.save_model(model, folder, label_names=names, data_config=data_config)
 
     # Algorithm 1, and the models of table (b)
     log: list[dict[str, Any]] = []
-    learned = {}
     columns: dict[tuple[str, str], list[Tensor]] = defaultdict(list)
     single = {name: [index] for index, name in enumerate(classes)}
     tasks = single if config.mode == 'single' else {'all': list(range(len(classes)))}
+    keys = ('iterations', 'tolerance', 'descriptor_fraction', 'seed')
+    options = {key: getattr(config, key) for key in keys}
     for name, task in tasks.items():
 
         def report(row: dict[str, Any], name: str = name) -> None:
@@ -149,42 +140,31 @@ def main(config: DeepFisher) -> None:
             print(line.format(**log[-1]))
 
         kernel.set(em)
-        learned[name] = mixtures = learn(
-            kernel,
-            data,
-            task,
-            costs[task[0]],
-            iterations=config.iterations,
-            tolerance=config.tolerance,
-            descriptor_fraction=config.descriptor_fraction,
-            seed=config.seed,
-            report=report,
-        )
+        last, best = algorithm.learn(kernel, data, task, costs[task[0]], report=report, **options)
         plot(log, output / 'objective.png')
-        for kind, last, best in (('base', em, em), ('deep', mixtures.last, mixtures.best)):
-            _, trained = solve(last, task, 'train')
-            svms, transferred = solve(best, task, 'train', 'val')
+        for kind, trained_with, transferred_with in (('base', em, em), ('deep', last, best)):
+            _, trained = solve(trained_with, task, 'train')
+            svms, transferred = solve(transferred_with, task, 'train', 'val')
             columns['val', kind].append(trained['val'])
             columns['test', kind].append(trained['test'])
             columns['transfer', kind].append(transferred['test'])
             columns['svms', kind].append(svms)
         folder = output / ('model' if config.mode == 'multi' else f'model-{name}')
-        save(mixtures.best, svms, folder, [classes[c] for c in task])
+        save(best, svms, folder, [classes[c] for c in task])
     save(em, torch.cat(columns['svms', 'base'], 1), output / 'base', classes)
 
     # Evaluate
-    results = {
-        group: {
-            kind: evaluate(torch.cat(columns[group, kind], 1), data.signs[split], classes)
-            for kind in ('base', 'deep')
-        }
-        for group, split in (('val', 'val'), ('test', 'test'), ('transfer', 'test'))
-    }
+    results: dict[str, Any] = {group: {} for group in ('val', 'test', 'transfer')}
+    for group, kind in product(results, ('base', 'deep')):
+        signs = data.signs['val' if group == 'val' else 'test']
+        results[group][kind] = evaluate(torch.cat(columns[group, kind], 1), signs, classes)
+    of_task = {name: [row for row in log if row['task'] == name] for name in tasks}
+    best_rows = {name: max(rows, key=lambda row: row['val_ap']) for name, rows in of_task.items()}
     metrics = {
         **results,
         'C': dict(zip(classes, costs, strict=True)),
-        'iterations': {name: mixtures.iterations for name, mixtures in learned.items()},
-        'best_iteration': {name: mixtures.best_iteration for name, mixtures in learned.items()},
+        'iterations': {name: len(rows) - 1 for name, rows in of_task.items()},
+        'best_iteration': {name: row['iteration'] for name, row in best_rows.items()},
         'images': {name: len(y) for name, y in data.y.items()},
         'out_features': model.head.out_features,
         'seconds': round(sum(row['seconds'] for row in log), 1),
@@ -196,15 +176,12 @@ def main(config: DeepFisher) -> None:
     print(f'\n{text}\n-> {output}')
 
 
-def prepare(config: Config) -> tuple[PooledModel, LabelledDescriptors]:
-    """The model with its head fitted, and what the head's reduction gives of all splits.
-
-    Raises:
-        ValueError: a split without images of some class, and what `load_splits` refuses.
-    """
+def prepare(config: Config) -> tuple[PooledModel, algorithm.LabelledDescriptors]:
+    """The model with its head fitted, and what the head's reduction gives of all splits."""
     splits, classes = load_splits(config)
-    # Refuses missing classes before anything is computed
-    signs = {name: one_vs_rest(split.labels, classes, name) for name, split in splits.items()}
+    signs = {  # refuses missing classes before anything is computed
+        name: algorithm.one_vs_rest(split.labels, classes, name) for name, split in splits.items()
+    }
     model = embeddings.create_embedder(config)
     features = embeddings.cache_splits(model, splits, config)
     embeddings.fit_once(model, features['train'], None, config)
@@ -215,17 +192,17 @@ def prepare(config: Config) -> tuple[PooledModel, LabelledDescriptors]:
         y: Tensor = head.reduce(unit_length(descriptors) if head.l2_descriptors else descriptors)
         return y
 
-    y = {
-        name: torch.cat(list(embeddings.outputs(model, part, reduce, batch_size=BATCH)))
-        for name, part in features.items()
-    }
-    signs = {name: part.to(y[name].device) for name, part in signs.items()}
-    return model, LabelledDescriptors(y, signs, classes)
+    y = {}
+    for name, part in features.items():
+        batches = embeddings.outputs(model, part, reduce, batch_size=algorithm.BATCH)
+        y[name] = torch.cat(list(batches))
+        signs[name] = signs[name].to(y[name].device)
+    return model, algorithm.LabelledDescriptors(y, signs, classes)
 
 
 def evaluate(scores: Tensor, signs: Tensor, classes: list[str]) -> dict[str, Any]:
     """Average precision of each class, their mean, and accuracy of the highest score."""
-    precision = average_precision(scores, signs)
+    precision = algorithm.average_precision(scores, signs)
     return {
         'average_precision': dict(zip(classes, precision.tolist(), strict=True)),
         'mean_average_precision': precision.mean(),
@@ -263,19 +240,12 @@ def plot(log: list[dict[str, Any]], path: Path) -> None:
     left, right = figure.subplots(1, 2)
     for i, task in enumerate(dict.fromkeys(row['task'] for row in log)):
         rows = [row for row in log if row['task'] == task]
-        first = rows[0]['objective']
-        svm = [(row['iteration'], row['objective'] / first) for row in rows]
-        gmm = [
-            (row['iteration'] + 0.5, row['objective_after_step'] / first)
-            for row in rows
-            if 'objective_after_step' in row
-        ]
-        left.plot(*zip(*sorted(svm + gmm), strict=True), f'C{i}-', linewidth=1, label=task)
-        left.plot(*zip(*svm, strict=True), f'C{i}o', markersize=4)
-        left.plot(*zip(*gmm, strict=True), f'C{i}o', markersize=4, markerfacecolor='white')
-        right.plot(
-            [row['iteration'] for row in rows], [100 * row['val_ap'] for row in rows], f'C{i}.-'
-        )
+        keys, first = ('objective', 'objective_after_step'), rows[0]['objective']
+        trace = [row[key] / first for row in rows for key in keys if key in row]
+        halves = [step / 2 for step in range(len(trace))]
+        left.plot(halves, trace, f'C{i}o-', linewidth=1, markersize=4, label=task)
+        left.plot(halves[1::2], trace[1::2], f'C{i}o', markersize=4, markerfacecolor='white')
+        right.plot([100 * row['val_ap'] for row in rows], f'C{i}.-')
     left.set(xlabel='iteration', ylabel='objective / first objective')
     left.set_title('full: after the SVM step; hollow: after the mixture step', fontsize=9)
     right.set(xlabel='iteration', ylabel='validation average precision (%)')

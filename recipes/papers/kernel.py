@@ -10,11 +10,11 @@ and as an RBM. Three kinds of Fisher vectors come from them:
     DFK   of the same DBM, without
     FK    of the RBM, without
 
-each of unit length, and each goes to a linear SVM and to the nearest neighbour (1-NN), less the
-mean over the training set (but for the SVM on DFK and FK, which are sparse: its bias stands in for
-it). Rank, ridge and C of each classifier are chosen by the accuracy on validation images, with the
-first seed; in each fold by itself, so that no test image of any fold has a say. With them it is
-trained on training and validation images, and measured on the test images, for every seed.
+each of unit length, for a linear SVM and for the nearest neighbour (1-NN), less the mean over the
+training set (but for the SVM on DFK and FK, which are sparse: its bias stands in for it). Rank,
+ridge and C are chosen by the accuracy on validation images, with the first seed and in each fold by
+itself, so that no test image has a say. Then the classifiers are trained on training and validation
+images, and measured on the test images, for every seed.
 
 Leaves in `--output`: table.md, results.json; of the first fold the models of each seed, with the
 largest rank (`timm.create_model('local-dir:...')`), and model/, with rank and ridge as chosen for
@@ -28,6 +28,7 @@ Improve Object Classification".
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass, field
 from itertools import product
 from pathlib import Path
@@ -41,24 +42,18 @@ from tqdm.auto import tqdm
 
 import timm_fisher
 from timm_fisher.files import keep_settings, save_png, write
-from timm_fisher.training import command_line
+from timm_fisher.training import command_line, embeddings
 from timm_fisher.training.boltzmann_kernels import BoltzmannKernel
 from timm_fisher.training.classifiers import nearest_labels, stack
 from timm_fisher.training.config import Config
 from timm_fisher.training.data import load_splits
-from timm_fisher.training.embeddings import (
-    cache_splits,
-    create_embedder,
-    parse_options,
-    preprocessing,
-)
-from timm_fisher.training.tables import percent, table
+from timm_fisher.training.tables import percent, records
 from timm_fisher.training.tsne import plot_tsne
 
 EPOCHS = 30  # of SGD in sgd.png
 TOP = 3  # features of each sign and class in features.png
 METHODS = ('IDFK', 'DFK', 'FK')
-CLASSIFIERS = ('svm', '1nn')
+CLASSIFIERS = {'svm': 'linear SVM', '1nn': '1-NN'}
 Setting = dict[str, Any]  # rank and ridge of IDFK, C of an SVM
 
 
@@ -89,10 +84,7 @@ class Kernels:
     search_images: int = 10_000
 
     def __post_init__(self) -> None:
-        for key in ('seeds', 'ranks', 'ridges', 'svm_c'):
-            values = getattr(self, key)
-            if not values or len(set(values)) < len(values):
-                raise ValueError(f'{key} is {values}; give one or more, all different.')
+        command_line.check_lists(self, 'seeds', 'ranks', 'ridges', 'svm_c')
         self.train = {**self.train, 'head': 'dbm_idfk'}
         if self.data_dir:
             self.train['data_dir'] = self.data_dir
@@ -100,8 +92,8 @@ class Kernels:
     def config(self, seed: int, fold: int, **head_kwargs: Any) -> Config:
         """The configuration of the DBM with the largest rank, or with other arguments."""
         common = {**self.train.get('head_kwargs', {}), 'rank': max(self.ranks), 'seed': seed}
-        head_kwargs = {**common, **head_kwargs}
-        return parse_options({**self.train, 'head_kwargs': head_kwargs, 'seed': seed, 'fold': fold})
+        options = {'head_kwargs': {**common, **head_kwargs}, 'seed': seed, 'fold': fold}
+        return embeddings.parse_options({**self.train, **options})
 
 
 def main(kernels: Kernels) -> None:
@@ -119,16 +111,15 @@ def main(kernels: Kernels) -> None:
             vectors = Vectors(kernels, seed, fold, output)
             choice = output / f'chosen-f{fold}.json'
             if not choice.exists():
-                write(choice, json.dumps(search(kernels, vectors, seed), indent=2) + '\n')
+                write(choice, json.dumps(search(kernels, vectors), indent=2) + '\n')
             chosen = json.loads(choice.read_text())
             if (seed, fold) == (kernels.seeds[0], 0):
                 setting = chosen['IDFK']['svm']
                 model = vectors.machines['DFK'].truncated(setting['rank'], setting['ridge'])
-                data_config = preprocessing(model, vectors.config)
+                data_config = embeddings.preprocessing(model, vectors.config)
                 timm_fisher.save_model(model, output / 'model', data_config=data_config)
                 figures(vectors, chosen, output)
-            result = measure(vectors, chosen, seed)
-            write(path, json.dumps({'fold': fold, **result}, indent=2) + '\n')
+            write(path, json.dumps(measure(vectors, chosen), indent=2) + '\n')
         results.append(json.loads(path.read_text()))
         write(output / 'table.md', report(results))
         everything = {'settings': asdict(kernels), 'results': results}
@@ -137,13 +128,7 @@ def main(kernels: Kernels) -> None:
 
 
 class Vectors:
-    """Fisher vectors of the images of one seed and fold: of 'train', 'val' and 'test'.
-
-    Attributes:
-        classes: names.
-        labels: `[n]` of each split.
-        machines: the fitted DBM (DFK) and RBM (FK).
-    """
+    """Fisher vectors of the images of one seed and fold: of 'train', 'val' and 'test'."""
 
     def __init__(self, kernels: Kernels, seed: int, fold: int, output: Path) -> None:
         self.config = config = kernels.config(seed, fold, whiten=True)
@@ -152,7 +137,7 @@ class Vectors:
         if 'test' not in splits:
             raise ValueError(f"'{config.data_dir or config.dataset}' must have a test split.")
         self.labels = {name: split.labels for name, split in splits.items()}
-        features = cache_splits(create_embedder(config), splits, config)
+        features = embeddings.cache_splits(embeddings.create_embedder(config), splits, config)
         # The models of all folds would fill a disk.
         folders = [output / name / f's{seed}' if fold == 0 else None for name in ('dbm', 'rbm')]
         self.machines = {
@@ -172,43 +157,42 @@ def svm(c: float, seed: int) -> LinearSVC:
 
 
 def accuracy(
-    classifier: str, setting: Setting, seed: int, train: Any, y: np.ndarray, z: Any, truth: Any
+    setting: Setting, seed: int, train: Any, y: np.ndarray, z: Any, truth: np.ndarray
 ) -> float:
-    """Of a classifier on vectors z `[m, d]`, trained on `[n, d]`."""
-    if classifier == 'svm':
+    """Of a linear SVM if the setting has its C, or of the nearest neighbour, on vectors z `[m, d]`,
+    trained on `[n, d]`."""
+    if 'C' in setting:
         return float(svm(setting['C'], seed).fit(train, y).score(z, truth))
     return float((nearest_labels(train, y, z) == truth).mean())
 
 
-def search(kernels: Kernels, vectors: Vectors, seed: int) -> dict[str, Any]:
+def search(kernels: Kernels, vectors: Vectors) -> dict[str, Any]:
     """The settings of each method and classifier with the best accuracy on validation images."""
-    y, truth = vectors.labels['train'], vectors.labels['val']
+    seed, y, truth = vectors.config.seed, vectors.labels['train'], vectors.labels['val']
     some = np.random.default_rng(seed).permutation(len(y))[: kernels.search_images]
-    pairs = product(kernels.ranks, kernels.ridges)
-    grids: dict[str, list[Setting]] = {'DFK': [{}], 'FK': [{}]}
-    grids['IDFK'] = [{'rank': rank, 'ridge': ridge} for rank, ridge in pairs]
+    whitenings = product(kernels.ranks, kernels.ridges)
+    grids: dict[str, list[Setting]] = {method: [{}] for method in METHODS}
+    grids['IDFK'] = [{'rank': rank, 'ridge': ridge} for rank, ridge in whitenings]
     chosen: dict[str, Any] = {}
-    for method in METHODS:
-        tried: dict[str, list[tuple[float, Setting]]] = {key: [] for key in CLASSIFIERS}
-        for setting in grids[method]:
-            z = vectors.get(method, setting)
-            candidates = [('svm', {**setting, 'C': c}) for c in kernels.svm_c] + [('1nn', setting)]
-            for classifier, candidate in candidates:
-                share = accuracy(
-                    classifier, candidate, seed, z['train'][some], y[some], z['val'], truth
-                )
-                tried[classifier].append((share, candidate))
+    for method, grid in grids.items():
+        tried: dict[str, list[tuple[float, Setting]]] = {name: [] for name in CLASSIFIERS}
+        for whitening in grid:
+            z = vectors.get(method, whitening)
+            settings = {'svm': [{**whitening, 'C': c} for c in kernels.svm_c], '1nn': [whitening]}
+            for classifier, setting in ((name, s) for name in settings for s in settings[name]):
+                share = accuracy(setting, seed, z['train'][some], y[some], z['val'], truth)
+                tried[classifier].append((share, setting))
         chosen[method] = {'tried': tried}
-        for classifier, pairs_tried in tried.items():
-            share, best = max(pairs_tried, key=lambda pair: pair[0])  # the first of equals
+        for classifier, pairs in tried.items():
+            share, best = max(pairs, key=lambda pair: pair[0])  # the first of equals
             chosen[method] |= {classifier: best, f'{classifier}_validation': share}
             print(f'{method}, {classifier}: validation {share:.2%} with {best}', flush=True)
     return chosen
 
 
-def measure(vectors: Vectors, chosen: dict[str, Any], seed: int) -> dict[str, Any]:
+def measure(vectors: Vectors, chosen: dict[str, Any]) -> dict[str, Any]:
     """Test accuracy of each method and classifier."""
-    labels = vectors.labels
+    seed, labels = vectors.config.seed, vectors.labels
     y = np.concatenate([labels['train'], labels['val']])
     rows: dict[str, Any] = {}
     for method in METHODS:
@@ -217,12 +201,13 @@ def measure(vectors: Vectors, chosen: dict[str, Any], seed: int) -> dict[str, An
             setting = chosen[method][classifier]
             z = vectors.get(method, setting)
             train = stack(z['train'], z['val'])
-            share = accuracy(classifier, setting, seed, train, y, z['test'], labels['test'])
+            share = accuracy(setting, seed, train, y, z['test'], labels['test'])
             rows[method][classifier] = {
                 'accuracy': share, 'dimensions': int(train.shape[1]), **setting
             }  # fmt: skip
         print(f'seed {seed}, {method}: {rows[method]}', flush=True)
     return {
+        'fold': vectors.config.fold,
         'seed': seed,
         'images': {name: len(part) for name, part in labels.items()},
         'classes': len(vectors.classes),
@@ -237,27 +222,26 @@ def report(results: list[dict[str, Any]]) -> str:
     seeds = sorted({result['seed'] for result in results})
     lines = []
     for method in METHODS:
-        shares, settings = [], []
-        for classifier in CLASSIFIERS:
+        shares, settings = {}, {}
+        for classifier, title in CLASSIFIERS.items():
             rows = [(result['seed'], result['rows'][method][classifier]) for result in results]
             of_seed = [[row['accuracy'] for s, row in rows if s == seed] for seed in seeds]
-            shares.append(percent([float(np.mean(part)) for part in of_seed], digits=2))
+            shares[title] = percent([float(np.mean(part)) for part in of_seed], digits=2)
             values = {key: sorted({row[key] for _, row in rows}) for key in rows[0][1]}
             del values['accuracy']
-            chosen = (f'{key} {" or ".join(f"{v:g}" for v in vs)}' for key, vs in values.items())
-            settings.append(', '.join(chosen))
-        machine = 'FK' if method == 'FK' else 'DFK'
-        seconds = float(np.median([result['seconds'][machine] for result in results]))
-        lines.append([method, *shares, f'{seconds:.0f} s', *settings])
-    header = ['Fisher vectors', 'linear SVM', '1-NN', 'fit', 'settings of the SVM', 'of 1-NN']
+            texts = (f'{key} {" or ".join(f"{v:g}" for v in vs)}' for key, vs in values.items())
+            settings[f'settings of the {title}'] = ', '.join(texts)
+        seconds = [result['seconds']['FK' if method == 'FK' else 'DFK'] for result in results]
+        fit = f'{np.median(seconds):.0f} s'
+        lines.append({'Fisher vectors': method, **shares, 'fit': fit, **settings})
     saturated = []
-    for machine in ('DFK', 'FK'):
+    for machine in results[0]['saturated']:
         layers = np.mean([result['saturated'][machine] for result in results], 0)
         saturated.append(f'{machine} {", ".join(f"{100 * share:.0f} %" for share in layers)}')
     folds = len({result['fold'] for result in results})
     images = ', '.join(f'{count} {name}' for name, count in results[0]['images'].items())
     return (
-        f'{table(header, lines)}\n\n'
+        f'{records(lines)}\n\n'
         f'Mean and standard deviation over seeds {", ".join(map(str, seeds))}'
         f'{f" of the mean over {folds} folds" if folds > 1 else ""}; {images} images, of which '
         'validation images join the training once settings are chosen. Saturated posteriors: '
@@ -281,11 +265,8 @@ def figures(vectors: Vectors, chosen: dict[str, Any], output: Path) -> None:
 
 def plot_features(z: dict[str, np.ndarray], vectors: Vectors, c: float, path: Path) -> None:
     """For each class the features that support it most in its test images, and those that refute
-    it most in the others.
-
-    Of a linear model, the SHAP value of a feature is its weight times the feature's distance from
-    its mean over the training set.
-    """
+    it most in the others. The SHAP value of a feature of a linear model is its weight times the
+    feature's distance from its mean over the training set."""
     some = np.random.default_rng(0).permutation(len(z['train']))[:10_000]
     machine = svm(c, 0).fit(z['train'][some], vectors.labels['train'][some])
     centred, y = z['test'] - z['train'].mean(0), vectors.labels['test']
@@ -293,7 +274,7 @@ def plot_features(z: dict[str, np.ndarray], vectors: Vectors, c: float, path: Pa
     if len(weights) == 1:  # two classes share one
         weights = np.concatenate([-weights, weights])
     of_class = {k: w for k, w in zip(machine.classes_, weights, strict=True) if (y == k).any()}
-    rows = -(-len(of_class) // 5)
+    rows = math.ceil(len(of_class) / 5)
     figure = Figure(figsize=(14, 2.3 * rows))
     axes = figure.subplots(rows, 5, squeeze=False).flat
     for ax, (k, weight) in zip(axes, of_class.items(), strict=False):
@@ -321,15 +302,14 @@ def plot_sgd(
     y = vectors.labels['train'][some]
     for method, z in pair.items():
         train = z['train'][some]
-        machine = SGDClassifier(
-            alpha=1 / (chosen[method]['svm']['C'] * len(y)), random_state=0, shuffle=True
-        )
-        curves: tuple[list[float], list[float]] = ([], [])
+        alpha = 1 / (chosen[method]['svm']['C'] * len(y))
+        machine = SGDClassifier(alpha=alpha, random_state=0)
+        curves = []
         for _ in tqdm(range(EPOCHS), f'SGD on {method}', leave=False, disable=None):
             machine.partial_fit(train, y, classes=np.arange(len(vectors.classes)))
-            curves[0].append(100 * machine.score(train, y))
-            curves[1].append(100 * machine.score(z['test'], vectors.labels['test']))
-        for ax, curve in zip(axes, curves, strict=True):
+            test = machine.score(z['test'], vectors.labels['test'])
+            curves.append((machine.score(train, y), test))
+        for ax, curve in zip(axes, 100 * np.array(curves).T, strict=True):
             ax.plot(range(1, EPOCHS + 1), curve, label=method)
     for ax, title in zip(axes, ('training', 'test'), strict=True):
         ax.set(xlabel='epoch', ylabel=f'{title} accuracy (%)')

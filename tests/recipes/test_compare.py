@@ -151,6 +151,16 @@ def test_the_command(images, tmp_path):
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
+def test_unsupervised_stages_are_refused(compare, tmp_path):
+    """Of any variant, before anything is run."""
+    stages = {'only': {'unsupervised': True, 'train': 'head'}}
+    variants = {'x': {'head': 'gsnmf', 'stages': stages, 'search': {'stages.only.lr': [0.1]}}}
+    comparison = compare.Comparison(output=str(tmp_path / 'out'), variants=variants)
+    with pytest.raises(ValueError, match="All stages of 'x' are unsupervised"):
+        compare.main(comparison)
+    assert not (tmp_path / 'out').exists()
+
+
 def test_wrong_variant_is_named(tmp_path):
     command = [*COMMAND, '--only', '["agv"]', '--output', str(tmp_path / 'out')]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

@@ -15,13 +15,12 @@ from timm_fisher.training.embeddings import (
     create_embedder,
     fit_once,
     head_vectors,
-    load_weights,
     mean_vectors,
     outputs,
     parse_options,
     preprocessing,
 )
-from timm_fisher.training.run import create_model
+from timm_fisher.training.run import create_model, load_weights
 from timm_fisher.training.tsne import plot_tsne
 
 GSNMF = {**TINY, 'head': 'gsnmf', 'head_kwargs': {'components': 5, 'updates': 7}}

@@ -69,12 +69,8 @@ class BoltzmannKernel:
 
     def whitened(self, rank: int, ridge: float) -> dict[str, np.ndarray]:
         """IDFK: vectors `[n, rank]` of unit length with the leading axes of the Fisher information,
-        the training mean taken off.
-
-        Args:
-            rank: at most the head's.
-            ridge: as the head's, which becomes this one.
-        """
+        at most as many as the head's, the training mean taken off. The head's ridge becomes this
+        one."""
         self.head.ridge = ridge
         scale = self.head.inverse_root(torch.float32).cpu().numpy()[:rank]
         return {split: normalize(z[:, :rank] * scale) for split, z in self._along_axes.items()}
@@ -83,7 +79,7 @@ class BoltzmannKernel:
         """The model with a smaller rank and another ridge."""
         model = create_embedder(self._config, rank=rank, ridge=ridge)
         state = self.model.state_dict()
-        state['head.axes'] = state['head.axes'][:, :rank].contiguous()
+        state['head.axes'] = state['head.axes'][:, :rank]
         state['head.variances'] = state['head.variances'][:rank]
         model.load_state_dict(state)
         return model

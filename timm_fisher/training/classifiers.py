@@ -42,13 +42,7 @@ def validated_svm(
 
 def nearest_labels(train: Any, labels: np.ndarray, queries: Any) -> np.ndarray:
     """Labels `[m]` of the nearest training vectors, once all vectors have the mean of the training
-    vectors taken off, and unit length.
-
-    Args:
-        train: `[n, D]`, an array or a sparse matrix.
-        labels: `[n]`.
-        queries: `[m, D]`, likewise.
-    """
+    vectors taken off, and unit length: for `[n, D]`, `[n]` and `[m, D]`, arrays or sparse."""
     mean = np.asarray(train.mean(0), np.float32).reshape(1, -1)
 
     def prepared(part: Any) -> Tensor:

@@ -12,31 +12,6 @@ from sklearn.metrics.cluster import contingency_matrix
 STARTS = 10  # of k-means, also within spectral clustering (section 4.3)
 
 
-def find_clusters(
-    points: np.ndarray, count: int, *, neighbours: int = 10, seed: int = 0
-) -> dict[str, np.ndarray]:
-    """Clusters of points by k-means and by spectral clustering.
-
-    Args:
-        points: `[n, D]`.
-        count: how many clusters.
-        neighbours: of each point in the graph of spectral clustering; at most n are taken.
-        seed: of both.
-
-    Returns:
-        'kmeans' and 'spectral': numbers of the clusters `[n]`.
-    """
-    kmeans = KMeans(count, n_init=STARTS, random_state=seed)
-    spectral = SpectralClustering(
-        count,
-        affinity='nearest_neighbors',
-        n_neighbors=min(neighbours, len(points)),
-        n_init=STARTS,
-        random_state=seed,
-    )
-    return {'kmeans': kmeans.fit_predict(points), 'spectral': spectral.fit_predict(points)}
-
-
 def matched_accuracy(labels: np.ndarray, clusters: np.ndarray) -> float:
     """Share of images whose cluster is matched with their class, by the best one-to-one matching
     of any number of clusters `[n]` and classes `[n]` (eq. 7)."""
@@ -53,11 +28,27 @@ def normalized_information(labels: np.ndarray, clusters: np.ndarray) -> float:
 def evaluate_clusters(
     points: np.ndarray, labels: np.ndarray, classes: int, *, neighbours: int = 10, seed: int = 0
 ) -> dict[str, float]:
-    """'kmeans_accuracy', 'kmeans_nmi', 'spectral_accuracy' and 'spectral_nmi' of as many clusters
-    of points `[n, D]` as there are classes; see `find_clusters`."""
+    """Cluster points by k-means and by spectral clustering.
+
+    Args:
+        points: `[n, D]`.
+        labels: classes `[n]`, which the clusters are measured by.
+        classes: how many clusters.
+        neighbours: of each point in the graph of spectral clustering; at most n are taken.
+        seed: of both.
+
+    Returns:
+        'kmeans_accuracy', 'kmeans_nmi', 'spectral_accuracy' and 'spectral_nmi'.
+    """
+    options = {'n_init': STARTS, 'random_state': seed}
+    graph = {'affinity': 'nearest_neighbors', 'n_neighbors': min(neighbours, len(points))}
+    methods = {
+        'kmeans': KMeans(classes, **options),
+        'spectral': SpectralClustering(classes, **graph, **options),
+    }
     metrics = {}
-    assigned = find_clusters(points, classes, neighbours=neighbours, seed=seed)
-    for method, clusters in assigned.items():
-        metrics[f'{method}_accuracy'] = matched_accuracy(labels, clusters)
-        metrics[f'{method}_nmi'] = normalized_information(labels, clusters)
+    for name, method in methods.items():
+        clusters = method.fit_predict(points)
+        metrics[f'{name}_accuracy'] = matched_accuracy(labels, clusters)
+        metrics[f'{name}_nmi'] = normalized_information(labels, clusters)
     return metrics

@@ -69,6 +69,14 @@ def parse(
         parser.error(str(error))
 
 
+def check_lists(settings: object, *names: str) -> None:
+    """ValueError if one of these lists of options is empty or holds a value twice."""
+    for name in names:
+        values = getattr(settings, name)
+        if not values or len(set(values)) < len(values):
+            raise ValueError(f'{name} is {values}; give one or more, all different.')
+
+
 class _Parser(jsonargparse.ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """As the base class, with the nearest valid names for an unknown one."""

@@ -19,7 +19,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -54,11 +54,8 @@ class LabelledDescriptors:
 
 
 def one_vs_rest(labels: np.ndarray, classes: Sequence[str], split: str) -> Tensor:
-    """+1 for the class of an image and -1 for the others, `[n, classes]`, float64.
-
-    Raises:
-        ValueError: there is no image of some class; the message names the split.
-    """
+    """+1 for the class of an image and -1 for the others, `[n, classes]`, float64. ValueError,
+    which names the split, if there is no image of some class."""
     missing = [name for index, name in enumerate(classes) if index not in labels]
     if missing:
         raise ValueError(f"The split '{split}' has no images of {missing}.")
@@ -108,10 +105,16 @@ class FisherKernel(GMMFisher):
         phi = power_l2(psi)
         return torch.cat([phi, torch.ones_like(phi[:, :1])], 1) if self.bias else phi
 
+    def loss(self, psi: Tensor, weights: Tensor, signs: Tensor) -> Tensor:
+        """Squared hinge loss, float64, summed over images and tasks, of SVMs `[features, tasks]`
+        for psi `[n, 2KD]` and signs `[n, tasks]`."""
+        margins = signs * (self.finish(psi).double() @ weights)
+        return (1 - margins).clamp_min(0).square().sum(0).sum()
+
     def gradient(
         self, y: Tensor, psi: Tensor, weights: Tensor, signs: Tensor, sample: Tensor | None = None
     ) -> Mixture:
-        """Gradient of the summed loss with respect to log weights, means and log stds.
+        """Gradient of `loss` with respect to log weights, means and log stds.
 
         psi is a mean over descriptors: the chain rule beyond it has the right expectation on a
         random sample of them, if the derivative of the loss by psi is that of all.
@@ -119,13 +122,11 @@ class FisherKernel(GMMFisher):
         Args:
             y: `[n, N, D]`.
             psi: of y.
-            weights: of the SVMs, `[features, tasks]`.
-            signs: `[n, tasks]`.
+            weights, signs: as those of `loss`.
             sample: indices of some descriptors of each image, `[n, M]`; None for all.
         """
         psi = psi.detach().requires_grad_()
-        loss = squared_hinge(self.finish(psi), weights, signs).sum()
-        (by_psi,) = torch.autograd.grad(loss, psi)
+        (by_psi,) = torch.autograd.grad(self.loss(psi, weights, signs), psi)
         if sample is not None:
             y = y.gather(1, sample[..., None].expand(-1, -1, y.shape[2]))
         mixture = [p.requires_grad_() for p in (self.log_weights, self.means, self.log_stds)]
@@ -136,11 +137,6 @@ class FisherKernel(GMMFisher):
                 total += part
         self.requires_grad_(False)
         return Mixture(*gradient)
-
-
-def squared_hinge(phi: Tensor, weights: Tensor, signs: Tensor) -> Tensor:
-    """The sum over images for each task, `[tasks]`, float64."""
-    return (1 - signs * (phi.double() @ weights)).clamp_min(0).square().sum(0)
 
 
 def solve_svms(phi: Tensor, signs: Tensor, costs: Sequence[float]) -> Tensor:
@@ -163,8 +159,8 @@ def solve_svms(phi: Tensor, signs: Tensor, costs: Sequence[float]) -> Tensor:
 
 def average_precision(scores: Tensor, signs: Tensor) -> np.ndarray:
     """Of each task, `[tasks]`, for decision values and signs `[n, tasks]`."""
-    pairs = zip(signs.T.cpu().numpy(), scores.T.cpu().numpy(), strict=True)
-    return np.array([average_precision_score(sign > 0, values) for sign, values in pairs])
+    precision = average_precision_score(signs.cpu() > 0, scores.cpu(), average=None)
+    return np.atleast_1d(precision)  # a number of one task
 
 
 def choose_costs(
@@ -183,15 +179,6 @@ def choose_costs(
     return [grid[i] for i in precision.argmax(0)]
 
 
-class Learned(NamedTuple):
-    """The mixtures that Algorithm 1 gives for some classes."""
-
-    last: Mixture
-    best: Mixture  # in average precision on the validation split
-    iterations: int
-    best_iteration: int
-
-
 def learn(
     kernel: FisherKernel,
     data: LabelledDescriptors,
@@ -203,8 +190,9 @@ def learn(
     descriptor_fraction: float = 0.1,
     seed: int = 0,
     report: Callable[[dict[str, Any]], None] = lambda row: None,
-) -> Learned:
-    """Algorithm 1, from the kernel's mixture, which is moved.
+) -> tuple[Mixture, Mixture]:
+    """Algorithm 1, from the kernel's mixture, which is moved: the last mixture, and the first of
+    the best average precision on the validation split.
 
     Args:
         kernel: shared by all classes of the task.
@@ -215,9 +203,9 @@ def learn(
         tolerance: stop when an iteration lowers the objective by less than this share.
         descriptor_fraction: share of each image's descriptors that the gradient is computed from.
         seed: of their choice.
-        report: called after each iteration with 'iteration', 'objective', 'val_ap' (mean average
-            precision on the validation split), 'seconds', and but for the last one with 'step' and
-            'objective_after_step'.
+        report: called after each iteration, from 0, with 'iteration', 'objective', 'val_ap' (mean
+            average precision on the validation split), 'seconds', and but for the last one with
+            'step' and 'objective_after_step'.
 
     Raises:
         FloatingPointError: the objective rose.
@@ -231,14 +219,14 @@ def learn(
         psi = kernel.psi(y)
         w = solve_svms(kernel.finish(psi), signs, [cost] * len(task))
 
-        def loss(psi: Tensor, w: Tensor = w) -> float:
-            return squared_hinge(kernel.finish(psi), w, signs).sum().item()
+        def loss(w: Tensor = w) -> float:
+            return kernel.loss(kernel.psi(y), w, signs).item()
 
-        norm, before = 0.5 * w.square().sum().item(), loss(psi)
+        norm, before = 0.5 * w.square().sum().item(), kernel.loss(psi, w, signs).item()
         objective = norm + cost / len(y) * before
         val = average_precision(kernel.phi(data.y['val']).double() @ w, data.signs['val'][:, task])
         if val.mean() > best_ap:
-            best, best_ap, best_iteration = kernel.get(), val.mean(), iteration
+            best, best_ap = kernel.get(), val.mean()
         row = {'iteration': iteration, 'objective': objective, 'val_ap': val.mean()}
         if objective > previous * (1 + RISE):
             names = [data.classes[c] for c in task]
@@ -253,9 +241,7 @@ def learn(
             # Where a sample leads uphill, all descriptors have the last word.
             for sample in (order[:, :number], None):
                 gradient = kernel.gradient(y, psi, w, signs, sample)
-                moved, after = line_search(
-                    kernel, gradient, lambda: loss(kernel.psi(y)), before, step
-                )
+                moved, after = line_search(kernel, gradient, loss, before, step)
                 if moved:
                     break
             step, previous = moved or step, norm + cost / len(y) * after
@@ -263,7 +249,7 @@ def learn(
         rows.append(row | {'seconds': round(time.perf_counter() - start, 2)})
         report(rows[-1])
         if not row.get('step'):
-            return Learned(kernel.get(), best, iteration, best_iteration)
+            return kernel.get(), best
 
 
 def line_search(
@@ -273,10 +259,9 @@ def line_search(
     before: float,
     step: float | None,
 ) -> tuple[float, float]:
-    """Move the kernel's mixture along the negative gradient to the lowest loss that is tried.
-
-    The step is doubled while the loss falls, or divided until it does; a parabola through the
-    lowest point and its neighbours then gives one more.
+    """Move the kernel's mixture along the negative gradient to the lowest loss that is tried. The
+    step is doubled while the loss falls, or divided until it does; a parabola through the lowest
+    point and its neighbours then gives one more.
 
     Args:
         kernel: whose mixture is moved.
@@ -325,9 +310,9 @@ def line_search(
 
 @torch.no_grad()
 def to_classifier(model: PooledModel, mixture: Mixture, weights: Tensor) -> None:
-    """Turn the `gmm_fisher` model whose head gave the reduction of the descriptors into one whose
-    logits are the decision values of SVMs `[features, tasks]`, a constant's weights included if
-    there is one."""
+    """Give the `gmm_fisher` model that reduced the descriptors this mixture, and a classifier whose
+    logits are the decision values of SVMs `[features, tasks]`, with a constant's weights or
+    without."""
     for name, value in mixture._asdict().items():
         getattr(model.head, name).copy_(value)
     model.reset_classifier(weights.shape[1])

@@ -8,11 +8,11 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
-import safetensors.torch
 import torch
 import yaml
 from accelerate import Accelerator
@@ -30,7 +30,7 @@ from timm_fisher.training.config import Config
 from timm_fisher.training.data import Split, create_datasets
 from timm_fisher.training.features import Cached, cache_features
 from timm_fisher.training.measure import timed
-from timm_fisher.training.run import create_model
+from timm_fisher.training.run import create_model, load_weights
 
 
 def parse_options(options: Mapping[str, Any]) -> Config:
@@ -41,22 +41,11 @@ def parse_options(options: Mapping[str, Any]) -> Config:
 
 def create_embedder(config: Config, **head_kwargs: Any) -> PooledModel:
     """The model of a configuration without its classifier, in evaluation mode, on accelerate's
-    device.
-
-    Args:
-        config: all of its seeds are set.
-        **head_kwargs: arguments of the head in place of those in the configuration.
-    """
+    device, after setting all seeds; `head_kwargs` stand in place of those in the configuration."""
     set_seed(config.seed)
     config = replace(config, head_kwargs={**config.head_kwargs, **head_kwargs})
     model = create_model(config, num_classes=0).to(memory_format=torch.channels_last)
-    device: torch.device = Accelerator().device
-    return model.to(device).eval()
-
-
-def load_weights(model: PooledModel, folder: Path) -> None:
-    """Weights of a saved model into one of the same configuration, all or none."""
-    model.load_state_dict(safetensors.torch.load_file(folder / 'model.safetensors'), strict=True)
+    return model.to(Accelerator().device).eval()
 
 
 def preprocessing(model: PooledModel, config: Config) -> dict[str, Any]:
@@ -77,7 +66,7 @@ def fit_once(model: PooledModel, features: Cached, folder: Path | None, config: 
     Args:
         model: one that fits the features.
         features: of the training images.
-        folder: of the saved model, which then also holds seconds.json; None does not save.
+        folder: of the saved model and seconds.json; None does not save.
         config: for batch size and preprocessing.
 
     Returns:
@@ -102,8 +91,8 @@ def outputs(
     *,
     batch_size: int = 256,
 ) -> Iterator[Tensor]:
-    """What a function of a batch of features, one tensor for each stage, gives on the model's
-    device, batch by batch."""
+    """What a function of the features of a batch, a list of one tensor for each stage, gives on the
+    model's device, batch by batch."""
     device = next(model.parameters()).device
     for batch, _ in DataLoader(features, batch_size):
         yield function(send_to_device(batch, device))
@@ -116,9 +105,8 @@ def mean_vectors(model: PooledModel, features: Cached) -> np.ndarray:
 
 def head_vectors(model: PooledModel, features: Cached) -> np.ndarray:
     """L2-normalised pooled vectors `[n, head_hidden_size]`, float64."""
-    return _unit_vectors(
-        model, features, lambda x: cast(Tensor, model.forward_head(x, pre_logits=True))
-    )
+    pool: Any = partial(model.forward_head, pre_logits=True)
+    return _unit_vectors(model, features, pool)
 
 
 def _unit_vectors(

@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -118,6 +119,16 @@ def peak_memory(run: Callable[[], object], device: str) -> int:
         now += event['args']['Bytes']  # negative where memory is given back
         peak = max(peak, now)
     return peak
+
+
+def peak_resident() -> int:
+    """Most bytes of memory that this process has held at a time so far; 0 on Windows."""
+    if sys.platform == 'win32':
+        return 0
+    import resource
+
+    unit = 1 if sys.platform == 'darwin' else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def processor(device: str) -> str:

@@ -10,7 +10,6 @@ import math
 import os
 import re
 import shlex
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,11 +22,15 @@ from timm_fisher import PooledModel
 from timm_fisher.files import save_png
 from timm_fisher.hub.card import installed_versions
 from timm_fisher.training.config import Config, Stage
+from timm_fisher.training.measure import peak_resident
 
 
 def describe(config: Config, model: PooledModel, accelerator: Accelerator) -> dict[str, Any]:
     """What metrics.json says of a run, besides its results."""
     parameters = sum(parameter.numel() for parameter in model.parameters())
+    device = accelerator.device
+    on_gpu = device.type == 'cuda'
+    peak = torch.cuda.max_memory_allocated(device) if on_gpu else peak_resident()
     keys = ('head', 'head_kwargs', 'backbone', 'backbone_stage', 'dataset', 'seed')
     settings = {key: getattr(config, key) for key in keys}
     if config.dataset == 'npz':  # as of a folder: its name need not be the data set's
@@ -37,9 +40,9 @@ def describe(config: Config, model: PooledModel, accelerator: Accelerator) -> di
         'out_features': model.head_hidden_size,
         'parameters': parameters,
         'head_parameters': parameters - sum(p.numel() for p in model.backbone.parameters()),
-        'peak_memory_mb': round(_peak_memory(accelerator.device) / 2**20),
+        'peak_memory_mb': round(peak / 2**20),
         'processes': accelerator.num_processes,
-        'device': str(accelerator.device),
+        'device': str(device),
         'command': command(config, accelerator),
         'versions': installed_versions(),
     }
@@ -115,15 +118,3 @@ def draw_curve(history: list[dict[str, Any]], path: Path) -> None:
             axes[-1].annotate(row['stage'], (i + 0.6, 0.02), xycoords=('data', 'axes fraction'))
     figure.tight_layout()
     save_png(figure, path)
-
-
-def _peak_memory(device: torch.device) -> int:
-    """Bytes allocated on the GPU, or resident of this process; 0 on Windows."""
-    if device.type == 'cuda':
-        return torch.cuda.max_memory_allocated(device)
-    if sys.platform == 'win32':
-        return 0
-    import resource
-
-    unit = 1 if sys.platform == 'darwin' else 1024
-    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

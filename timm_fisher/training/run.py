@@ -139,6 +139,11 @@ def create_model(config: Config, num_classes: int) -> PooledModel:
     )
 
 
+def load_weights(model: PooledModel, folder: Path) -> None:
+    """Weights of a saved model into one of the same configuration, all or none."""
+    model.load_state_dict(safetensors.torch.load_file(folder / 'model.safetensors'))
+
+
 @dataclass
 class Training:
     """A stage while it is trained: its objective, and what accelerate made ready for it."""
@@ -181,7 +186,7 @@ class Run:
             now = self.progress.setting
             raise ValueError(f'--resume must keep {before.setting}; this is {now}.')
         self.progress = before
-        self._load_weights(checkpoint / 'model')
+        load_weights(self.model, checkpoint / 'model')
         self.accelerator.load_state(str(checkpoint))  # the scaler of fp16
 
     def train_stage(self, name: str, stage: Stage) -> None:
@@ -311,7 +316,7 @@ class Run:
     def evaluate_best(self, split: str) -> dict[str, Any]:
         """The results of the epoch that validated best, which the model becomes."""
         stage = self.config.stages[self.progress.best['stage']]
-        self._load_weights(self.output / 'model')
+        load_weights(self.model, self.output / 'model')
         dataset = self._datasets(stage)[split]
         return self._evaluate(create_objective(self.model, stage, dataset.gives), dataset, split)
 
@@ -390,9 +395,6 @@ class Run:
         """Write the model as it is now."""
         label_names, data_config = self.classes or None, self.data_config
         timm_fisher.save_model(self.model, folder, label_names=label_names, data_config=data_config)
-
-    def _load_weights(self, folder: Path) -> None:
-        self.model.load_state_dict(safetensors.torch.load_file(folder / 'model.safetensors'))
 
 
 def _create_accelerator(config: Config) -> Accelerator:
