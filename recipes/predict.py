@@ -59,8 +59,9 @@ class Settings:
 
 
 def main(settings: Settings) -> None:
-    paths = find_images([Path(image) for image in settings.images], settings.output / 'overlays')
-    overlays = overlay_paths(paths, settings.output / 'overlays')
+    given = [Path(image) for image in settings.images]
+    overlays = find_images(given, settings.output / 'overlays')
+    paths = list(overlays)
     model = from_pretrained_or_pypi(settings.model, settings.backbone)
     names = class_names(model)
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
@@ -110,9 +111,10 @@ def main(settings: Settings) -> None:
         sys.exit(1)
 
 
-def find_images(given: Sequence[Path], overlays: Path) -> list[Path]:
+def find_images(given: Sequence[Path], overlays: Path) -> dict[Path, Path]:
     """The files that were given, and all images in the folders, sorted; each of them once, and
-    without the overlays of an earlier call."""
+    without the overlays of an earlier call. For each the path of its overlay: as it is below the
+    folder that all images are in."""
     endings = timm.data.get_img_extensions()
     images: list[Path] = []
     for path in given:
@@ -126,15 +128,9 @@ def find_images(given: Sequence[Path], overlays: Path) -> list[Path]:
             if not files:
                 raise ValueError(f"'{shown(path)}' holds no image ({' '.join(endings)}).")
         images += files
-    return list({os.path.abspath(path): path for path in images}.values())
-
-
-def overlay_paths(paths: Sequence[Path], folder: Path) -> dict[Path, Path]:
-    """For each image where its overlay goes: its path below the folder that all images are in."""
-    absolute = [os.path.abspath(path) for path in paths]
-    above = os.path.commonpath([os.path.dirname(path) for path in absolute])
-    names = [f'{os.path.relpath(path, above)}.png' for path in absolute]
-    return {path: folder / name for path, name in zip(paths, names, strict=True)}
+    once = {os.path.abspath(path): path for path in images}
+    above = os.path.commonpath([os.path.dirname(full) for full in once])
+    return {path: overlays / f'{os.path.relpath(full, above)}.png' for full, path in once.items()}
 
 
 def shown(text: object) -> str:

@@ -140,17 +140,9 @@ def picture(model: PooledModel, image: Tensor) -> Tensor:
 
 
 def overlay(model: PooledModel, image: Tensor, heat: Tensor, *, title: str = '') -> Figure:
-    """The image, and beside it the image under what speaks for the class that won.
-
-    Args:
-        model: that was explained.
-        image: `[C, H, W]`, preprocessed.
-        heat: `[H, W]`, of `explain`.
-        title: one line above both.
-
-    Raises:
-        ModuleNotFoundError: matplotlib is not installed.
-    """
+    """A preprocessed image `[C, H, W]`, and beside it the image under what speaks for the class
+    that won, the `heat` `[H, W]` of `explain`; the title is one line above both.
+    ModuleNotFoundError if matplotlib is not installed."""
     try:
         import matplotlib.pyplot  # noqa: F401, a notebook shows figures once this is imported
         from matplotlib.figure import Figure

@@ -16,8 +16,6 @@ _CFG = {
     'mean': (0.0,),
     'std': (1.0,),
     'num_classes': 0,
-    'first_conv': None,
-    'classifier': None,
 }
 
 
@@ -49,9 +47,8 @@ class Pixels(nn.Module):
         self.threshold = threshold
         self.in_chans = in_chans
         self.num_features = self.head_hidden_size = in_chans * height * width
-        self.feature_info = [
-            {'num_chs': self.num_features, 'reduction': (height, width), 'module': ''}
-        ]
+        reduction = height, width
+        self.feature_info = [dict(num_chs=self.num_features, reduction=reduction, module='')]
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Descriptor `[B, C * H * W, 1, 1]`."""
@@ -68,7 +65,6 @@ class Pixels(nn.Module):
 @register_model
 def pixels(pretrained: bool = False, **arguments: Any) -> Pixels:
     """`Pixels`: the image itself as the only descriptor, for models of small binary images."""
-    arguments.setdefault('num_classes', 0)
     model: Pixels = build_model_with_cfg(
         Pixels, 'pixels', pretrained, pretrained_cfg=arguments.pop('pretrained_cfg', None) or _CFG,
         kwargs_filter=None, **arguments,

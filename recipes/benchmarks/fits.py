@@ -141,14 +141,11 @@ def nmf_features(path: Path | None) -> Tensor:
         return torch.from_numpy(arrays['x']).float()
 
 
-def measure_fisher_information(
-    settings: Settings, hidden: Sequence[tuple[int, int]] = HIDDEN, rank: int = RANK
-) -> tuple[str, list[Row]]:
-    """Sizes `hidden` of the layers: the last is the full one, the others are smaller."""
+def measure_fisher_information(settings: Settings) -> tuple[str, list[Row]]:
     x = binary_images(settings.data)
-    *smaller, full = hidden
+    *smaller, full = HIDDEN
     before = peak_resident()
-    head = DBMFisher(x.shape[1], hidden=full, rank=rank, squash=False, epochs=settings.epochs)
+    head = DBMFisher(x.shape[1], hidden=full, rank=RANK, squash=False, epochs=settings.epochs)
     taken, _ = timed(partial(head.fit, ListStream([x])))
     peak = peak_resident()
 
@@ -156,8 +153,8 @@ def measure_fisher_information(
     for sizes in smaller:
         small = DBMFisher(x.shape[1], hidden=sizes, whiten=False, squash=False, epochs=1)
         small.fit(ListStream([x]))
-        rows.append(against_forming(small, x, rank))
-    rows.append(against_forming(head, x, rank, forming=settings.full))
+        rows.append(against_forming(small, x))
+    rows.append(against_forming(head, x, forming=settings.full))
     axes = rows[-1]['leading_axes s']
     fitted: Row = {
         'what': 'fit', 'hidden': full, 'd': head.score_features, 'r': head.out_features,
@@ -182,14 +179,14 @@ def measure_fisher_information(
         f'{records([fitted], list(fitted)[1:])}\n\n'
         'Seconds are those of the whole fit, and of the leading axes alone. Memory is that of the '
         'whole process, in 10^9 bytes: its peak, and before the fit, images loaded.\n\n'
-        f'### {rank} leading axes, against forming F (d x d) and decomposing it, float32\n\n'
+        f'### {RANK} leading axes, against forming F (d x d) and decomposing it, float32\n\n'
         f'{records(lines, ["d", *times, "times faster", "difference"])}\n\n'
         'The product makes F in one pass over the scores, which are computed anew in each pass; '
         f'the leading axes take four. Between d = {rows[len(smaller) - 2]["d"]} and '
         f'{rows[len(smaller) - 1]["d"]} the product grows as d^{growth["product s"]:.2f} and the '
         f'decomposition as d^{growth["decomposition s"]:.2f}. The last line continues this to '
         f'd = {d}: there only the leading axes are measured. The difference is the largest, '
-        f'relative one of {min(COMPARED, rank)} eigenvalues.'
+        f'relative one of {min(COMPARED, RANK)} eigenvalues.'
     )
     return text, [fitted, *rows, estimate]
 
@@ -211,14 +208,14 @@ def binary_images(path: Path | None) -> Tensor:
 
 
 @torch.no_grad()
-def against_forming(head: DBMFisher, x: Tensor, rank: int, *, forming: bool = True) -> Row:
+def against_forming(head: DBMFisher, x: Tensor, *, forming: bool = True) -> Row:
     """Seconds of the leading axes, and of forming F and decomposing it, for rows `[n, C]`."""
 
     def chunks() -> Iterable[Tensor]:
         return (head.normalized_score(rows[:, None]) for rows in x.split(CHUNK))
 
     row: Row = {'what': 'axes', 'hidden': head.hidden, 'd': head.score_features}
-    rank = min(rank, head.score_features)
+    rank = min(RANK, head.score_features)
     row['leading_axes s'], (_, variances) = timed(partial(leading_axes, chunks, rank))
     if forming:
         row['product s'], covariance = timed(lambda: form(chunks()))

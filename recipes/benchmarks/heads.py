@@ -11,14 +11,11 @@ Parts:
 - newton_schulz: the matrix root of 3g and isqrt_cov on the N x N side against the d x d one;
 - fisher: gmm_fisher against its bare matrix products, and against VLFeat where that is installed.
 
-A forward pass is in eval mode without a graph. A step is forward and backward in train mode, to
-the parameters and, for heads alone, to the descriptors; no optimizer. Times are medians over
-repetitions, after a warm-up. Memory is the peak of what PyTorch's allocator gives out during one
-such pass, above what was there before (weights, input). On a busy CPU OMP_WAIT_POLICY=passive, or
---threads 1, helps.
-
-Leaves in OUTPUT benchmark.md, the tables that it prints; benchmark.json, the numbers; and
-benchmark.png, the cost against N, d and K.
+A forward pass is in eval mode without a graph; a step is forward and backward in train mode, to the
+parameters and, for heads alone, to the descriptors. Times are medians, after a warm-up. Memory is
+the peak of what PyTorch's allocator gives out meanwhile. On a busy CPU OMP_WAIT_POLICY=passive, or
+--threads 1, helps. Leaves in OUTPUT benchmark.md, the tables that it prints; benchmark.json, the
+numbers; and benchmark.png, the cost against N, d and K.
 """
 
 from __future__ import annotations
@@ -29,6 +26,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -48,7 +46,7 @@ from timm_fisher.training.measure import Row, median_times, peak_memory, report
 from timm_fisher.training.tables import records, three_digits
 
 # Arguments of heads, as they are named in papers; and the values that are tried
-LETTERS = {'reduce_dim': 'd', 'components': 'K', 'code_dim': 'K', 'clusters': 'K'}
+ARGUMENTS = {'d': ('reduce_dim',), 'K': ('components', 'code_dim', 'clusters')}
 VALUES = {'d': (32, 64, 128, 256, 512), 'K': (8, 16, 32, 64, 128)}
 CLASSES = 100
 ROOT = dict(batch=64, number=49, d=256, iterations=5)  # the papers' 7 x 7 maps
@@ -148,8 +146,7 @@ def times(settings: Settings, *calls: Callable[[], object]) -> list[float]:
 
 
 def descriptors(batch: int, number: int, channels: int) -> Tensor:
-    """Random ones, not negative, as after a ReLU."""
-    return torch.randn(batch, number, channels).relu()
+    return torch.randn(batch, number, channels).relu()  # none is negative, as in a backbone
 
 
 def head_alone(settings: Settings, name: str, row: Row, **arguments: int) -> tuple[Row, nn.Module]:
@@ -193,19 +190,16 @@ def measure_sizes(settings: Settings) -> Sections:
         sizes = [size for size in values if letter != 'd' or size <= settings.channels]
         rows: list[Row] = []
         lines = []
-        for name in settings.heads:
-            for argument in inspect.signature(get_head(name)).parameters:
-                if LETTERS.get(argument) == letter:
-                    heads = [
-                        head_alone(settings, name, {letter: size}, **{argument: size})
-                        for size in sizes
-                    ]
-                    line = {'head': f'`{name}`'}
-                    for row in costs(settings, heads, x):
-                        rows.append(row)
-                        cell = f'{three_digits(row["step ms"])} ({three_digits(row["step MiB"])})'
-                        line[f'{letter} = {row[letter]}'] = cell
-                    lines.append(line)
+        for name, argument in product(settings.heads, ARGUMENTS[letter]):
+            if argument in inspect.signature(get_head(name)).parameters:
+                grown = ({letter: size} for size in sizes)
+                heads = [head_alone(settings, name, r, **{argument: r[letter]}) for r in grown]
+                line = {'head': f'`{name}`'}
+                for row in costs(settings, heads, x):
+                    rows.append(row)
+                    cell = f'{three_digits(row["step ms"])} ({three_digits(row["step MiB"])})'
+                    line[f'{letter} = {row[letter]}'] = cell
+                lines.append(line)
         columns = ['head', *(f'{letter} = {size}' for size in values)]
         title = f'As {letter} grows: step, ms per image (MiB), {images}'
         yield title, records(lines, columns), rows
@@ -279,11 +273,8 @@ def measure_fisher(settings: Settings) -> Sections:
 
 
 def vlfeat_vectors(library: str, head: GMMFisher, x: Tensor) -> Tensor:
-    """`vl_fisher_encode` of VLFeat, image by image, on as many threads as PyTorch.
-
-    Its data are float32, one descriptor after the other, its covariances are variances, and its
-    flags ask for signed square root (1) and L2 norm (2).
-    """
+    """`vl_fisher_encode` of VLFeat, image by image. Its covariances are variances, its flags mean
+    signed square root (1) and L2 norm (2)."""
     vl, size = ctypes.CDLL(library), ctypes.c_size_t
     vl.vl_set_num_threads(size(torch.get_num_threads()))
     log_weights, means, log_stds = head.mixture(torch.float32)

@@ -13,8 +13,7 @@ Five representations of each image, by their names in the paper:
 
 L2-normalised, they are clustered by k-means and spectral clustering, with as many clusters as there
 are classes. Labels serve to measure: accuracy and mutual information of the clusters, and a linear
-SVM on the labelled training images (table 5), whose C is chosen on the validation split. A seed is
-of everything: what is carved off for validation, fine-tuning, clustering.
+SVM on the labelled training images (table 5), whose C is chosen on the validation split.
 
 Leaves in `--output`: table.md, results.json, tsne.png, the models, loadable by
 `timm.create_model('local-dir:...', pretrained=True)`, and a log of each fine-tuning; interrupted,
@@ -62,11 +61,10 @@ class Clustering:
     Args:
         output: folder of all results.
         data_dir: as recipes/train.py takes it; a file FILE.npz with `dataset: npz` in `train`.
-        seeds: of the repetitions.
+        seeds: of the repetitions, each of everything random.
         train: options of training: data, backbone, `head_kwargs` of gsnmf (no more components than
             training images are made), and the stages of fine-tuning, all of them unsupervised.
-        clustered: the images that are clustered: the test split, or all. All are where the file or
-            data set has no test split of its own.
+        clustered: the test split, or all images; all are where there is no test split in the data.
         neighbours: of each image in the graph of spectral clustering.
     """
 
@@ -121,10 +119,10 @@ def measure(clustering: Clustering, seed: int, output: Path) -> dict[str, Any]:
     frozen = embeddings.cache_splits(model, splits, config)
 
     # Representations
-    vectors = {'CNN': {name: embeddings.mean_vectors(model, part) for name, part in frozen.items()}}
-    pca = PCA(min(components, *vectors['CNN']['train'].shape), random_state=seed)
-    pca.fit(vectors['CNN']['train'])
-    vectors['PCA-CNN'] = {name: normalize(pca.transform(x)) for name, x in vectors['CNN'].items()}
+    cnn = {part: embeddings.mean_vectors(model, x) for part, x in frozen.items()}
+    pca = PCA(min(components, *cnn['train'].shape), random_state=seed).fit(cnn['train'])
+    projected = {part: normalize(pca.transform(x)) for part, x in cnn.items()}
+    vectors = {'CNN': cnn, 'PCA-CNN': projected}
     no_penalties = {'l1_penalty': 0.0, 'l2_penalty': 0.0}
     for name, head_kwargs in (('NMF-FCN', no_penalties), ('GSNMF-FCN-OTS', {})):
         model = embeddings.create_embedder(config, **head_kwargs)
@@ -139,10 +137,8 @@ def measure(clustering: Clustering, seed: int, output: Path) -> dict[str, Any]:
         fine_tuned = {part: embeddings.head_vectors(model, x) for part, x in tuned.items()}
         vectors['GSNMF-FCN-FT'] = fine_tuned
         if seed == clustering.seeds[0]:
-            panels = {
-                'before fine-tuning': vectors['CNN']['test'],
-                'after fine-tuning': embeddings.mean_vectors(model, tuned['test']),
-            }
+            after = embeddings.mean_vectors(model, tuned['test'])
+            panels = {'before fine-tuning': cnn['test'], 'after fine-tuning': after}
             plot_tsne(panels, splits['test'].labels, classes, output / 'tsne.png')
 
     # Clusters and classes

@@ -7,11 +7,11 @@ The backbone is frozen and the PCA of its descriptors fixed; the Gaussian mixtur
 Then `timm_fisher.training.deep_fisher_svm` learns it, one for all classes (eq. 6, mode `multi`), or
 one for each (eq. 4, mode `single`).
 
-Nothing is chosen on the test split: C on the validation split with the EM mixture, and the mixture
-for kernel transfer by its average precision there. Leaves in `--output`: tables.md (tables 2 and 3
-of the paper), metrics.json, log.jsonl, objective.png, config.yaml and the models of table (b),
-loadable by `timm.create_model('local-dir:...', pretrained=True)`: base/ and model/, the latter in
-mode `single` one model-CLASS/ with one output for each class.
+C is chosen on the validation split with the EM mixture, and the mixture for kernel transfer by its
+average precision there. Leaves in `--output`: tables.md (tables 2 and 3 of the paper),
+metrics.json, log.jsonl, objective.png, config.yaml and the models of table (b), loadable by
+`timm.create_model('local-dir:...', pretrained=True)`: base/ and model/, or in mode `single` one
+model-CLASS/ with one output for each class.
 
 Paper: Sydorov, Sakurada and Lampert, "Deep Fisher Kernels - End to End Learning of the Fisher
 Kernel GMM Parameters", CVPR 2014.
@@ -201,7 +201,6 @@ def prepare(config: Config) -> tuple[PooledModel, algorithm.LabelledDescriptors]
 
 
 def evaluate(scores: Tensor, signs: Tensor, classes: list[str]) -> dict[str, Any]:
-    """Average precision of each class, their mean, and accuracy of the highest score."""
     precision = algorithm.average_precision(scores, signs)
     return {
         'average_precision': dict(zip(classes, precision.tolist(), strict=True)),

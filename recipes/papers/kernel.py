@@ -4,22 +4,21 @@
         --output runs/kernel_usps
 
 For each seed, and each fold if there are any, `dbm_idfk` is fitted to the training split, as a DBM
-and as an RBM. Three kinds of Fisher vectors come from them:
+and as an RBM. Three kinds of Fisher vectors come from them, each of unit length:
 
     IDFK  of the DBM, with the leading axes of its Fisher information (eq. 8)
     DFK   of the same DBM, without
     FK    of the RBM, without
 
-each of unit length, for a linear SVM and for the nearest neighbour (1-NN), less the mean over the
-training set (but for the SVM on DFK and FK, which are sparse: its bias stands in for it). Rank,
-ridge and C are chosen by the accuracy on validation images, with the first seed and in each fold by
-itself, so that no test image has a say. Then the classifiers are trained on training and validation
-images, and measured on the test images, for every seed.
+They go to a linear SVM and to the nearest neighbour (1-NN), less the mean over the training set
+(but for the SVM on DFK and FK, which are sparse). Rank, ridge and C are chosen on validation images
+with the first seed, in each fold by itself; then the classifiers are trained on training and
+validation images, and measured on the test images, for every seed.
 
 Leaves in `--output`: table.md, results.json; of the first fold the models of each seed, with the
 largest rank (`timm.create_model('local-dir:...')`), and model/, with rank and ridge as chosen for
-the SVM; and the paper's figures, of the first seed and fold: tsne.png (figure 2), features.png
-(figure 3, by linear SHAP values) and sgd.png (figure 4). Interrupted, it goes on where it stopped.
+the SVM; and figures 2 to 4 of the paper, of the first seed and fold: tsne.png, features.png (linear
+SHAP values) and sgd.png. Interrupted, it goes on where it stopped.
 
 Paper: Ahmed, Azim, Early and Ramchurn, "Revisiting Deep Fisher Vectors: Using Fisher Information to
 Improve Object Classification".
@@ -128,7 +127,7 @@ def main(kernels: Kernels) -> None:
 
 
 class Vectors:
-    """Fisher vectors of the images of one seed and fold: of 'train', 'val' and 'test'."""
+    """Fisher vectors of the splits of one seed and fold."""
 
     def __init__(self, kernels: Kernels, seed: int, fold: int, output: Path) -> None:
         self.config = config = kernels.config(seed, fold, whiten=True)
@@ -151,40 +150,40 @@ class Vectors:
             return self.machines['DFK'].whitened(setting['rank'], setting['ridge'])
         return self.machines[method].vectors
 
+    def accuracy(
+        self, method: str, setting: Setting, trained: list[str], split: str, images: int | None
+    ) -> float:
+        """Of a linear SVM if the setting has its C, or else of the nearest neighbour, on a split,
+        trained on at most this many images of others."""
+        z, seed = self.get(method, setting), self.config.seed
+        train = stack(*(z[name] for name in trained))
+        y = np.concatenate([self.labels[name] for name in trained])
+        if images is not None:
+            some = np.random.default_rng(seed).permutation(len(y))[:images]
+            train, y = train[some], y[some]
+        if 'C' in setting:
+            return float(svm(setting['C'], seed).fit(train, y).score(z[split], self.labels[split]))
+        return float((nearest_labels(train, y, z[split]) == self.labels[split]).mean())
+
 
 def svm(c: float, seed: int) -> LinearSVC:
     return LinearSVC(C=c, tol=1e-3, random_state=seed)
 
 
-def accuracy(
-    setting: Setting, seed: int, train: Any, y: np.ndarray, z: Any, truth: np.ndarray
-) -> float:
-    """Of a linear SVM if the setting has its C, or of the nearest neighbour, on vectors z `[m, d]`,
-    trained on `[n, d]`."""
-    if 'C' in setting:
-        return float(svm(setting['C'], seed).fit(train, y).score(z, truth))
-    return float((nearest_labels(train, y, z) == truth).mean())
-
-
 def search(kernels: Kernels, vectors: Vectors) -> dict[str, Any]:
     """The settings of each method and classifier with the best accuracy on validation images."""
-    seed, y, truth = vectors.config.seed, vectors.labels['train'], vectors.labels['val']
-    some = np.random.default_rng(seed).permutation(len(y))[: kernels.search_images]
     whitenings = product(kernels.ranks, kernels.ridges)
     grids: dict[str, list[Setting]] = {method: [{}] for method in METHODS}
     grids['IDFK'] = [{'rank': rank, 'ridge': ridge} for rank, ridge in whitenings]
     chosen: dict[str, Any] = {}
     for method, grid in grids.items():
-        tried: dict[str, list[tuple[float, Setting]]] = {name: [] for name in CLASSIFIERS}
-        for whitening in grid:
-            z = vectors.get(method, whitening)
-            settings = {'svm': [{**whitening, 'C': c} for c in kernels.svm_c], '1nn': [whitening]}
-            for classifier, setting in ((name, s) for name in settings for s in settings[name]):
-                share = accuracy(setting, seed, z['train'][some], y[some], z['val'], truth)
-                tried[classifier].append((share, setting))
-        chosen[method] = {'tried': tried}
-        for classifier, pairs in tried.items():
-            share, best = max(pairs, key=lambda pair: pair[0])  # the first of equals
+        chosen[method] = {'tried': {}}
+        with_c = [{**setting, 'C': c} for setting, c in product(grid, kernels.svm_c)]
+        for classifier, settings in (('svm', with_c), ('1nn', grid)):
+            options = ['train'], 'val', kernels.search_images
+            tried = [(vectors.accuracy(method, s, *options), s) for s in settings]
+            chosen[method]['tried'][classifier] = tried
+            share, best = max(tried, key=lambda pair: pair[0])  # the first of equals
             chosen[method] |= {classifier: best, f'{classifier}_validation': share}
             print(f'{method}, {classifier}: validation {share:.2%} with {best}', flush=True)
     return chosen
@@ -192,24 +191,19 @@ def search(kernels: Kernels, vectors: Vectors) -> dict[str, Any]:
 
 def measure(vectors: Vectors, chosen: dict[str, Any]) -> dict[str, Any]:
     """Test accuracy of each method and classifier."""
-    seed, labels = vectors.config.seed, vectors.labels
-    y = np.concatenate([labels['train'], labels['val']])
-    rows: dict[str, Any] = {}
+    seed, rows = vectors.config.seed, dict[str, Any]()
     for method in METHODS:
         rows[method] = {}
         for classifier in CLASSIFIERS:
             setting = chosen[method][classifier]
-            z = vectors.get(method, setting)
-            train = stack(z['train'], z['val'])
-            share = accuracy(setting, seed, train, y, z['test'], labels['test'])
-            rows[method][classifier] = {
-                'accuracy': share, 'dimensions': int(train.shape[1]), **setting
-            }  # fmt: skip
+            share = vectors.accuracy(method, setting, ['train', 'val'], 'test', None)
+            dimensions = vectors.get(method, setting)['test'].shape[1]
+            rows[method][classifier] = {'accuracy': share, 'dimensions': dimensions, **setting}
         print(f'seed {seed}, {method}: {rows[method]}', flush=True)
     return {
         'fold': vectors.config.fold,
         'seed': seed,
-        'images': {name: len(part) for name, part in labels.items()},
+        'images': {name: len(part) for name, part in vectors.labels.items()},
         'classes': len(vectors.classes),
         'seconds': {name: machine.seconds for name, machine in vectors.machines.items()},
         'saturated': {name: machine.saturated for name, machine in vectors.machines.items()},
@@ -250,7 +244,6 @@ def report(results: list[dict[str, Any]]) -> str:
 
 
 def figures(vectors: Vectors, chosen: dict[str, Any], output: Path) -> None:
-    """The paper's figures 2 to 4."""
     setting, dfk = chosen['IDFK'], vectors.get('DFK', {})
     # t-SNE looks at neighbours. Where there are few test images, it shows training images, too.
     names = ['test', 'train'] if len(vectors.labels['test']) < 500 else ['test']

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -24,10 +23,8 @@ def fits(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     tiny = dict(images=120, channels=20, components=6, rounds=300)
     monkeypatch.setattr(module, 'FACTORIZE', tiny)
     monkeypatch.setattr(module, 'IMAGES', dict(images=100, pixels=16))
-    measure = partial(
-        module.measure_fisher_information, hidden=((2, 3), (3, 4), (4, 6), (5, 8)), rank=8
-    )
-    monkeypatch.setitem(module.PARTS, 'fisher_information', measure)
+    monkeypatch.setattr(module, 'HIDDEN', ((2, 3), (3, 4), (4, 6), (5, 8)))
+    monkeypatch.setattr(module, 'RANK', 8)
     return module
 
 

@@ -53,7 +53,7 @@ def problem():
 
 def random_svms(kernel, data, bias=False):
     generator = torch.Generator().manual_seed(0)
-    return 3 * torch.randn(kernel.out_features + bias, 3, generator=generator).double()
+    return 3 * torch.randn(kernel.head.out_features + bias, 3, generator=generator).double()
 
 
 # The SVM
@@ -117,8 +117,7 @@ def test_every_class_needs_an_image():
 
 def loss_of(kernel, y, w, signs, mixture):
     """Written out with the head's own parameters, float64."""
-    values = dict(kernel.named_parameters()) | mixture._asdict()
-    phi = power_l2(torch.func.functional_call(kernel, values, y))
+    phi = power_l2(torch.func.functional_call(kernel.head, mixture._asdict(), y))
     if kernel.bias:
         phi = torch.cat([phi, torch.ones(len(phi), 1).to(phi)], 1)
     return (1 - signs * (phi @ w)).clamp_min(0).square().sum()
@@ -134,7 +133,7 @@ def test_gradient_equals_autograd_and_finite_differences(problem, monkeypatch, b
     expected = torch.autograd.grad(loss_of(kernel, y, w, signs, at), at)
     for name, a, b in zip(Mixture._fields, gradient, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9, msg=name)
-    assert not any(parameter.requires_grad for parameter in kernel.parameters())
+    assert not any(parameter.requires_grad for parameter in kernel.head.parameters())
 
     for i, name in enumerate(Mixture._fields):
         direction = torch.randn_like(gradient[i])

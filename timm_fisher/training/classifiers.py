@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -17,11 +17,7 @@ CHUNK = 1024  # training vectors that are dense at a time
 
 
 def validated_svm(
-    vectors: Mapping[str, np.ndarray],
-    labels: Mapping[str, np.ndarray],
-    *,
-    grid: Sequence[float] = C_GRID,
-    seed: int = 0,
+    vectors: Mapping[str, np.ndarray], labels: Mapping[str, np.ndarray], *, seed: int = 0
 ) -> tuple[float, float]:
     """Test accuracy of a linear SVM on the training split, and its C: of the best accuracy on the
     validation split, the first of equals.
@@ -29,15 +25,14 @@ def validated_svm(
     Args:
         vectors: `[n, D]` of 'train', 'val' and 'test'.
         labels: `[n]` of each.
-        grid: values of C.
         seed: of the solver.
     """
     svms = [
         LinearSVC(C=c, random_state=seed, max_iter=10_000).fit(vectors['train'], labels['train'])
-        for c in grid
+        for c in C_GRID
     ]
     best = int(np.argmax([svm.score(vectors['val'], labels['val']) for svm in svms]))
-    return float(svms[best].score(vectors['test'], labels['test'])), grid[best]
+    return float(svms[best].score(vectors['test'], labels['test'])), C_GRID[best]
 
 
 def nearest_labels(train: Any, labels: np.ndarray, queries: Any) -> np.ndarray:

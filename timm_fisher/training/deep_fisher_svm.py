@@ -15,6 +15,7 @@ Kernel GMM Parameters", CVPR 2014.
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -62,35 +63,35 @@ def one_vs_rest(labels: np.ndarray, classes: Sequence[str], split: str) -> Tenso
     return torch.as_tensor(np.where(labels[:, None] == range(len(classes)), 1.0, -1.0))
 
 
-class FisherKernel(GMMFisher):
+class FisherKernel:
     """The mixture of a fitted head on descriptors `[n, N, D]` that are reduced already.
 
     Args:
-        head: the mixture is copied.
+        head: is copied.
         bias: append a constant 1 to the Fisher vectors.
     """
 
     def __init__(self, head: GMMFisher, *, bias: bool) -> None:
-        components, d = head.means.shape
-        super().__init__(
-            d, reduce_dim=None, components=components, l2_descriptors=False, normalize=False
-        )
-        self.to(head.means).requires_grad_(False)
-        self.reduce.weight.copy_(torch.eye(d))
-        self.log_std_floor.copy_(head.log_std_floor)
+        self.head = copy.deepcopy(head).requires_grad_(False)
+        self.head.reduce = torch.nn.Identity()  # type: ignore[assignment]
+        self.head.l2_descriptors = self.head.normalize = False
         self.bias = bias
-        self.set(Mixture(head.log_weights, head.means, head.log_stds))
+        self.set(self.get())
 
     def get(self) -> Mixture:
         """A copy of the mixture."""
-        return Mixture(self.log_weights.clone(), self.means.clone(), self.log_stds.clone())
+        return Mixture(*(parameter.clone() for parameter in self._mixture))
 
     def set(self, mixture: Mixture) -> None:
         """Take over a mixture; its weights are normalised, standard deviations kept off zero."""
-        for name, value in mixture._asdict().items():
-            getattr(self, name).copy_(value.detach())
-        self.log_weights.copy_(self.log_weights.log_softmax(0))
-        self.project_()
+        for parameter, value in zip(self._mixture, mixture, strict=True):
+            parameter.copy_(value.detach())
+        self.head.log_weights.copy_(self.head.log_weights.log_softmax(0))
+        self.head.project_()
+
+    @property
+    def _mixture(self) -> Mixture:
+        return Mixture(self.head.log_weights, self.head.means, self.head.log_stds)
 
     def phi(self, y: Tensor) -> Tensor:
         """Fisher vectors as the SVMs see them, `[n, features]`."""
@@ -98,7 +99,7 @@ class FisherKernel(GMMFisher):
 
     def psi(self, y: Tensor) -> Tensor:
         """Fisher vectors `[n, 2KD]` before eq. 3."""
-        return torch.cat([self(part) for part in torch.split(y, BATCH)])
+        return torch.cat([self.head(part) for part in torch.split(y, BATCH)])
 
     def finish(self, psi: Tensor) -> Tensor:
         """Eq. 3, and the constant if there is one."""
@@ -129,13 +130,13 @@ class FisherKernel(GMMFisher):
         (by_psi,) = torch.autograd.grad(self.loss(psi, weights, signs), psi)
         if sample is not None:
             y = y.gather(1, sample[..., None].expand(-1, -1, y.shape[2]))
-        mixture = [p.requires_grad_() for p in (self.log_weights, self.means, self.log_stds)]
+        mixture = [parameter.requires_grad_() for parameter in self._mixture]
         gradient = [torch.zeros_like(parameter) for parameter in mixture]
         for x, factor in zip(torch.split(y, BATCH), torch.split(by_psi, BATCH), strict=True):
-            parts = torch.autograd.grad(self(x), mixture, factor)
+            parts = torch.autograd.grad(self.head(x), mixture, factor)
             for total, part in zip(gradient, parts, strict=True):
                 total += part
-        self.requires_grad_(False)
+        self.head.requires_grad_(False)
         return Mixture(*gradient)
 
 
@@ -273,7 +274,8 @@ def line_search(
     Returns:
         The step and the loss there; 0, and the old mixture, where no step lowers the loss.
     """
-    old, stds = kernel.get(), torch.exp(kernel.log_stds)
+    old = kernel.get()
+    stds = torch.exp(old.log_stds)
     direction = gradient._replace(means=gradient.means * stds.square())
     if step is None:
         relative = gradient._replace(means=gradient.means * stds)
