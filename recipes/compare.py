@@ -182,7 +182,7 @@ def describe(rows: list[dict[str, Any]], seeds: list[int]) -> str:
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
     """Accuracy against size of the pooled vector, with bars of one standard deviation."""
-    figure = Figure(figsize=(9, 5.5))
+    figure = Figure(figsize=(9, 5.5), layout='tight')
     axes = figure.subplots()
     for i, row in enumerate(rows):
         mean = 100 * statistics.mean(row['accuracy'])
@@ -196,7 +196,6 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     axes.set(xscale='log', xlabel='pooled vector', ylabel=f'{rows[0]["split"]} accuracy (%)')
     axes.margins(x=0.15)
     axes.grid(alpha=0.3)
-    figure.tight_layout()
     save_png(figure, path)
 
 

@@ -235,7 +235,7 @@ def table(results: dict[str, Any], config: DeepFisher) -> str:
 
 def plot(log: list[dict[str, Any]], path: Path) -> None:
     """Objective, relative to the first, and average precision on the validation split."""
-    figure = Figure(figsize=(11, 4.2))
+    figure = Figure(figsize=(11, 4.2), layout='tight')
     left, right = figure.subplots(1, 2)
     for i, task in enumerate(dict.fromkeys(row['task'] for row in log)):
         rows = [row for row in log if row['task'] == task]
@@ -249,7 +249,6 @@ def plot(log: list[dict[str, Any]], path: Path) -> None:
     left.set_title('full: after the SVM step; hollow: after the mixture step', fontsize=9)
     right.set(xlabel='iteration', ylabel='validation average precision (%)')
     left.legend()
-    figure.tight_layout()
     save_png(figure, path)
 
 

@@ -268,7 +268,7 @@ def plot_features(z: dict[str, np.ndarray], vectors: Vectors, c: float, path: Pa
         weights = np.concatenate([-weights, weights])
     of_class = {k: w for k, w in zip(machine.classes_, weights, strict=True) if (y == k).any()}
     rows = math.ceil(len(of_class) / 5)
-    figure = Figure(figsize=(14, 2.3 * rows))
+    figure = Figure(figsize=(14, 2.3 * rows), layout='tight')
     axes = figure.subplots(rows, 5, squeeze=False).flat
     for ax, (k, weight) in zip(axes, of_class.items(), strict=False):
         for_it = weight * centred[y == k].mean(0)
@@ -281,7 +281,6 @@ def plot_features(z: dict[str, np.ndarray], vectors: Vectors, c: float, path: Pa
     for ax in axes[len(of_class) :]:
         ax.set_axis_off()
     figure.supxlabel('mean SHAP value of axis number ...', fontsize=9)
-    figure.tight_layout()
     save_png(figure, path)
 
 
@@ -289,7 +288,7 @@ def plot_sgd(
     pair: dict[str, dict[str, Any]], vectors: Vectors, chosen: dict[str, Any], path: Path
 ) -> None:
     """Accuracy of a linear SVM trained by SGD, by epoch, with and without Fisher information."""
-    figure = Figure(figsize=(10, 4))
+    figure = Figure(figsize=(10, 4), layout='tight')
     axes = figure.subplots(1, 2, sharex=True)
     some = np.random.default_rng(0).permutation(len(vectors.labels['train']))[:10_000]
     y = vectors.labels['train'][some]
@@ -308,7 +307,6 @@ def plot_sgd(
         ax.set(xlabel='epoch', ylabel=f'{title} accuracy (%)')
         ax.grid(alpha=0.3)
         ax.legend()
-    figure.tight_layout()
     save_png(figure, path)
 
 

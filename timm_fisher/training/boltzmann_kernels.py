@@ -36,7 +36,7 @@ class BoltzmannKernel:
         head: its `DBMFisher`.
         seconds: that the fit took.
         vectors: phi of unit length, without Fisher information (DFK; FK of an RBM): CSR `[n, d]`
-            float32 of each split. Sparse, for where a pixel is off, so are its products.
+            float32 of each split; sparse, for where a pixel is off, its products are zero.
         saturated: share of posteriors within 0.05 of 0 or 1, for each layer, over 1024 images.
     """
 

@@ -115,16 +115,11 @@ class FisherKernel:
     def gradient(
         self, y: Tensor, psi: Tensor, weights: Tensor, signs: Tensor, sample: Tensor | None = None
     ) -> Mixture:
-        """Gradient of `loss` with respect to log weights, means and log stds.
+        """Gradient of `loss` with respect to log weights, means and log stds, for descriptors y
+        `[n, N, D]` and their psi, or for a sample of them, indices `[n, M]`.
 
         psi is a mean over descriptors: the chain rule beyond it has the right expectation on a
-        random sample of them, if the derivative of the loss by psi is that of all.
-
-        Args:
-            y: `[n, N, D]`.
-            psi: of y.
-            weights, signs: as those of `loss`.
-            sample: indices of some descriptors of each image, `[n, M]`; None for all.
+        random sample, if the derivative of the loss by psi is that of all.
         """
         psi = psi.detach().requires_grad_()
         (by_psi,) = torch.autograd.grad(self.loss(psi, weights, signs), psi)
@@ -142,18 +137,14 @@ class FisherKernel:
 
 def solve_svms(phi: Tensor, signs: Tensor, costs: Sequence[float]) -> Tensor:
     """The minimisers `[features, tasks]` of eq. 4 for Fisher vectors phi `[n, features]`, signs
-    `[n, tasks]` and the C of each task, float64.
-
-    LIBLINEAR sums the loss over images where eq. 4 takes the mean. Neither has a bias; a constant
-    among the features is one, and counts in the norm of w.
-    """
+    `[n, tasks]` and the C of each task, float64. Without a bias, but for a constant among the
+    features, which counts in the norm of w."""
     x = phi.double().cpu().numpy()
+    exact: dict[str, Any] = dict(fit_intercept=False, dual='auto', tol=1e-6, max_iter=100_000)
     solutions = []
     for sign, cost in zip(signs.T.cpu().numpy(), costs, strict=True):
-        svm = LinearSVC(
-            C=cost / len(x), fit_intercept=False, dual='auto', tol=1e-6, max_iter=100_000,
-            random_state=0,
-        )  # fmt: skip
+        # LIBLINEAR sums the loss over images where eq. 4 takes the mean.
+        svm = LinearSVC(C=cost / len(x), random_state=0, **exact)
         solutions.append(svm.fit(x, sign).coef_[0])
     return torch.as_tensor(np.stack(solutions, 1), device=phi.device)
 
@@ -171,13 +162,12 @@ def choose_costs(
     on the validation split, by the kernel's mixture; the first of equals."""
     count = len(data.classes)
     train, val = kernel.phi(data.y['train']), kernel.phi(data.y['val'])
-    precision = np.zeros((len(grid), count))
-    for row, cost in zip(precision, grid, strict=True):
+    rows = []
+    for cost in grid:
         w = solve_svms(train, data.signs['train'], [cost] * count)
-        row[:] = average_precision(val.double() @ w, data.signs['val'])
-    if shared:
-        precision[:] = precision.mean(1, keepdims=True)
-    return [grid[i] for i in precision.argmax(0)]
+        precision = average_precision(val.double() @ w, data.signs['val'])
+        rows.append([precision.mean()] * count if shared else precision)
+    return [grid[i] for i in np.argmax(rows, 0)]
 
 
 def learn(
@@ -266,9 +256,8 @@ def line_search(
 
     Args:
         kernel: whose mixture is moved.
-        gradient: of the loss, from `kernel.gradient`.
-        loss: of the kernel's present mixture, the SVMs fixed.
-        before: the loss now.
+        gradient: from `kernel.gradient`.
+        loss: of the kernel's present mixture, the SVMs fixed; `before` is its value now.
         step: the last one; None for the first time.
 
     Returns:

@@ -30,7 +30,7 @@ def plot_tsne(
         path: of the PNG.
     """
     shown = np.random.default_rng(0).permutation(len(labels))[:SHOWN]
-    figure = Figure(figsize=(6 * len(panels), 6))
+    figure = Figure(figsize=(6 * len(panels), 6), layout='tight')
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for ax, (title, vectors) in zip(axes, panels.items(), strict=True):
         perplexity = min(30.0, (len(shown) - 1) / 3)
@@ -44,5 +44,4 @@ def plot_tsne(
         axes[-1].legend(
             markerscale=2, fontsize=7, ncols=columns, loc='center left', bbox_to_anchor=(1, 0.5)
         )
-    figure.tight_layout()
     save_png(figure, path)
