@@ -42,7 +42,7 @@ from timm_fisher.numerics.clustering import leading_axes
 from timm_fisher.training.command_line import run
 from timm_fisher.training.config import Config, Stage
 from timm_fisher.training.data import load_splits
-from timm_fisher.training.measure import Row, peak_resident, report, timed
+from timm_fisher.training.measure import Row, Sections, peak_resident, report, timed
 from timm_fisher.training.tables import records, three_digits
 
 FACTORIZE = dict(images=10_000, channels=1280, components=256, rounds=300)
@@ -91,10 +91,10 @@ def main(settings: Settings) -> None:
     report(parts, folder / 'benchmark_fits', asdict(settings), data=settings.data or 'random')
 
 
-# The parts: each gives its Markdown text and its rows
+# The parts
 
 
-def measure_nmf(settings: Settings) -> tuple[str, list[Row]]:
+def measure_nmf(settings: Settings) -> Sections:
     """Both in float32, without penalties, from NNDSVD, which is part of the time."""
     x = F.normalize(nmf_features(settings.data), dim=1)
     components, rounds = FACTORIZE['components'], FACTORIZE['rounds']
@@ -122,12 +122,11 @@ def measure_nmf(settings: Settings) -> tuple[str, list[Row]]:
             'gsnmf objective': objective(w.cpu(), h.cpu()), 'times faster': theirs / ours,
         })  # fmt: skip
     text = (
-        f"### gsnmf's fit to the objective of scikit-learn's NMF: {len(x)} x {x.shape[1]}, "
-        f'{components} components, float32, {torch.get_num_threads()} threads\n\n{records(rows)}'
-        f'\n\nThe objective is 1/2 |X - W H|^2, of rows of unit length. After {len(history)} '
-        f'rounds gsnmf has {three_digits(history[-1])}.'
+        f'{records(rows)}\n\nThe objective is 1/2 |X - W H|^2, of rows of unit length. After '
+        f'{len(history)} rounds gsnmf has {three_digits(history[-1])}.'
     )
-    return text, rows
+    sizes = f'{len(x)} x {x.shape[1]}, {components} components, float32'
+    yield f"gsnmf's fit to the objective of scikit-learn's NMF: {sizes}", text, rows
 
 
 def nmf_features(path: Path | None) -> Tensor:
@@ -141,7 +140,7 @@ def nmf_features(path: Path | None) -> Tensor:
         return torch.from_numpy(arrays['x']).float()
 
 
-def measure_fisher_information(settings: Settings) -> tuple[str, list[Row]]:
+def measure_fisher_information(settings: Settings) -> Sections:
     x = binary_images(settings.data)
     *smaller, full = HIDDEN
     before = peak_resident()
@@ -160,10 +159,18 @@ def measure_fisher_information(settings: Settings) -> tuple[str, list[Row]]:
         'what': 'fit', 'hidden': full, 'd': head.score_features, 'r': head.out_features,
         'seconds': taken, 'leading_axes s': axes, 'peak GB': peak / 1e9, 'GB before': before / 1e9,
     }  # fmt: skip
+    text = (
+        f'{records([fitted], list(fitted)[1:])}\n\nSeconds are those of the whole fit, and of the '
+        'leading axes alone. Memory is that of the whole process, in 10^9 bytes: its peak, and '
+        'before the fit, images loaded.'
+    )
+    images = f'{len(x)} images of {x.shape[1]} pixels'
+    yield f"dbm_idfk's fit: {images}, {settings.epochs} epochs, float32", text, [fitted]
+
     estimate: Row = {'what': 'extrapolation', 'd': head.score_features, 'leading_axes s': axes}
     estimate['growth'] = growth = {}
     for key in ('product s', 'decomposition s'):
-        points = [(row['d'], row[key]) for row in rows[: len(smaller)]]
+        points = [(row['d'], row[key]) for row in rows[:-1]]
         growth[key], estimate[key] = extrapolate(points, head.score_features)
     compared = [*(row for row in rows if 'product s' in row), estimate]
     for row in compared:
@@ -174,21 +181,16 @@ def measure_fisher_information(settings: Settings) -> tuple[str, list[Row]]:
     lines = [*compared[:-1], {**estimate, 'd': f'{d}, extrapolated'}]
     times = ('product s', 'decomposition s', 'both s', 'leading_axes s')
     text = (
-        f"### dbm_idfk's fit: {len(x)} images of {x.shape[1]} pixels, {settings.epochs} epochs, "
-        f'float32, {torch.get_num_threads()} threads\n\n'
-        f'{records([fitted], list(fitted)[1:])}\n\n'
-        'Seconds are those of the whole fit, and of the leading axes alone. Memory is that of the '
-        'whole process, in 10^9 bytes: its peak, and before the fit, images loaded.\n\n'
-        f'### {RANK} leading axes, against forming F (d x d) and decomposing it, float32\n\n'
         f'{records(lines, ["d", *times, "times faster", "difference"])}\n\n'
         'The product makes F in one pass over the scores, which are computed anew in each pass; '
-        f'the leading axes take four. Between d = {rows[len(smaller) - 2]["d"]} and '
-        f'{rows[len(smaller) - 1]["d"]} the product grows as d^{growth["product s"]:.2f} and the '
-        f'decomposition as d^{growth["decomposition s"]:.2f}. The last line continues this to '
-        f'd = {d}: there only the leading axes are measured. The difference is the largest, '
-        f'relative one of {min(COMPARED, RANK)} eigenvalues.'
+        f'the leading axes take four. Between d = {rows[-3]["d"]} and {rows[-2]["d"]} the product '
+        f'grows as d^{growth["product s"]:.2f} and the decomposition as '
+        f'd^{growth["decomposition s"]:.2f}. The last line continues this to d = {d}: there only '
+        'the leading axes are measured. The difference is the largest, relative one of '
+        f'{min(COMPARED, RANK)} eigenvalues.'
     )
-    return text, [fitted, *rows, estimate]
+    title = f'{RANK} leading axes, against forming F (d x d) and decomposing it, float32'
+    yield title, text, [*rows, estimate]
 
 
 def binary_images(path: Path | None) -> Tensor:
@@ -247,7 +249,7 @@ def extrapolate(points: Sequence[tuple[int, float]], size: int) -> tuple[float, 
     return exponent, after * (size / large) ** exponent
 
 
-PARTS: dict[str, Callable[[Settings], tuple[str, list[Row]]]] = {
+PARTS: dict[str, Callable[[Settings], Sections]] = {
     'nmf': measure_nmf,
     'fisher_information': measure_fisher_information,
 }

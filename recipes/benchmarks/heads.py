@@ -23,7 +23,7 @@ from __future__ import annotations
 import ctypes
 import ctypes.util
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import product
@@ -42,7 +42,7 @@ from timm_fisher.heads.gmm_fisher import GMMFisher
 from timm_fisher.heads.three_g import EPS
 from timm_fisher.numerics.linalg import gram_root, matrix_root
 from timm_fisher.training.command_line import run
-from timm_fisher.training.measure import Row, median_times, peak_memory, report
+from timm_fisher.training.measure import Row, Sections, median_times, peak_memory, report
 from timm_fisher.training.tables import records, three_digits
 
 # Arguments of heads, as they are named in papers; and the values that are tried
@@ -52,7 +52,6 @@ CLASSES = 100
 ROOT = dict(batch=64, number=49, d=256, iterations=5)  # the papers' 7 x 7 maps
 FISHER = dict(batch=32, number=196, d=64, components=32)
 Part = Literal['descriptors', 'sizes', 'model', 'newton_schulz', 'fisher']
-Sections = Iterator[tuple[str, str, list[Row]]]
 
 
 @dataclass
@@ -100,12 +99,7 @@ class Settings:
 
 
 def main(settings: Settings) -> None:
-    def part(name: str) -> tuple[str, list[Row]]:
-        sections = list(PARTS[name](settings))
-        text = '\n\n'.join(f'### {title}\n\n{table}' for title, table, _ in sections)
-        return text, [row for *_, rows in sections for row in rows]
-
-    parts = {name: partial(part, name) for name in settings.parts}
+    parts = {name: partial(PARTS[name], settings) for name in settings.parts}
     path = settings.output / 'benchmark'
     rows = report(parts, path, asdict(settings), precision=settings.precision)
     if {'descriptors', 'sizes'} & set(settings.parts):
@@ -158,7 +152,7 @@ def relative_difference(ours: Tensor, theirs: Tensor) -> float:
     return float((ours - theirs).norm() / theirs.norm())
 
 
-# The parts: each gives sections, of a title, a table and its rows
+# The parts
 
 
 def measure_descriptors(settings: Settings) -> Sections:
@@ -268,7 +262,7 @@ def measure_fisher(settings: Settings) -> Sections:
     if 'VLFeat' in calls:
         rows[-1]['relative difference'] = apart
     note += ' The time of gmm_fisher includes the product with its reduction, which the rest lacks.'
-    sizes = f'{b} images, N = {n}, D = {d}, K = {k}, float32, {torch.get_num_threads()} threads'
+    sizes = f'{b} images, N = {n}, D = {d}, K = {k}, float32'
     yield f'gmm_fisher, encoding: {sizes}', f'{records(rows, columns)}\n\n{note}', rows
 
 

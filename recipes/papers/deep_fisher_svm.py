@@ -131,16 +131,19 @@ def main(config: DeepFisher) -> None:
     tasks = single if config.mode == 'single' else {'all': list(range(len(classes)))}
     keys = ('iterations', 'tolerance', 'descriptor_fraction', 'seed')
     options = {key: getattr(config, key) for key in keys}
+    iterations, best_iteration = {}, {}
     for name, task in tasks.items():
-
-        def report(row: dict[str, Any], name: str = name) -> None:
+        kernel.set(em)
+        steps = []
+        for row, mixture in algorithm.learn(kernel, data, task, costs[task[0]], **options):
+            steps.append((row, mixture))
             log.append({'task': name, **row})
             write(output / 'log.jsonl', ''.join(json.dumps(entry) + '\n' for entry in log))
             line = '{task} {iteration}: objective {objective:.6g}, val AP {val_ap:.2%}'
             print(line.format(**log[-1]))
-
-        kernel.set(em)
-        last, best = algorithm.learn(kernel, data, task, costs[task[0]], report=report, **options)
+        best_row, best = max(steps, key=lambda step: step[0]['val_ap'])  # the first of equals
+        iterations[name], best_iteration[name] = row['iteration'], best_row['iteration']
+        last = kernel.get()
         plot(log, output / 'objective.png')
         for kind, trained_with, transferred_with in (('base', em, em), ('deep', last, best)):
             _, trained = solve(trained_with, task, 'train')
@@ -158,13 +161,11 @@ def main(config: DeepFisher) -> None:
     for group, kind in product(results, ('base', 'deep')):
         signs = data.signs['val' if group == 'val' else 'test']
         results[group][kind] = evaluate(torch.cat(columns[group, kind], 1), signs, classes)
-    of_task = {name: [row for row in log if row['task'] == name] for name in tasks}
-    best_rows = {name: max(rows, key=lambda row: row['val_ap']) for name, rows in of_task.items()}
     metrics = {
         **results,
         'C': dict(zip(classes, costs, strict=True)),
-        'iterations': {name: len(rows) - 1 for name, rows in of_task.items()},
-        'best_iteration': {name: row['iteration'] for name, row in best_rows.items()},
+        'iterations': iterations,
+        'best_iteration': best_iteration,
         'images': {name: len(y) for name, y in data.y.items()},
         'out_features': model.head.out_features,
         'seconds': round(sum(row['seconds'] for row in log), 1),

@@ -174,11 +174,9 @@ def test_gradient_of_all_tasks_is_the_sum(problem):
 )
 def test_objective_falls(problem, task, bias, fraction):
     kernel, data = problem(bias=bias)
-    before, rows = kernel.get(), []
-    last, best = learn(
-        kernel, data, task, 100.0, iterations=5, descriptor_fraction=fraction, tolerance=0.0,
-        report=rows.append,
-    )  # fmt: skip
+    options = dict(iterations=5, descriptor_fraction=fraction, tolerance=0.0)
+    before = kernel.get()
+    rows, mixtures = zip(*learn(kernel, data, task, 100.0, **options), strict=True)
 
     assert [row['iteration'] for row in rows] == list(range(6))
     trace = [value for row in rows for value in (row['objective'], row.get('objective_after_step'))]
@@ -186,21 +184,22 @@ def test_objective_falls(problem, task, bias, fraction):
     assert trace[-2] < 0.95 * trace[0]
 
     # It is eq. 6, and the mixtures are those of the rows.
-    best_row = max(rows, key=lambda row: row['val_ap'])
-    for mixture, row in ((before, rows[0]), (last, rows[-1]), (best, best_row)):
+    torch.testing.assert_close(mixtures[0], before, rtol=0, atol=0)
+    torch.testing.assert_close(mixtures[-1], kernel.get(), rtol=0, atol=0)
+    for mixture, row in zip(mixtures, rows, strict=True):
         kernel.set(mixture)
         phi = kernel.phi(data.y['train']).double()
         w = solve_svms(phi, data.signs['train'][:, task], [100.0] * len(task))
         hinge = (1 - data.signs['train'][:, task] * (phi @ w)).clamp_min(0)
         value = 0.5 * w.square().sum() + 100 / 90 * hinge.square().sum()
         assert row['objective'] == pytest.approx(value.item(), rel=1e-6)
-    assert last.log_weights.exp().sum().item() == pytest.approx(1, abs=1e-5)
+    assert mixtures[-1].log_weights.exp().sum().item() == pytest.approx(1, abs=1e-5)
 
 
 def test_learning_stops_when_little_changes(problem):
     kernel, data = problem()
-    rows = []
-    learn(kernel, data, [0, 1, 2], 100.0, iterations=50, tolerance=0.02, report=rows.append)
+    learned = learn(kernel, data, [0, 1, 2], 100.0, iterations=50, tolerance=0.02)
+    rows = [row for row, _ in learned]
     assert 1 < len(rows) < 51
     falls = [1 - later['objective'] / earlier['objective'] for earlier, later in pairwise(rows)]
     assert falls[-1] < 0.025
@@ -230,7 +229,7 @@ def test_a_rise_is_an_error(problem, monkeypatch):
     scales = iter([1.0, 2.0])
     monkeypatch.setattr(module, 'solve_svms', lambda *a: next(scales) * solve_svms(*a))
     with pytest.raises(FloatingPointError, match=r"of \['a'\] rose from .* in iteration 1"):
-        learn(kernel, data, [0], 100.0)
+        list(learn(kernel, data, [0], 100.0))
 
 
 # The model that comes of it

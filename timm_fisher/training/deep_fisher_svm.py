@@ -18,7 +18,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -180,10 +180,8 @@ def learn(
     tolerance: float = 1e-4,
     descriptor_fraction: float = 0.1,
     seed: int = 0,
-    report: Callable[[dict[str, Any]], None] = lambda row: None,
-) -> tuple[Mixture, Mixture]:
-    """Algorithm 1, from the kernel's mixture, which is moved: the last mixture, and the first of
-    the best average precision on the validation split.
+) -> Iterator[tuple[dict[str, Any], Mixture]]:
+    """Algorithm 1, from the kernel's mixture, which is moved.
 
     Args:
         kernel: shared by all classes of the task.
@@ -194,19 +192,20 @@ def learn(
         tolerance: stop when an iteration lowers the objective by less than this share.
         descriptor_fraction: share of each image's descriptors that the gradient is computed from.
         seed: of their choice.
-        report: called after each iteration, from 0, with 'iteration', 'objective', 'val_ap' (mean
-            average precision on the validation split), 'seconds', and but for the last one with
-            'step' and 'objective_after_step'.
+
+    Yields:
+        For each iteration its mixture, and 'iteration', from 0, 'objective', 'val_ap' (mean average
+        precision on the validation split), 'seconds', and but for the last one 'step' and
+        'objective_after_step'.
 
     Raises:
         FloatingPointError: the objective rose.
     """
     y, signs = data.y['train'], data.signs['train'][:, task]
     generator = torch.Generator().manual_seed(seed)
-    rows: list[dict[str, Any]] = []
-    previous, best_ap, step = math.inf, -1.0, None
-    while True:
-        start, iteration = time.perf_counter(), len(rows)
+    previous, objective, step = math.inf, math.inf, None
+    for iteration in range(iterations + 1):
+        start, mixture = time.perf_counter(), kernel.get()
         psi = kernel.psi(y)
         w = solve_svms(kernel.finish(psi), signs, [cost] * len(task))
 
@@ -214,10 +213,8 @@ def learn(
             return kernel.loss(kernel.psi(y), w, signs).item()
 
         norm, before = 0.5 * w.square().sum().item(), kernel.loss(psi, w, signs).item()
-        objective = norm + cost / len(y) * before
+        last, objective = objective, norm + cost / len(y) * before
         val = average_precision(kernel.phi(data.y['val']).double() @ w, data.signs['val'][:, task])
-        if val.mean() > best_ap:
-            best, best_ap = kernel.get(), val.mean()
         row = {'iteration': iteration, 'objective': objective, 'val_ap': val.mean()}
         if objective > previous * (1 + RISE):
             names = [data.classes[c] for c in task]
@@ -225,8 +222,7 @@ def learn(
                 f'The objective of {names} rose from {previous} to {objective} in iteration '
                 f'{iteration}: the SVM was not solved to the end. Try a smaller C.'
             )
-        little = rows and rows[-1]['objective'] - objective < tolerance * objective
-        if iteration < iterations and not little:
+        if iteration < iterations and last - objective >= tolerance * objective:
             number = math.ceil(descriptor_fraction * y.shape[1])
             order = torch.rand(y.shape[:2], generator=generator).argsort(1).to(y.device)
             # Where a sample leads uphill, all descriptors have the last word.
@@ -237,10 +233,9 @@ def learn(
                     break
             step, previous = moved or step, norm + cost / len(y) * after
             row |= {'step': moved, 'objective_after_step': previous}
-        rows.append(row | {'seconds': round(time.perf_counter() - start, 2)})
-        report(rows[-1])
+        yield row | {'seconds': round(time.perf_counter() - start, 2)}, mixture
         if not row.get('step'):
-            return kernel.get(), best
+            return
 
 
 def line_search(

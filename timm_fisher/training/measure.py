@@ -9,7 +9,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,11 +21,12 @@ from timm_fisher.files import write
 
 LEAST_SECONDS = 0.2  # for each function, on average, whatever the number of repetitions
 Row = dict[str, Any]
+Sections = Iterable[tuple[str, str, list[Row]]]  # title, Markdown, the rows that it is about
 T = TypeVar('T')
 
 
 def report(
-    parts: Mapping[Any, Callable[[], tuple[str, list[Row]]]],
+    parts: Mapping[Any, Callable[[], Sections]],
     path: Path,
     settings: Mapping[str, Any],
     **about: object,
@@ -34,7 +35,7 @@ def report(
     what they say is printed, and left in two files.
 
     Args:
-        parts: by name; each gives Markdown and its rows.
+        parts: by name; each gives sections.
         path: of the files, without `.md` and `.json`.
         settings: of the benchmark, with `device` and `threads` (None for as many as PyTorch takes).
         **about: what results depend on besides the machine.
@@ -61,11 +62,11 @@ def report(
     print(sections[0], flush=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     rows: list[Row] = []
-    for name, part in parts.items():
-        text, measured = part()
-        print(f'\n{text}', flush=True)
-        sections.append(text)
-        rows += [{'part': name, **row} for row in measured]
+    measured = ((name, section) for name, part in parts.items() for section in part())
+    for name, (title, text, of_section) in measured:
+        sections.append(f'### {title}\n\n{text}')
+        print(f'\n{sections[-1]}', flush=True)
+        rows += [{'part': name, **row} for row in of_section]
         environment['load after'] = load()
         write(path.with_suffix('.md'), '\n\n'.join(sections) + '\n')
         record = {'environment': environment, 'options': settings, 'results': rows}
