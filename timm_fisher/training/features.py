@@ -18,13 +18,14 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, send_to_device
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset, default_collate
+from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm.auto import tqdm
 
 from timm_fisher import PooledModel
 from timm_fisher.backbone import digest
 from timm_fisher.training.config import Config
 from timm_fisher.training.data import Gives, Images
+from timm_fisher.training.tables import three_digits
 
 
 class Cached(Dataset[tuple[list[Tensor], int]]):
@@ -41,6 +42,14 @@ class Cached(Dataset[tuple[list[Tensor], int]]):
     def __getitem__(self, i: int) -> tuple[list[Tensor], int]:
         tensors = [torch.from_numpy(np.array(array[i])) for array in self.arrays]
         return tensors, int(self.labels[i])
+
+
+def create_loader(dataset: Images | Cached, config: Config, **options: Any) -> DataLoader[Any]:
+    """A loader over a data set, with more options of `DataLoader`."""
+    # Cached features come from a memory map: workers would only copy them once more.
+    workers = config.workers if dataset.gives == 'images' else 0
+    options = {'batch_size': config.batch_size, 'num_workers': workers, **options}
+    return DataLoader(dataset, **options)
 
 
 def cache_features(
@@ -96,8 +105,7 @@ def _write(
     share = range(accelerator.process_index, len(dataset), accelerator.num_processes)
     # Small batches stay in a CPU's cache: twice as fast as 64 images at a time.
     batch_size = min(4, config.batch_size) if device.type == 'cpu' else config.batch_size
-    workers = config.workers if dataset.gives == 'images' else 0
-    loader = DataLoader(Subset(dataset, share), batch_size, num_workers=workers)
+    loader = create_loader(dataset, config, batch_size=batch_size, sampler=share)
     rows = iter(share)
     try:
         if main:
@@ -133,9 +141,11 @@ def _allocate(paths: list[Path], shapes: list[tuple[int, ...]]) -> None:
                     os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
     except OSError as error:
         size = sum(4 * math.prod(shape) for shape in shapes)
+        unit, exponent = ('GiB', 30) if size >= 2**30 else ('MiB', 20)
         raise OSError(
-            f'{size / 2**30:.1f} GiB of features do not fit into {paths[0].parent}: {error}. Free '
-            'some space, give another --cache_dir or --output, or --cache false.'
+            f'{three_digits(size / 2**exponent)} {unit} of features do not fit into '
+            f'{paths[0].parent}: {error}. Free some space, give another --cache_dir or --output, '
+            'or --cache false.'
         ) from error
 
 

@@ -25,7 +25,6 @@ from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.utils import DistributedDataParallelKwargs, broadcast, send_to_device, set_seed
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
-from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm.auto import tqdm
 
 import timm_fisher
@@ -40,7 +39,7 @@ from timm_fisher.training.checkpoint import (
 )
 from timm_fisher.training.config import Config, Stage
 from timm_fisher.training.data import Images, create_datasets, load_splits
-from timm_fisher.training.features import Cached, cache_features, cache_pooled
+from timm_fisher.training.features import Cached, cache_features, cache_pooled, create_loader
 from timm_fisher.training.report import describe, draw_curve, head_names
 from timm_fisher.training.stages import (
     Objective,
@@ -113,11 +112,7 @@ def train(config: Config) -> dict[str, Any]:
 
         # Save
         metrics = run.save_metrics(split, result)
-        if 'accuracy' in result:
-            summary = f'accuracy {result["accuracy"]:.2%}'
-        else:
-            summary = f'unsupervised loss {result["unsupervised_loss"]:.4g}'
-        say(f'{split} {summary} of {result["samples"]} images -> {output}')
+        say(f'{split}: {_text(result)} -> {output}')
     accelerator.end_training()
     return metrics
 
@@ -141,10 +136,11 @@ def create_model(config: Config, num_classes: int) -> PooledModel:
 
 @dataclass
 class Training:
-    """A stage while it is trained: its objective, and what accelerate made ready for it."""
+    """A stage while it is trained: its data and objective, and what accelerate made of them."""
 
     name: str
     stage: Stage
+    val: Images | Cached
     objective: Objective
     module: nn.Module  # the objective, wrapped by DDP
     optimizer: Any
@@ -169,10 +165,10 @@ class Run:
     def fit(self) -> None:
         """Start the heads from data."""
         dataset = self._datasets(next(iter(self.config.stages.values())))['train']
+        loader = create_loader(dataset, self.config)
         self.model.to(self.accelerator.device)
         with self._timed('fit'):
-            from_features = dataset.gives == 'features'
-            timm_fisher.fit(self.model, self._loader(dataset), from_features=from_features)
+            timm_fisher.fit(self.model, loader, from_features=dataset.gives == 'features')
 
     def resume(self, checkpoint: Path) -> None:
         """Go back to a checkpoint; `train_stage` takes the rest of its state."""
@@ -183,20 +179,20 @@ class Run:
         self.progress = before
         self._load_weights(checkpoint / 'model')
         self.accelerator.load_state(str(checkpoint))  # the scaler of fp16
+        self._keep_best()
 
     def train_stage(self, name: str, stage: Stage) -> None:
         """Train one stage, or what is left of it after a checkpoint."""
         accelerator = self.accelerator
         done = sum(row['stage'] == name for row in self.progress.history)
         if done < stage.epochs:
-            training, val = self._prepare(name, stage)
-            checkpoint = latest_checkpoint(self.output)
-            if checkpoint is not None and done:
-                accelerator.load_state(str(checkpoint))
+            training = self._prepare(name, stage)
+            if done:
+                accelerator.load_state(str(latest_checkpoint(self.output)))
                 training.scheduler.load_state_dict(self.progress.scheduler)
             self.interruption.waits = True
             for epoch in range(done, stage.epochs):
-                self._run_epoch(training, epoch, val)
+                self._run_epoch(training, epoch)
             self.interruption.waits = False
             self.interruption.check()
             accelerator.free_memory()
@@ -204,8 +200,7 @@ class Run:
             shutil.rmtree(self.output / 'pooled', ignore_errors=True)
             draw_curve(self.progress.history, self.output / 'curve.png')
 
-    def _prepare(self, name: str, stage: Stage) -> tuple[Training, Images | Cached]:
-        """What a stage trains with, and its validation data."""
+    def _prepare(self, name: str, stage: Stage) -> Training:
         config, accelerator = self.config, self.accelerator
         datasets = self._datasets(stage, pool=True)
         freeze(self.model, name, stage)
@@ -219,38 +214,43 @@ class Run:
         module, optimizer, loader = accelerator.prepare(
             objective,
             create_optimizer(self.model, stage),
-            self._loader(datasets['augmented'], shuffle=True, drop_last=drop_last),
+            create_loader(datasets['augmented'], config, shuffle=True, drop_last=drop_last),
         )
         updates = math.ceil(len(loader) / config.grad_accum_steps)
         scheduler = create_scheduler(optimizer.optimizer, stage, updates)
-        training = Training(name, stage, objective, module, optimizer, loader, scheduler)
-        return training, datasets['val']
+        val = datasets['val']
+        return Training(name, stage, val, objective, module, optimizer, loader, scheduler)
 
-    def _run_epoch(self, training: Training, epoch: int, val: Images | Cached) -> None:
-        """Train, validate, report, keep the model if it is the best, and write the checkpoint."""
-        name, progress, scheduler = training.name, self.progress, training.scheduler
+    def _run_epoch(self, training: Training, epoch: int) -> None:
+        """Train, validate, report, write the checkpoint, and keep the model if it is the best."""
+        progress, scheduler = self.progress, training.scheduler
         start = time.perf_counter()
-        rate = max(group['lr'] for group in training.optimizer.param_groups)
+        row: dict[str, Any] = {'stage': training.name, 'epoch': epoch + 1}
+        row['lr'] = max(group['lr'] for group in training.optimizer.param_groups)
         with self._timed('train'):
-            loss = self._train_epoch(training, epoch)
-            result = self._evaluate(training.objective, val, 'val')
-        val_loss: float = result[training.objective.loss_name]
-        self._refuse_non_finite(val_loss, f'{name}, validation of epoch {epoch + 1}')
-        if isinstance(scheduler, ReduceLROnPlateau):
-            scheduler.step(loss)
-        row: dict[str, Any] = dict(stage=name, epoch=epoch + 1, lr=rate, train_loss=loss)
-        row['val_loss'] = val_loss
-        text = f'lr {rate:.2g}, train loss {loss:.4f}, val loss {val_loss:.4f}, '
+            row['train_loss'] = self._train_epoch(training, epoch)
+            result = self._evaluate(training.objective, training.val, 'val')
+        row['val_loss'] = result[training.objective.loss_name]
+        where = f'{training.name}, validation of epoch {epoch + 1}'
+        self._refuse_non_finite(row['val_loss'], where)
         if 'accuracy' in result:
             row['val_accuracy'] = result['accuracy']
-            text += f'val accuracy {result["accuracy"]:.2%}, '
         row['seconds'] = round(time.perf_counter() - start, 2)
-        self.accelerator.print(f'{name} {epoch + 1}: {text}{row["seconds"]:.1f} s')
+        self.accelerator.print(_text(row))
+        if isinstance(scheduler, ReduceLROnPlateau):
+            scheduler.step(row['train_loss'])
         progress.steps += len(training.loader)
         progress.scheduler = scheduler.state_dict()
-        if progress.add(row) and self.accelerator.is_main_process:
-            self.save_model(self.output / 'model')
+        progress.add(row)
         save_checkpoint(self.output, progress, self.accelerator, self.save_model)
+        self._keep_best()
+
+    def _keep_best(self) -> None:
+        """Write model/ if the model is the best now: after the checkpoint, from which `resume` does
+        it again for a run that was killed between the two."""
+        if self.progress.latest_is_best and self.accelerator.is_main_process:
+            self.save_model(self.output / 'model')
+        self.accelerator.wait_for_everyone()
 
     def _train_epoch(self, training: Training, epoch: int) -> float:
         """One pass over the training set, which `epoch`, from 0, puts in order; its mean loss over
@@ -261,16 +261,14 @@ class Run:
         set_training_mode(self.model, stage)
         update = epoch * math.ceil(len(loader) / self.config.grad_accum_steps)
         total, count = 0.0, 0
-        title = f'{training.name} {epoch + 1}/{stage.epochs}'
-        progress = self._progress_bar(loader, title)
+        progress = self._progress_bar(loader, f'{training.name} {epoch + 1}/{stage.epochs}')
         for step, (x, y) in enumerate(progress):
             self.interruption.check()
             with accelerator.accumulate(training.module):
                 loss = training.module(x, y)
                 value = loss.item()
-                self._refuse_non_finite(
-                    value, f'{training.name}, epoch {epoch + 1}, step {step + 1}'
-                )
+                where = f'{training.name}, epoch {epoch + 1}, step {step + 1}'
+                self._refuse_non_finite(value, where)
                 if not loss.requires_grad:
                     raise ValueError(
                         f"Stage '{training.name}' trains nothing: the unsupervised loss of "
@@ -333,32 +331,19 @@ class Run:
     def _datasets(self, stage: Stage, *, pool: bool = False) -> dict[str, Any]:
         """Images, or what a stage with a frozen backbone works on: features of the model as it is
         now or, to `pool`, its pooled vectors where the classifier alone is trained."""
-        config = self.config
+        config, accelerator = self.config, self.accelerator
         if not config.caches(stage):
             return self.images
         pool = pool and stage.train == 'classifier' and not stage.head_loss
         cached = {}
         with self._timed('features'):
             for name in (name for name in self.images if name != 'augmented'):
-                images = self.images[name]
-                cached[name] = cache_features(self.model, images, config, self.accelerator)
+                data = cache_features(self.model, self.images[name], config, accelerator)
                 if pool and name != 'test':
                     path = self.output / 'pooled' / f'{name}.npy'
-                    cached[name] = cache_pooled(
-                        self.model, cached[name], path, config, self.accelerator
-                    )
+                    data = cache_pooled(self.model, data, path, config, accelerator)
+                cached[name] = data
         return {**cached, 'augmented': cached['train']}
-
-    def _loader(
-        self, dataset: Dataset[Any], *, shuffle: bool = False, drop_last: bool = False
-    ) -> DataLoader[Any]:
-        """A loader over a data set, before accelerate prepares it."""
-        # Cached features come from a memory map: workers would only copy them once more.
-        whole: Any = dataset.dataset if isinstance(dataset, Subset) else dataset
-        workers = self.config.workers if whole.gives == 'images' else 0
-        return DataLoader(
-            dataset, self.config.batch_size, shuffle, num_workers=workers, drop_last=drop_last
-        )
 
     def _evaluate(
         self, objective: Objective, dataset: Images | Cached, name: str
@@ -369,16 +354,15 @@ class Run:
         # DDP gives rank 0's batch-norm statistics to the others only at its next step.
         broadcast([*self.model.buffers()])
         share = range(accelerator.process_index, len(dataset), accelerator.num_processes)
-        batches = self._progress_bar(self._loader(Subset(dataset, share)), name)
+        batches = self._progress_bar(create_loader(dataset, self.config, sampler=share), name)
         with accelerator.autocast():
             return objective.evaluate(
                 send_to_device(batch, accelerator.device) for batch in batches
             )
 
     def _progress_bar(self, loader: Any, title: str) -> Any:
-        return tqdm(
-            loader, title, leave=False, disable=not self.accelerator.is_main_process or None
-        )
+        hidden = not self.accelerator.is_main_process or None  # None: shown on a terminal
+        return tqdm(loader, title, leave=False, disable=hidden)
 
     @contextmanager
     def _timed(self, what: str) -> Iterator[None]:
@@ -393,6 +377,12 @@ class Run:
 
     def _load_weights(self, folder: Path) -> None:
         self.model.load_state_dict(safetensors.torch.load_file(folder / 'model.safetensors'))
+
+
+def _text(results: dict[str, Any]) -> str:
+    """`val loss 0.1234, val accuracy 0.9876`."""
+    values = {k: f'{v:.4g}' if isinstance(v, float) else v for k, v in results.items()}
+    return ', '.join(f'{key.replace("_", " ")} {value}' for key, value in values.items())
 
 
 def _create_accelerator(config: Config) -> Accelerator:
