@@ -212,7 +212,7 @@ def load_folder(
     data_dir: str, name: str, known: dict[str, int] | None = None, *, advice: str = ''
 ) -> Split:
     """One split of a folder, all images DATA_DIR/NAME/CLASS/IMAGE, labelled by `known` indices of
-    classes or in the order of names. ValueError as `load_splits`, with `advice` if it is missing."""
+    classes or in the order of names. ValueError as `load_splits`; `advice` if it is missing."""
     folder = Path(data_dir, name)
     if not folder.is_dir():
         raise ValueError(

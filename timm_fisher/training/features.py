@@ -1,5 +1,4 @@
-"""What a frozen part of a model gives for each image, computed once and kept in files: features of
-the backbone, and pooled vectors."""
+"""Features of a frozen backbone, and pooled vectors, computed once and kept in files."""
 
 from __future__ import annotations
 
@@ -29,8 +28,8 @@ from timm_fisher.training.tables import three_digits
 
 
 class Cached(Dataset[tuple[list[Tensor], int]]):
-    """Lists of tensors, memory-mapped from one file for each of them, and labels: 'features', one
-    for each stage that the model pools, or 'pooled', one vector."""
+    """Memory-mapped lists of tensors, and labels: 'features', one for each stage that the model
+    pools, or 'pooled', one vector."""
 
     def __init__(self, paths: Sequence[Path], labels: np.ndarray, gives: Gives) -> None:
         self.arrays = [np.load(path, mmap_mode='r', allow_pickle=False) for path in paths]
@@ -74,8 +73,8 @@ def cache_features(
 def cache_pooled(
     model: PooledModel, features: Cached, path: Path, config: Config, accelerator: Accelerator
 ) -> Cached:
-    """Pool cached features once, for a stage that trains the classifier alone; the file is written
-    anew each time, for the head may have been trained meanwhile."""
+    """Pool cached features once, for a stage that trains the classifier alone, into a new file: the
+    head may have been trained meanwhile."""
     model.to(accelerator.device).eval()
 
     def pool(x: list[Tensor]) -> list[Any]:
@@ -93,7 +92,7 @@ def _write(
     config: Config,
     accelerator: Accelerator,
 ) -> None:
-    """Write what a function of a batch gives, a list of tensors, one file for each of them."""
+    """Write what a function of a batch gives, one file for each tensor."""
     device, main = accelerator.device, accelerator.is_main_process
 
     def call(batch: Any) -> list[Tensor]:

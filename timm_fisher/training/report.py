@@ -1,7 +1,5 @@
-"""What a run says of itself: metrics.json, the command that repeats it, the curve.
-
-metrics.json may be published with the model, so nothing in it tells of this machine's folders.
-"""
+"""What a run says of itself: metrics.json, which tells nothing of this machine's folders, for it may
+be published; the command that repeats the run; the curve."""
 
 from __future__ import annotations
 
@@ -27,7 +25,7 @@ from timm_fisher.training.config import Config, Stage
 
 def describe(config: Config, model: PooledModel, accelerator: Accelerator) -> dict[str, Any]:
     """What metrics.json says of a run, besides its results."""
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+    parameters = sum(p.numel() for p in model.parameters())
     keys = ('head', 'head_kwargs', 'backbone', 'backbone_stage', 'dataset', 'seed')
     settings = {key: getattr(config, key) for key in keys}
     if config.dataset == 'npz':  # as of a folder: its name need not be the data set's
@@ -53,8 +51,8 @@ def head_names(config: Config) -> str:
 
 
 def command(config: Config, accelerator: Accelerator) -> str:
-    """The command that repeats a run, with whatever configuration file it was started; PATH stands
-    for the images, and of other folders only the last name is left."""
+    """The command that repeats a run, without its configuration file; PATH stands for the images,
+    and of other folders only the last name is left."""
     settings = _changed(config)
     for key in ('output', 'resume', 'cache_dir'):
         settings.pop(key, None)
@@ -94,8 +92,7 @@ def without_paths(value: Any) -> Any:
 
 
 def draw_curve(history: list[dict[str, Any]], path: Path) -> None:
-    """Losses and, if any stage is supervised, validation accuracy by epoch; the stages are set off
-    by lines."""
+    """Losses and, if any stage is supervised, validation accuracy by epoch, with the stages."""
     accuracies = [100 * row.get('val_accuracy', math.nan) for row in history]
     supervised = any(map(math.isfinite, accuracies))
     figure = Figure(figsize=(10, 4))
