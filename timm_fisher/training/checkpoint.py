@@ -80,32 +80,18 @@ def latest_checkpoint(output: Path) -> Path | None:
 
 @dataclass
 class Progress:
-    """How far a run has come.
+    """How far a run has come."""
 
-    Attributes:
-        setting: what the launcher decides, and an exact resume needs again.
-        history: a row for each epoch, those of log.jsonl.
-        best: stage, epoch and validation accuracy (or loss) of the model that is kept.
-        seconds: spent on 'features', 'fit' and 'train'.
-        steps: of training, on one process.
-        scheduler: state of the learning rate's schedule.
-    """
-
-    setting: dict[str, Any]
-    history: list[dict[str, Any]] = field(default_factory=list)
-    best: dict[str, Any] = field(default_factory=dict)
-    seconds: dict[str, float] = field(
-        default_factory=lambda: dict.fromkeys(('features', 'fit', 'train'), 0.0)
-    )
-    steps: int = 0
-    scheduler: dict[str, Any] = field(default_factory=dict)
+    setting: dict[str, Any]  # what the launcher decides, and an exact resume needs again
+    history: list[dict[str, Any]] = field(default_factory=list)  # a row for each epoch
+    best: dict[str, Any] = field(default_factory=dict)  # the epoch of model/, and its metric
+    seconds: dict[str, float] = field(default_factory=dict)
+    steps: int = 0  # of training, on one process
+    scheduler: dict[str, Any] = field(default_factory=dict)  # its state
 
     def add(self, row: dict[str, Any]) -> None:
-        """Take in an epoch, which may be the best so far.
-
-        Unsupervised losses of different features cannot be compared: until labels say which epoch
-        is the best, it is the last.
-        """
+        """Take in an epoch. Until labels say which is the best, it is the last: unsupervised losses
+        of different features cannot be compared."""
         self.history.append(row)
         best = self.best.get('val_accuracy')
         if best is None or row.get('val_accuracy', -1.0) > best:

@@ -98,8 +98,8 @@ def _refuse_new_names(parser: _Parser, words: list[str], given: jsonargparse.Nam
     for word in rest:
         match = re.match(r'--(\w+)\.([^.=]+)\.[^=]+(=)?', word)
         field, name, has_value = match.groups() if match else ('config', '', '')
-        values = given[field] if isinstance(given[field], dict) else {}
-        if isinstance(values.get(name), jsonargparse.Namespace):
+        values = given[field]
+        if isinstance(values, dict) and isinstance(values.get(name), jsonargparse.Namespace):
             named.append((field, name))
             if not has_value:
                 next(rest)

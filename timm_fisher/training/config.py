@@ -19,9 +19,8 @@ class Stage:
             while its rest is frozen, in evaluation mode; empty for all of it.
         unsupervised: the loss is the head's unsupervised loss alone; no label is read, and the
             classifier is frozen. Before each step the head updates itself by its own rule, if it
-            has one; images left over at the end of an epoch, too few for a batch, are left out.
-            After a supervised stage only last/ gets what it learns: model/ keeps the epoch of the
-            best validation accuracy.
+            has one; a last batch of too few images is left out. After a supervised stage only last/
+            gets what it learns: model/ keeps the epoch of the best validation accuracy.
         epochs: passes over the training set.
         opt: optimizer, any that timm.optim knows; sgd is Nesterov's, momentum the plain one.
         lr: learning rate.
@@ -76,10 +75,10 @@ class Config:
         resume: continue the run in this folder exactly where its last checkpoint is.
         data_dir: folder with train/, val/ and test/, one subfolder per class; or the root of a
             torch/ or hfds/ data set; or a file of arrays.
-        dataset: empty for such a folder, torch/NAME or hfds/NAME as timm takes them, digits
-            (scikit-learn's handwritten digits, built in), or npz for a file FILE.npz with images
-            and labels x_train, y_train, x_test and y_test, or x and y: images [n, H, W] or
-            [n, H, W, C], uint8 or float from 0 to 1, labels [n], integers or strings.
+        dataset: empty for such a folder, torch/NAME or hfds/NAME as timm takes them, digits (those
+            of scikit-learn), or npz for FILE.npz with images and labels x_train, y_train, x_test
+            and y_test, or x and y: images [n, H, W] or [n, H, W, C], uint8 or float from 0 to 1,
+            labels [n], integers or strings.
         train_split: name of the training split.
         val_split: name of the validation split; null carves it from the training split, as is
             always done for npz.
@@ -159,9 +158,7 @@ class Config:
             if stage.epochs < 1:
                 raise ValueError(f'stages.{name}.epochs is {stage.epochs}; give 1 or more.')
             if stage.unsupervised and stage.train == 'classifier':
-                raise ValueError(
-                    f'stages.{name}: an unsupervised stage cannot train the classifier.'
-                )
+                raise ValueError(f'stages.{name} is unsupervised: it cannot train the classifier.')
             if stage.layers and not stage.trains_backbone:
                 raise ValueError(
                     f'stages.{name}.layers is {stage.layers}, but train is {stage.train}: the '

@@ -40,6 +40,21 @@ class Split:
         """Some of its images, by their places in the split."""
         return Split(self.dataset, self.indices[part], self.labels[part])
 
+    def carve(
+        self, name: str, fraction: float, stratify: np.ndarray | None, seed: int
+    ) -> tuple[Split, Split]:
+        """The rest, and a fraction, both in order. ValueError if there are too few images."""
+        places = np.arange(len(self.indices))
+        options: dict[str, Any] = {'test_size': fraction, 'random_state': seed}
+        try:
+            parts = train_test_split(places, stratify=stratify, **options)
+        except ValueError as error:
+            raise ValueError(
+                f'No {name} set of {fraction:.0%} can be carved from {len(places)} images: {error}'
+            ) from error
+        rest, part = (self.take(part[np.argsort(self.indices[part])]) for part in parts)
+        return rest, part
+
     def fingerprint(self) -> str:
         """Changes when the images do; of data that are neither files nor one array, when one of 256
         images does, evenly spread."""
@@ -141,10 +156,9 @@ def load_splits(config: Config) -> tuple[dict[str, Split], list[str]]:
             splits[name] = splits[name].take(np.sort(order[:limit]))
     if 'val' not in splits:
         train = splits['train']
-        labels = None if config.unsupervised else train.labels
-        places = np.arange(len(train.indices))
-        kept, carved = _carve('validation', places, labels, config.val_fraction, config.seed)
-        splits['train'], splits['val'] = train.take(kept), train.take(carved)
+        stratify = None if config.unsupervised else train.labels
+        parts = train.carve('validation', config.val_fraction, stratify, config.seed)
+        splits['train'], splits['val'] = parts
     prints = {name: split.fingerprint() for name, split in splits.items()}
     for name, other in itertools.combinations(prints, 2):
         if prints[name] == prints[other]:
@@ -158,20 +172,6 @@ def load_splits(config: Config) -> tuple[dict[str, Split], list[str]]:
             f'{classes}. Training needs two or more: one subfolder per class.'
         )
     return splits, classes
-
-
-def _carve(
-    name: str, places: np.ndarray, labels: np.ndarray | None, fraction: float, seed: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """The rest, and a fraction stratified by labels, both in order."""
-    options: dict[str, Any] = {'test_size': fraction, 'stratify': labels, 'random_state': seed}
-    try:
-        rest, part = train_test_split(places, **options)
-    except ValueError as error:
-        raise ValueError(
-            f'No {name} set of {fraction:.0%} can be carved from {len(places)} images: {error}'
-        ) from error
-    return np.sort(rest), np.sort(part)
 
 
 def _load_digits(config: Config) -> tuple[dict[str, Split], list[str]]:
@@ -306,8 +306,7 @@ def _load_arrays(config: Config) -> tuple[dict[str, Split], list[str]]:
         pixels = _to_pixels(arrays[x], top, f"'{x}' in '{file}'")
         splits[name] = _whole(ArrayImages(pixels, np.searchsorted(classes, labels)))
     if not has_test_split and config.test_split is not None:
-        parts = _test_part(splits['train'].labels, config)
-        splits = dict(zip(('train', 'test'), map(splits['train'].take, parts), strict=True))
+        splits['train'], splits['test'] = _split_off_test(splits['train'], config)
     return splits, [str(name) for name in classes]
 
 
@@ -341,17 +340,18 @@ def _to_pixels(x: np.ndarray, top: float, where: str) -> np.ndarray:
     return x[..., 0] if x.ndim == 4 and x.shape[3] == 1 else x
 
 
-def _test_part(labels: np.ndarray, config: Config) -> tuple[np.ndarray, np.ndarray]:
-    """Places of the training and of the test images in a data set without a test split."""
-    order = np.random.default_rng(0).permutation(len(labels))
+def _split_off_test(whole: Split, config: Config) -> tuple[Split, Split]:
+    """Training and test images of a data set without a test split."""
+    count = len(whole.labels)
+    shuffled = whole.take(np.random.default_rng(0).permutation(count))
     if not config.folds:
-        return _carve('test', order, labels[order], config.test_fraction, seed=0)
-    if not 2 <= config.folds <= len(labels) or not 0 <= config.fold < config.folds:
+        return shuffled.carve('test', config.test_fraction, shuffled.labels, seed=0)
+    if not 2 <= config.folds <= count or not 0 <= config.fold < config.folds:
         raise ValueError(
-            f'fold {config.fold} of {config.folds} folds does not exist for {len(labels)} images: '
+            f'fold {config.fold} of {config.folds} folds does not exist for {count} images: '
             f'give 2 folds or more, and a fold from 0 to {config.folds - 1}.'
         )
     # Dealt out class by class: unlike scikit-learn's, more folds than a class has images.
-    by_class = order[np.argsort(labels[order], kind='stable')]
+    by_class = shuffled.indices[np.argsort(shuffled.labels, kind='stable')]
     test = np.sort(by_class[config.fold :: config.folds])
-    return np.setdiff1d(order, test), test
+    return whole.take(np.setdiff1d(whole.indices, test)), whole.take(test)

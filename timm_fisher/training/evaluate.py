@@ -19,8 +19,8 @@ from timm_fisher.training.data import Split, create_datasets, load_folder, load_
 
 
 def accuracies(labels: Sequence[int], predicted: Sequence[int]) -> dict[str, Any]:
-    """`accuracy`, the share of images that are right, `balanced_accuracy`, its mean over the classes
-    that the labels have, and `samples`, the number of images."""
+    """`accuracy`, the share that is right, `balanced_accuracy`, its mean over the classes that the
+    labels have, and `samples`, the number of images."""
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', UserWarning)  # a class that no label of a split has
         balanced = balanced_accuracy_score(labels, predicted)
@@ -35,8 +35,7 @@ def accuracies(labels: Sequence[int], predicted: Sequence[int]) -> dict[str, Any
 def evaluate(
     model: PooledModel, data_dir: str, split: str, *, batch_size: int = 32, workers: int = 2
 ) -> dict[str, Any]:
-    """`accuracy`, `balanced_accuracy` and `samples` of a split, by the model's own preprocessing,
-    on the model's device.
+    """`accuracies` on a split, by the model's own preprocessing, on the model's device.
 
     Args:
         model: with a classifier.

@@ -1,5 +1,5 @@
-"""What a run says of itself: metrics.json, which tells nothing of this machine's folders, for it may
-be published; the command that repeats the run; the curve."""
+"""What a run says of itself: metrics.json, which may be published, so nothing in it tells of this
+machine's folders; the command that repeats the run; the curve."""
 
 from __future__ import annotations
 

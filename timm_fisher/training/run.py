@@ -106,13 +106,8 @@ def train(config: Config) -> dict[str, Any]:
         if accelerator.is_main_process:
             run.save_model(output / 'last')
 
-        # Evaluate the best epoch
-        split = 'test' if 'test' in images else 'val'
-        result = run.evaluate_best(split)
-
-        # Save
-        metrics = run.save_metrics(split, result)
-        say(f'{split}: {_text(result)} -> {output}')
+        # Evaluate
+        metrics = run.evaluate_best()
     accelerator.end_training()
     return metrics
 
@@ -136,7 +131,7 @@ def create_model(config: Config, num_classes: int) -> PooledModel:
 
 @dataclass
 class Training:
-    """A stage while it is trained: its data and objective, and what accelerate made of them."""
+    """A stage while it is trained, with what accelerate made of it."""
 
     name: str
     stage: Stage
@@ -173,8 +168,8 @@ class Run:
     def resume(self, checkpoint: Path) -> None:
         """Go back to a checkpoint; `train_stage` takes the rest of its state."""
         before = Progress(**json.loads((checkpoint / 'progress.json').read_text()))
-        if before.setting != self.progress.setting:
-            now = self.progress.setting
+        now = self.progress.setting
+        if before.setting != now:
             raise ValueError(f'--resume must keep {before.setting}; this is {now}.')
         self.progress = before
         self._load_weights(checkpoint / 'model')
@@ -247,7 +242,7 @@ class Run:
 
     def _keep_best(self) -> None:
         """Write model/ if the model is the best now: after the checkpoint, from which `resume` does
-        it again for a run that was killed between the two."""
+        it again if a run was killed between the two."""
         if self.progress.latest_is_best and self.accelerator.is_main_process:
             self.save_model(self.output / 'model')
         self.accelerator.wait_for_everyone()
@@ -288,15 +283,15 @@ class Run:
         """Add to the gradient, and, if it is complete, change the model."""
         accelerator, optimizer, stage = self.accelerator, training.optimizer, training.stage
         accelerator.backward(training.objective.weight * loss)
-        if stage.clip_grad is not None and accelerator.sync_gradients:
+        if accelerator.sync_gradients and stage.clip_grad is not None:
             parameters = [p for group in optimizer.param_groups for p in group['params']]
             accelerator.clip_grad_norm_(parameters, stage.clip_grad)
         optimizer.step()
+        optimizer.zero_grad()
         if accelerator.sync_gradients:
             self.model.project_()
             if not isinstance(training.scheduler, ReduceLROnPlateau):
                 training.scheduler.step_update(update)
-        optimizer.zero_grad()
 
     def _refuse_non_finite(self, loss: float, where: str) -> None:
         if not math.isfinite(loss):
@@ -306,31 +301,32 @@ class Run:
                 'clip_grad, or mixed_precision no or bf16.'
             )
 
-    def evaluate_best(self, split: str) -> dict[str, Any]:
-        """The results of the epoch that validated best, which the model becomes."""
-        stage = self.config.stages[self.progress.best['stage']]
+    def evaluate_best(self) -> dict[str, Any]:
+        """Evaluate the epoch that validated best, which the model becomes, on the test split or, if
+        there is none, on the validation split; what is written to metrics.json."""
+        progress, split = self.progress, 'test' if 'test' in self.images else 'val'
+        stage = self.config.stages[progress.best['stage']]
         self._load_weights(self.output / 'model')
         dataset = self._datasets(stage)[split]
-        return self._evaluate(create_objective(self.model, stage, dataset.gives), dataset, split)
-
-    def save_metrics(self, split: str, result: dict[str, Any]) -> dict[str, Any]:
-        """Write metrics.json; its content."""
-        progress = self.progress
+        objective = create_objective(self.model, stage, dataset.gives)
+        result = self._evaluate(objective, dataset, split)
+        seconds = {key: progress.seconds.get(key, 0.0) for key in ('features', 'fit', 'train')}
         metrics = {
             split: result,
             'best': progress.best,
             **describe(self.config, self.model, self.accelerator),
             'img_size': self.data_config['input_size'][-1],
             'steps': progress.steps,
-            'seconds': {key: round(value, 2) for key, value in progress.seconds.items()},
+            'seconds': {key: round(value, 2) for key, value in seconds.items()},
         }
         if self.accelerator.is_main_process:
             write(self.output / 'metrics.json', json.dumps(metrics, indent=2) + '\n')
+        self.accelerator.print(f'{split}: {_text(result)} -> {self.output}')
         return metrics
 
     def _datasets(self, stage: Stage, *, pool: bool = False) -> dict[str, Any]:
-        """Images, or what a stage with a frozen backbone works on: features of the model as it is
-        now or, to `pool`, its pooled vectors where the classifier alone is trained."""
+        """Images, or, with a frozen backbone, features of the model as it is now or, to `pool`, its
+        pooled vectors where the classifier alone is trained."""
         config, accelerator = self.config, self.accelerator
         if not config.caches(stage):
             return self.images
@@ -368,7 +364,8 @@ class Run:
     def _timed(self, what: str) -> Iterator[None]:
         start = time.perf_counter()
         yield
-        self.progress.seconds[what] += time.perf_counter() - start
+        taken = time.perf_counter() - start
+        self.progress.seconds[what] = self.progress.seconds.get(what, 0.0) + taken
 
     def save_model(self, folder: Path) -> None:
         """Write the model as it is now."""

@@ -52,16 +52,13 @@ class Supervised(nn.Module):
     def evaluate(self, batches: Batches) -> dict[str, Any]:
         """`loss`, the cross-entropy, `accuracy`, `balanced_accuracy` and `samples` of a data set;
         `batches` are this rank's share of it."""
-        losses: list[float] = []
-        labels: list[int] = []
-        predicted: list[int] = []
+        rows: list[tuple[float, int, int]] = []
         for x, y in batches:
             logits = self._logits(x)[0].float()
-            losses += F.cross_entropy(logits, y, reduction='none').tolist()
-            labels += y.tolist()
-            predicted += logits.argmax(1).tolist()
-        losses, labels, predicted = map(gather_object, (losses, labels, predicted))
-        return {'loss': statistics.fmean(losses), **accuracies(labels, predicted)}
+            losses = F.cross_entropy(logits, y, reduction='none')
+            rows += zip(losses.tolist(), y.tolist(), logits.argmax(1).tolist(), strict=True)
+        values, labels, predicted = zip(*gather_object(rows), strict=True)
+        return {'loss': statistics.fmean(values), **accuracies(labels, predicted)}
 
     def _logits(self, x: Any, head_loss: bool = False) -> tuple[Tensor, Tensor | float]:
         model: Any = self.model
