@@ -26,11 +26,7 @@ if TYPE_CHECKING:  # slow to import, for whoever launches runs
 @contextmanager
 def open_folder(config: Config, accelerator: Accelerator) -> Iterator[Path]:
     """The folder `config.output`, with its config.yaml, while no other run may write there.
-
-    Raises:
-        ValueError: another run is writing there, it holds a run that is not to be resumed, or one
-            with other settings, or none that could be resumed.
-    """
+    ValueError if one does, or if `config.resume` and the settings do not fit what is there."""
     output = Path(config.output)
     # The system takes it back when the process ends, however it does.
     lock = FileLock(output / '.lock', timeout=0)

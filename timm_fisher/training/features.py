@@ -7,6 +7,7 @@ import math
 import os
 import uuid
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -62,10 +63,7 @@ def cache_features(
     paths = [stem.with_name(f'{stem.name}-{i}.npy') for i in range(len(model.descriptors))]
     # The main process decides for all: another run may publish the same files at any moment.
     if not broadcast_object_list([all(path.exists() for path in paths)])[0]:
-
-        def features(images: Tensor) -> list[Tensor]:
-            return model.descriptors.features(model.backbone, images)
-
+        features = partial(model.descriptors.features, model.backbone)
         _write(paths, features, dataset, config, accelerator)
     return Cached(paths, dataset.split.labels, 'features')
 
@@ -76,11 +74,8 @@ def cache_pooled(
     """Pool cached features once, for a stage that trains the classifier alone, into a new file: the
     head may have been trained meanwhile."""
     model.to(accelerator.device).eval()
-
-    def pool(x: list[Tensor]) -> list[Any]:
-        return [model.forward_head(x, pre_logits=True)]
-
-    _write([path], pool, features, config, accelerator)
+    pool = partial(model.forward_head, pre_logits=True)
+    _write([path], lambda x: [pool(x)], features, config, accelerator)
     return Cached([path], features.labels, 'pooled')
 
 
@@ -94,13 +89,9 @@ def _write(
 ) -> None:
     """Write what a function of a batch gives, one file for each tensor."""
     device, main = accelerator.device, accelerator.is_main_process
-
-    def call(batch: Any) -> list[Tensor]:
-        with accelerator.autocast():
-            return function(send_to_device(batch, device))
-
+    function = accelerator.autocast()(function)  # in a context for each call
     token = broadcast_object_list([uuid.uuid4().hex])[0]
-    partial = [path.with_suffix(f'.{token}.partial') for path in paths]
+    unfinished = [path.with_suffix(f'.{token}.partial') for path in paths]
     share = range(accelerator.process_index, len(dataset), accelerator.num_processes)
     # Small batches stay in a CPU's cache: twice as fast as 64 images at a time.
     batch_size = min(4, config.batch_size) if device.type == 'cpu' else config.batch_size
@@ -108,23 +99,24 @@ def _write(
     rows = iter(share)
     try:
         if main:
-            sample = call(default_collate([dataset[0][0]]))
-            _allocate(partial, [(len(dataset), *tensor.shape[1:]) for tensor in sample])
+            sample = function(send_to_device(default_collate([dataset[0][0]]), device))
+            _allocate(unfinished, [(len(dataset), *tensor.shape[1:]) for tensor in sample])
         accelerator.wait_for_everyone()
-        arrays = [np.lib.format.open_memmap(path, mode='r+') for path in partial]
+        arrays = [np.lib.format.open_memmap(path, mode='r+') for path in unfinished]
         for batch, labels in tqdm(loader, f'read {dataset.gives}', disable=not main or None):
             places = list(islice(rows, len(labels)))
-            for array, tensor in zip(arrays, call(batch), strict=True):
+            tensors = function(send_to_device(batch, device))
+            for array, tensor in zip(arrays, tensors, strict=True):
                 array[places] = tensor.float().cpu().numpy()
         for array in arrays:
             array.flush()
         accelerator.wait_for_everyone()
         if main:
-            for beside, path in zip(partial, paths, strict=True):
+            for beside, path in zip(unfinished, paths, strict=True):
                 os.replace(beside, path)
         accelerator.wait_for_everyone()
     except BaseException:
-        for path in partial:  # gigabytes that nobody would find
+        for path in unfinished:  # gigabytes that nobody would find
             path.unlink(missing_ok=True)
         raise
 
