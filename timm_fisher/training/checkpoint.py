@@ -1,5 +1,5 @@
-"""What keeps a run safe: a folder of its own, a checkpoint after each epoch from which it resumes
-exactly, and signals that end it with a sentence."""
+"""What keeps a run safe: a folder of its own, a checkpoint after each epoch, and signals that end
+it with a sentence."""
 
 from __future__ import annotations
 

@@ -15,8 +15,8 @@ class Stage:
     Args:
         train: the classifier alone, head and classifier, everything, or the backbone alone; the
             rest is frozen.
-        layers: names of the backbone's modules that are trained, such as conv_head or blocks.6,
-            while its rest is frozen, in evaluation mode; empty for all of it.
+        layers: the backbone's modules that are trained, such as conv_head or blocks.6, while its
+            rest is frozen, in evaluation mode; empty for all of it.
         unsupervised: the loss is the head's unsupervised loss alone; no label is read, and the
             classifier is frozen. Before each step the head updates itself by its own rule, if it
             has one; a last batch of too few images is left out. After a supervised stage only last/
@@ -33,8 +33,7 @@ class Stage:
         decay_rate: factor of the step and plateau schedules.
         patience_epochs: epochs without a lower training loss before plateau decays.
         min_lr: where cosine and plateau end.
-        head_loss: weight of the head's unsupervised loss, added to the cross-entropy; in an
-            unsupervised stage 0 stands for 1.
+        head_loss: weight of the head's unsupervised loss; in an unsupervised stage 0 stands for 1.
         label_smoothing: of the cross-entropy.
         clip_grad: largest norm of the gradient; null for none.
         freeze_bn: keep the statistics of the backbone's batch norms, as in evaluation.
@@ -86,11 +85,10 @@ class Config:
         val_fraction: share of the training split that is carved off, stratified by class.
         test_fraction: share of the images of an .npz with x and y alone that is the test split,
             stratified by class and always the same.
-        folds: number of parts that such an .npz is cut into instead, stratified by class; 0 for
-            none.
+        folds: number of parts, stratified by class, to cut such an .npz into instead; 0 for none.
         fold: which of them, from 0, is the test split.
-        max_train: at most this many training images are taken, at random but always the same,
-            before validation images are carved off; null for all.
+        max_train: at most this many training images, at random but always the same, validation
+            images that are carved off among them; null for all.
         max_test: at most this many test images, likewise.
         backbone: any name that timm.create_model takes, local-dir:FOLDER included.
         pretrained: load the backbone's pretrained weights.
@@ -105,14 +103,13 @@ class Config:
         crop_pct: share of the resized image that evaluation crops; null for the backbone's own.
         augment: arguments of timm.data.create_transform for training, {} for timm's defaults;
             null for no augmentation.
-        stages: the stages by name, in order. If all are unsupervised, no labels are needed, and
-            the model gets no classifier.
+        stages: by name, in order; if all are unsupervised, no labels are needed, and the model gets
+            no classifier.
         batch_size: images per process and step.
         workers: processes that load images; another number draws other augmentations.
         grad_accum_steps: steps whose gradients are added up.
         mixed_precision: null for what `accelerate launch` says.
-        cache: run a frozen backbone once and keep its features; null does so when there is no
-            augmentation.
+        cache: run a frozen backbone once and keep its features; null: if there is no augmentation.
         cache_dir: folder of cached features, shared by runs.
         seed: of everything random.
     """
@@ -175,8 +172,8 @@ class Config:
 
     def caches(self, stage: Stage) -> bool:
         """Whether this stage trains on cached features of its frozen backbone."""
-        wanted = self.augment is None if self.cache is None else self.cache
-        return wanted and not stage.trains_backbone
+        cache = self.augment is None if self.cache is None else self.cache
+        return cache and not stage.trains_backbone
 
     @property
     def unsupervised(self) -> bool:

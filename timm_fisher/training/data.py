@@ -121,20 +121,18 @@ class Images(Dataset[tuple[Tensor, int]]):
 def create_datasets(
     config: Config, splits: dict[str, Split], data_config: dict[str, Any]
 ) -> dict[str, Images]:
-    """Data sets by split name, preprocessed by timm's `data_config`; and 'augmented', the training
-    split, if it is there, by `config.augment`, too. TypeError for an unknown argument in that."""
+    """Data sets by split name, preprocessed by timm's `data_config`; and, with `config.augment`,
+    'augmented', the training split. TypeError for an unknown argument in that."""
     mode: Literal['L', 'RGB'] = 'L' if data_config['input_size'][0] == 1 else 'RGB'
     keys = ('input_size', 'interpolation', 'mean', 'std', 'crop_pct', 'crop_mode')
     shape = {key: data_config[key] for key in keys}
-    plain = timm.data.create_transform(**shape)
+    create = timm.data.create_transform
+    plain = create(**shape)
     datasets = {name: Images(split, plain, mode) for name, split in splits.items()}
     if config.augment is not None:
-        create = timm.data.create_transform
         check_arguments('augment', create, config.augment, given=(*keys, 'is_training'))
         augmenting = create(**shape, is_training=True, **config.augment)
         datasets['augmented'] = Images(splits['train'], augmenting, mode)
-    elif 'train' in datasets:
-        datasets['augmented'] = datasets['train']
     return datasets
 
 

@@ -96,11 +96,8 @@ def timed(run: Callable[[], T], device: str = 'cpu') -> tuple[float, T]:
 
 
 def peak_memory(run: Callable[[], object], device: str) -> int:
-    """Most bytes that PyTorch's allocator holds at a time during `run`, beyond those before it.
-
-    On a CPU they are those that the profiler sees, without the scratch memory of BLAS, oneDNN and
-    the like.
-    """
+    """Most bytes that PyTorch's allocator holds at a time during `run`, beyond those before it; on
+    a CPU without the scratch memory of BLAS, oneDNN and the like."""
     if torch.device(device).type == 'cuda':
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
@@ -126,6 +123,5 @@ def processor(device: str) -> str:
 
 
 def load() -> float | None:
-    """Processes that ran or waited in the last minute, on average; None where the system does not
-    tell."""
+    """Processes that ran or waited in the last minute, on average; None on Windows."""
     return round(os.getloadavg()[0], 2) if hasattr(os, 'getloadavg') else None

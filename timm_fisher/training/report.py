@@ -25,7 +25,7 @@ from timm_fisher.training.config import Config, Stage
 
 def describe(config: Config, model: PooledModel, accelerator: Accelerator) -> dict[str, Any]:
     """What metrics.json says of a run, besides its results."""
-    parameters = sum(p.numel() for p in model.parameters())
+    total, backbone = (sum(p.numel() for p in m.parameters()) for m in (model, model.backbone))
     keys = ('head', 'head_kwargs', 'backbone', 'backbone_stage', 'dataset', 'seed')
     settings = {key: getattr(config, key) for key in keys}
     if config.dataset == 'npz':  # as of a folder: its name need not be the data set's
@@ -33,8 +33,8 @@ def describe(config: Config, model: PooledModel, accelerator: Accelerator) -> di
     return {
         **without_paths(settings),
         'out_features': model.head_hidden_size,
-        'parameters': parameters,
-        'head_parameters': parameters - sum(p.numel() for p in model.backbone.parameters()),
+        'parameters': total,
+        'head_parameters': total - backbone,
         'peak_memory_mb': round(_peak_memory(accelerator.device) / 2**20),
         'processes': accelerator.num_processes,
         'device': str(accelerator.device),

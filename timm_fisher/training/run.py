@@ -52,10 +52,7 @@ from timm_fisher.training.stages import (
 
 
 def train(config: Config) -> dict[str, Any]:
-    """Fit, train in stages, evaluate and save, as a configuration says.
-
-    Returns:
-        The content of metrics.json.
+    """Fit, train in stages, evaluate and save, as a configuration says; returns metrics.json.
 
     Raises:
         ValueError: settings or data that do not fit; the message says what to do.
@@ -198,18 +195,19 @@ class Run:
     def _prepare(self, name: str, stage: Stage) -> Training:
         config, accelerator = self.config, self.accelerator
         datasets = self._datasets(stage, pool=True)
+        augmented = datasets.get('augmented', datasets['train'])
         freeze(self.model, name, stage)
-        # Seeded by the stage, so that resuming at its beginning is exact; and by the rank, so that
-        # the ranks draw different augmentation and dropout.
+        # By the stage, so that resuming at its beginning is exact; and by the rank, so that ranks
+        # draw different augmentation and dropout.
         number = list(config.stages).index(name)
         set_seed(config.seed + 1000 * (number + 1), device_specific=True)
-        objective = create_objective(self.model, stage, datasets['train'].gives)
-        enough = config.batch_size * accelerator.num_processes <= len(datasets['train'])
+        objective = create_objective(self.model, stage, augmented.gives)
+        enough = config.batch_size * accelerator.num_processes <= len(augmented)
         drop_last = objective.whole_batches and enough
         module, optimizer, loader = accelerator.prepare(
             objective,
             create_optimizer(self.model, stage),
-            create_loader(datasets['augmented'], config, shuffle=True, drop_last=drop_last),
+            create_loader(augmented, config, shuffle=True, drop_last=drop_last),
         )
         updates = math.ceil(len(loader) / config.grad_accum_steps)
         scheduler = create_scheduler(optimizer.optimizer, stage, updates)
@@ -248,8 +246,7 @@ class Run:
         self.accelerator.wait_for_everyone()
 
     def _train_epoch(self, training: Training, epoch: int) -> float:
-        """One pass over the training set, which `epoch`, from 0, puts in order; its mean loss over
-        all ranks."""
+        """One pass over the training set, put in order by `epoch`; the mean loss of all ranks."""
         accelerator, loader, stage = self.accelerator, training.loader, training.stage
         loader.set_epoch(epoch)
         training.module.train()
@@ -339,7 +336,7 @@ class Run:
                     path = self.output / 'pooled' / f'{name}.npy'
                     data = cache_pooled(self.model, data, path, config, accelerator)
                 cached[name] = data
-        return {**cached, 'augmented': cached['train']}
+        return cached
 
     def _evaluate(
         self, objective: Objective, dataset: Images | Cached, name: str
