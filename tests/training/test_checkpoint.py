@@ -7,8 +7,23 @@ import sys
 
 import pytest
 
+from timm_fisher.training.checkpoint import latest_checkpoint
+
 ONE_EPOCH = {'only': {'train': 'head', 'epochs': 1}}
 NO_TEST = {'test_split': None, 'stages': ONE_EPOCH}
+
+
+def test_latest_of_many_checkpoints(tmp_path):
+    """By number, of those that are whole."""
+    assert latest_checkpoint(tmp_path) is None
+    for name in (
+        'checkpoint-0999',
+        'checkpoint-9999',
+        'checkpoint-10000',
+        'checkpoint-10001.partial',
+    ):
+        (tmp_path / name).mkdir()
+    assert latest_checkpoint(tmp_path) == tmp_path / 'checkpoint-10000'
 
 
 def test_resume_without_a_run(recipe, images, tmp_path):

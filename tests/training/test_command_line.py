@@ -83,3 +83,19 @@ def test_stage_with_a_hyphen(tmp_path):
     config = parse(Config, arguments=['--config', str(file), '--stages.fine-tune.lr', '0.5'])
     assert list(config.stages) == ['fine-tune']
     assert config.stages['fine-tune'].lr == 0.5
+
+
+@pytest.mark.parametrize('option', ['--stages.finetun.lr=0.1', '--stages.finetun.lr 0.1'])
+def test_stage_that_is_not_there(tmp_path, capsys, option):
+    """A mistyped name adds no stage; a stage as a whole may be added."""
+    file = tmp_path / 'config.yaml'
+    file.write_text('stages: {warm: {}, finetune: {lr: 0.5}}')
+    arguments = ['--backbone_kwargs.a.b', '1', *option.split(), '--seed', '1']
+    with pytest.raises(SystemExit):
+        parse(Config, arguments=['--config', str(file), *arguments])
+    message = "stages has no 'finetun', only ['warm', 'finetune']. Did you mean 'finetune'?"
+    assert message in capsys.readouterr().err
+    whole = ['--stages.finetun', '{"epochs": 3}', *arguments]
+    config = parse(Config, arguments=['--config', str(file), *whole])
+    assert list(config.stages) == ['warm', 'finetune', 'finetun']
+    assert (config.stages['finetun'].epochs, config.stages['finetun'].lr) == (3, 0.1)

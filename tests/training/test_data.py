@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from run_checks import (
     parse_config,
 )
 
-from timm_fisher.training.data import load_splits
+from timm_fisher.training.data import Split, load_splits
 
 ONE_EPOCH = {'only': {'train': 'head', 'epochs': 1}}
 NO_TEST = {'test_split': None, 'stages': ONE_EPOCH}
@@ -122,3 +124,35 @@ def test_carved_validation_depends_on_the_seed_alone(images):
 def test_too_few_images_to_carve_from(few):
     with pytest.raises(ValueError, match='No validation set of 10% can be carved from 12 images'):
         carve(few, val_fraction=0.1)
+
+
+def test_fingerprint_of_images_in_memory():
+    """Of a data set that tells neither files nor one array, such as some of torchvision's."""
+
+    class Pictures(list):
+        def __repr__(self):
+            return 'Pictures'
+
+    def fingerprint(change, count=10):
+        pixels = np.zeros((600, 4, 4), np.uint8)
+        pixels[change] = 1
+        pictures = Pictures((Image.fromarray(x), 0) for x in pixels)
+        return Split(pictures, np.arange(count), np.zeros(count, int)).fingerprint()
+
+    first = fingerprint(slice(0))
+    assert fingerprint(slice(0)) == first
+    assert fingerprint(9) != first
+    assert fingerprint(599) == first  # of another split
+    assert fingerprint(slice(300, 303), 600) != fingerprint(slice(0), 600)
+
+
+def test_fingerprint_of_files_of_torchvision(few):
+    """Its folders of images list them as timm's do."""
+    files = sorted(few.rglob('*.png'))
+    folder = SimpleNamespace(samples=[(str(path), 0) for path in files])
+    split = Split(folder, np.arange(5), np.zeros(5, int))
+    first = split.fingerprint()
+    os.utime(files[5], ns=(1, 1))
+    assert split.fingerprint() == first
+    os.utime(files[4], ns=(1, 1))
+    assert split.fingerprint() != first

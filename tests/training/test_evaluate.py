@@ -54,7 +54,9 @@ def test_arrays(tmp_path):
     with pytest.raises(ValueError, match=r"has no split 'tset', only \['train', 'test', 'val'\]"):
         evaluate(model, path, 'tset', workers=0)
     model.pretrained_cfg['label_names'] = ['0', '1', 'two']
-    with pytest.raises(ValueError, match=r"are \['0', '1', '2'\], those of the model"):
+    with pytest.raises(
+        ValueError, match=r"\['0', '1', '2'\]; the model has 3, \['0', '1', 'two'\]"
+    ):
         evaluate(model, path, 'test', workers=0)
 
 

@@ -124,7 +124,9 @@ def test_cache_that_does_not_fit(recipe, few, tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, 'posix_fallocate', full)
-    with pytest.raises(OSError, match=r'No space left.*--cache false'):
+    # Of 12 images, 192 channels at 2 x 2 positions, in float32.
+    message = r'0\.0352 MiB of features do not fit .*No space left.*--cache false'
+    with pytest.raises(OSError, match=message):
         recipe(data_dir=few, test_split=None, stages=HEAD_ONLY)
     assert not list((tmp_path / 'cache').iterdir())
 

@@ -10,39 +10,45 @@ import yaml
 from conftest import ENVIRONMENT, TINY
 
 from timm_fisher.training import launch as launching
+from timm_fisher.training.config import Config
 from timm_fisher.training.launch import launch
 
 
 @pytest.fixture
 def started(monkeypatch):
-    """Options of the runs that were started, instead of the runs: they write empty metrics."""
-    files = []
+    """Options of the runs that were started, instead of the runs: they write a configuration
+    and empty metrics."""
+    runs = []
 
     class Process:
         exitcode = 0
 
         def __init__(self, target, args):
-            (_, file, *resume), _ = args
-            files.append((yaml.safe_load(Path(file).read_text()), resume))
+            (_, options, *resume), _ = args
+            runs.append((yaml.safe_load(options), resume))
 
         def start(self):
-            folder = Path(files[-1][0]['output'])
+            options, _ = runs[-1]
+            folder = Path(options['output'])
             folder.mkdir(exist_ok=True)
+            (folder / 'config.yaml').write_text(Config(**options).to_yaml())
             (folder / 'metrics.json').write_text(json.dumps({'best': {}}))
 
         def join(self):
             pass
 
     monkeypatch.setattr(launching._PROCESSES, 'Process', Process)
-    return files
+    return runs
 
 
 def test_finished_run_is_not_run_again(started, tmp_path):
     for _ in range(2):
         launch({'batch_size': 8}, tmp_path / 'run')
     assert started == [({'batch_size': 8, 'output': str(tmp_path / 'run')}, [])]
-    with pytest.raises(ValueError, match='holds a run with other options'):
+    with pytest.raises(ValueError, match=r'keep the settings of .*: batch_size was 8, is 9'):
         launch({'batch_size': 9}, tmp_path / 'run')
+    launch({'batch_size': 8, 'workers': 1}, tmp_path / 'run')  # of no consequence
+    assert len(started) == 1
 
 
 def test_interrupted_run_is_resumed(started, tmp_path):
@@ -50,6 +56,27 @@ def test_interrupted_run_is_resumed(started, tmp_path):
     (tmp_path / 'run/config.yaml').touch()
     launch({}, tmp_path / 'run')
     assert started[0][1] == ['--resume', 'true']
+
+
+def test_log_of_a_resumed_run_goes_on(tmp_path, monkeypatch):
+    """A line of the interrupted run stays; a run with other options changes nothing."""
+    for key, value in ENVIRONMENT.items():
+        monkeypatch.setenv(key, value)
+    log, run = tmp_path / 'run.log', tmp_path / 'run'
+    options = {**TINY, 'dataset': 'digits', 'cache_dir': str(tmp_path / 'cache')}
+    options['stages'] = {'only': {'train': 'classifier', 'epochs': 1}}
+    metrics = launch(options, run, log=log)
+    (run / 'metrics.json').unlink()
+    log.write_text('a line\n')
+    before = {path: path.read_bytes() for path in run.rglob('*') if path.is_file()}
+    with pytest.raises(RuntimeError, match='batch_size was 16, is 8'):
+        launch({**options, 'batch_size': 8}, run, log=log)
+    assert before == {path: path.read_bytes() for path in run.rglob('*') if path.is_file()}
+    assert launch(options, run, log=log)['test'] == metrics['test']
+    text = log.read_text()
+    assert text.startswith('a line\n')
+    assert 'batch_size was 16' in text
+    assert 'resuming after checkpoint-0001' in text
 
 
 def test_run_that_fails(tmp_path, monkeypatch):

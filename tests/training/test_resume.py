@@ -177,7 +177,8 @@ def test_run_stopped_at_a_step_resumes_exactly(recipe, stop, few_images, tmp_pat
 
 @pytest.mark.parametrize('epoch', [1, slow(3)])
 def test_run_stopped_while_it_saves(recipe, stop, few_images, tmp_path, epoch):
-    """In the checkpoint, before the log, before the rename; epoch 3 ends a stage, with a curve."""
+    """In the checkpoint, before the log, before the rename, and before model/ is replaced by the
+    best; epoch 3 ends a stage, with a curve."""
     options = {'data_dir': few_images, 'stages': TWO_STAGES, 'test_split': None}
     expected = recipe(output=tmp_path / 'expected', **options)
     name = f'checkpoint-{epoch:04d}'
@@ -199,6 +200,28 @@ def test_run_stopped_while_it_saves(recipe, stop, few_images, tmp_path, epoch):
         assert {path.name for path in folder.iterdir() if path.name != f'checkpoint-{3:04d}'} == {
             path.name for path in expected.iterdir() if path.name != f'checkpoint-{3:04d}'
         }
+
+
+@pytest.mark.parametrize('moment', ['checkpoint', 'model'])
+def test_kept_model_is_that_of_the_figures(recipe, stop, few, tmp_path, moment):
+    """Stopped between checkpoint and model/: it is neither ahead of the checkpoint nor behind."""
+    options = {'data_dir': few, 'test_split': None}
+    options['stages'] = {'only': {'train': 'head', 'epochs': 1}}
+    expected = recipe(output=tmp_path / 'expected', **options)
+    output = tmp_path / 'run'
+
+    def when(*arguments):
+        assert not (output / 'model').exists()
+        assert (checkpoint.latest_checkpoint(output) is None) == (moment == 'checkpoint')
+        return True
+
+    where = {
+        'checkpoint': (checkpoint, 'write', lambda path, text: 'progress' in path.name and when()),
+        'model': (run.Run, 'save_model', lambda run, path: path.name == 'model'
+                  and path.parent == output and when()),
+    }  # fmt: skip
+    folder = stop(*where[moment], output=output, **options)
+    check_same_runs(folder, expected)
 
 
 def test_finished_run_resumes_to_itself(recipe, few_images):

@@ -1,5 +1,5 @@
-"""What keeps a run safe: a folder of its own, a checkpoint after each epoch from which it resumes
-exactly, and signals that end it with a sentence."""
+"""What keeps a run safe: a folder of its own, a checkpoint after each epoch, and signals that end
+it with a sentence."""
 
 from __future__ import annotations
 
@@ -7,31 +7,26 @@ import json
 import os
 import shutil
 import signal
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
-from accelerate import Accelerator
 from filelock import FileLock, Timeout
 
 from timm_fisher.files import write
 from timm_fisher.training.config import Config
 
-TIMED = ('features', 'fit', 'train')
+if TYPE_CHECKING:  # slow to import, for whoever launches runs
+    from accelerate import Accelerator
 
 
 @contextmanager
 def open_folder(config: Config, accelerator: Accelerator) -> Iterator[Path]:
     """The folder `config.output`, with its config.yaml, while no other run may write there.
-
-    Raises:
-        ValueError: another run is writing there, it holds a run that is not to be resumed, or one
-            with other settings, or none that could be resumed.
-    """
+    ValueError if one does, or if `config.resume` and the settings do not fit what is there."""
     output = Path(config.output)
     # The system takes it back when the process ends, however it does.
     lock = FileLock(output / '.lock', timeout=0)
@@ -41,15 +36,15 @@ def open_folder(config: Config, accelerator: Accelerator) -> Iterator[Path]:
                 raise ValueError(f"--resume: '{output}' holds no run (no config.yaml).")
             if accelerator.is_main_process:
                 output.mkdir(parents=True, exist_ok=True)
-                with suppress(Timeout):
+                try:
                     lock.acquire()
-                if not lock.is_locked:
+                except Timeout as error:
                     raise ValueError(
                         f"Another run is writing to '{output}'. Wait for its end, or give another "
                         '--output.'
-                    )
+                    ) from error
             if latest_checkpoint(output):
-                _check_settings(output, config)
+                check_settings(output, config)
             elif accelerator.is_main_process:
                 write(output / 'config.yaml', config.to_yaml())
         yield output
@@ -57,8 +52,8 @@ def open_folder(config: Config, accelerator: Accelerator) -> Iterator[Path]:
         lock.release()
 
 
-def _check_settings(output: Path, config: Config) -> None:
-    """Refuse to write over a run, or to resume one with other settings."""
+def check_settings(output: Path, config: Config) -> None:
+    """Refuse, by a ValueError, to write over a run, or to resume one with other settings."""
     if not config.resume:
         raise ValueError(
             f"'{output}' holds a run already. Add --resume true to continue it, or give another "
@@ -75,42 +70,34 @@ def _check_settings(output: Path, config: Config) -> None:
 
 def latest_checkpoint(output: Path) -> Path | None:
     """The newest complete checkpoint in the folder of a run, if there is one."""
-    return max(output.glob('checkpoint-????'), default=None)
+    complete = output.glob('checkpoint-*[0-9]')
+    return max(complete, key=lambda path: int(path.name.partition('-')[2]), default=None)
 
 
 @dataclass
 class Progress:
-    """How far a run has come.
+    """How far a run has come."""
 
-    Attributes:
-        setting: what the launcher decides, and an exact resume needs again.
-        history: a row for each epoch, those of log.jsonl.
-        best: stage, epoch and validation accuracy (or loss) of the model that is kept.
-        seconds: spent on 'features', 'fit' and 'train'.
-        steps: of training, on one process.
-        scheduler: state of the learning rate's schedule.
-    """
+    setting: dict[str, Any]  # what the launcher decides, and an exact resume needs again
+    history: list[dict[str, Any]] = field(default_factory=list)  # a row for each epoch
+    best: dict[str, Any] = field(default_factory=dict)  # the epoch of model/, and its metric
+    seconds: dict[str, float] = field(default_factory=dict)
+    steps: int = 0  # of training, on one process
+    scheduler: dict[str, Any] = field(default_factory=dict)  # its state
 
-    setting: dict[str, Any]
-    history: list[dict[str, Any]] = field(default_factory=list)
-    best: dict[str, Any] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(TIMED, 0.0))
-    steps: int = 0
-    scheduler: dict[str, Any] = field(default_factory=dict)
-
-    def add(self, row: dict[str, Any]) -> bool:
-        """Take in an epoch; whether it is the best so far.
-
-        Unsupervised losses of different features cannot be compared: until labels say which epoch
-        is the best, it is the last.
-        """
+    def add(self, row: dict[str, Any]) -> None:
+        """Take in an epoch. Until labels say which is the best, it is the last: unsupervised losses
+        of different features cannot be compared."""
         self.history.append(row)
-        best = self.best.get('val_accuracy', -1.0)
-        key = 'val_accuracy' if 'val_accuracy' in row else 'val_loss'
-        better: bool = row[key] > best if key == 'val_accuracy' else best < 0
-        if better:
-            self.best = {name: row[name] for name in ('stage', 'epoch', key)}
-        return better
+        best = self.best.get('val_accuracy')
+        if best is None or row.get('val_accuracy', -1.0) > best:
+            metric = 'val_accuracy' if 'val_accuracy' in row else 'val_loss'
+            self.best = {key: row[key] for key in ('stage', 'epoch', metric)}
+
+    @property
+    def latest_is_best(self) -> bool:
+        """Whether the last epoch is the best."""
+        return self.best.items() <= self.history[-1].items()
 
 
 def save_checkpoint(
@@ -156,7 +143,7 @@ class Interruption:
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Interruption:
-        if threading.current_thread() is threading.main_thread():  # no other may set handlers
+        with suppress(ValueError):  # only the main thread may set handlers
             for number in (signal.SIGTERM, signal.SIGINT):
                 self._previous[number] = signal.signal(number, self._receive)
         return self

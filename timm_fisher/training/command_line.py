@@ -46,7 +46,8 @@ def parse(
     """Settings from a command line: `--config FILE` (YAML), then overrides.
 
     `--data-dir` and `--data_dir` are the same; fields of nested settings have dotted names, such as
-    `--stages.NAME.lr`. Exits with a message on an error, a ValueError of the dataclass included.
+    `--stages.NAME.lr` of a stage that the file has, or `--stages` as a whole. Exits with a message
+    on an error, a ValueError of the dataclass included.
 
     Args:
         settings: a dataclass; the first line of its docstring describes the command.
@@ -59,8 +60,10 @@ def parse(
     if positional:
         _add_positional(parser, settings, positional)
     names = [field.name for field in dataclasses.fields(settings)]  # type: ignore[arg-type]
-    given = sys.argv[1:] if arguments is None else arguments
-    parsed = parser.instantiate(parser.parse_args([_with_underscores(word) for word in given]))
+    words = list(map(_with_underscores, sys.argv[1:] if arguments is None else arguments))
+    given = parser.parse_args(words)
+    _refuse_new_names(parser, words, given)
+    parsed = parser.instantiate(given)
     if positional and not parsed[positional]:  # jsonargparse gives them no default
         names.remove(positional)
     try:
@@ -95,6 +98,26 @@ def _add_positional(parser: _Parser, settings: type[Any], name: str) -> None:
         parser.add_argument(name, nargs='+' if required else '*', type=get_args(kind)[0])
     else:
         parser.add_argument(name, nargs=None if required else '?', type=kind)
+
+
+def _refuse_new_names(parser: _Parser, words: list[str], given: jsonargparse.Namespace) -> None:
+    """A mistyped NAME in `--stages.NAME.lr` would add a stage."""
+    named, others, rest = [], [], iter(words)
+    for word in rest:
+        match = re.match(r'--(\w+)\.([^.=]+)\.[^=]+(=)?', word)
+        field, name, has_value = match.groups() if match else ('config', '', '')
+        values = given[field]
+        if isinstance(values, dict) and isinstance(values.get(name), jsonargparse.Namespace):
+            named.append((field, name))
+            if not has_value:
+                next(rest)
+        else:
+            others.append(word)
+    known = parser.parse_args(others) if named else given
+    for field, name in named:
+        if name not in known[field]:
+            hint = nearest(name, known[field])
+            parser.error(f"{field} has no '{name}', only {list(known[field])}.{hint}")
 
 
 def _with_underscores(argument: str) -> str:

@@ -15,13 +15,12 @@ class Stage:
     Args:
         train: the classifier alone, head and classifier, everything, or the backbone alone; the
             rest is frozen.
-        layers: names of the backbone's modules that are trained, such as conv_head or blocks.6,
-            while its rest is frozen, in evaluation mode; empty for all of it.
+        layers: the backbone's modules that are trained, such as conv_head or blocks.6, while its
+            rest is frozen, in evaluation mode; empty for all of it.
         unsupervised: the loss is the head's unsupervised loss alone; no label is read, and the
             classifier is frozen. Before each step the head updates itself by its own rule, if it
-            has one; images left over at the end of an epoch, too few for a batch, are left out.
-            After a supervised stage only last/ gets what it learns: model/ keeps the epoch of the
-            best validation accuracy.
+            has one; a last batch of too few images is left out. After a supervised stage only last/
+            gets what it learns: model/ keeps the epoch of the best validation accuracy.
         epochs: passes over the training set.
         opt: optimizer, any that timm.optim knows; sgd is Nesterov's, momentum the plain one.
         lr: learning rate.
@@ -34,8 +33,7 @@ class Stage:
         decay_rate: factor of the step and plateau schedules.
         patience_epochs: epochs without a lower training loss before plateau decays.
         min_lr: where cosine and plateau end.
-        head_loss: weight of the head's unsupervised loss, added to the cross-entropy; in an
-            unsupervised stage 0 stands for 1.
+        head_loss: weight of the head's unsupervised loss; in an unsupervised stage 0 stands for 1.
         label_smoothing: of the cross-entropy.
         clip_grad: largest norm of the gradient; null for none.
         freeze_bn: keep the statistics of the backbone's batch norms, as in evaluation.
@@ -76,10 +74,10 @@ class Config:
         resume: continue the run in this folder exactly where its last checkpoint is.
         data_dir: folder with train/, val/ and test/, one subfolder per class; or the root of a
             torch/ or hfds/ data set; or a file of arrays.
-        dataset: empty for such a folder, torch/NAME or hfds/NAME as timm takes them, digits
-            (scikit-learn's handwritten digits, built in), or npz for a file FILE.npz with images
-            and labels x_train, y_train, x_test and y_test, or x and y: images [n, H, W] or
-            [n, H, W, C], uint8 or float from 0 to 1, labels [n], integers or strings.
+        dataset: empty for such a folder, torch/NAME or hfds/NAME as timm takes them, digits (those
+            of scikit-learn), or npz for FILE.npz with images and labels x_train, y_train, x_test
+            and y_test, or x and y: images [n, H, W] or [n, H, W, C], uint8 or float from 0 to 1,
+            labels [n], integers or strings.
         train_split: name of the training split.
         val_split: name of the validation split; null carves it from the training split, as is
             always done for npz.
@@ -87,11 +85,10 @@ class Config:
         val_fraction: share of the training split that is carved off, stratified by class.
         test_fraction: share of the images of an .npz with x and y alone that is the test split,
             stratified by class and always the same.
-        folds: number of parts that such an .npz is cut into instead, stratified by class; 0 for
-            none.
+        folds: number of parts, stratified by class, to cut such an .npz into instead; 0 for none.
         fold: which of them, from 0, is the test split.
-        max_train: at most this many training images are taken, at random but always the same,
-            before validation images are carved off; null for all.
+        max_train: at most this many training images, at random but always the same, validation
+            images that are carved off among them; null for all.
         max_test: at most this many test images, likewise.
         backbone: any name that timm.create_model takes, local-dir:FOLDER included.
         pretrained: load the backbone's pretrained weights.
@@ -106,14 +103,13 @@ class Config:
         crop_pct: share of the resized image that evaluation crops; null for the backbone's own.
         augment: arguments of timm.data.create_transform for training, {} for timm's defaults;
             null for no augmentation.
-        stages: the stages by name, in order. If all are unsupervised, no labels are needed, and
-            the model gets no classifier.
+        stages: by name, in order; if all are unsupervised, no labels are needed, and the model gets
+            no classifier.
         batch_size: images per process and step.
         workers: processes that load images; another number draws other augmentations.
         grad_accum_steps: steps whose gradients are added up.
         mixed_precision: null for what `accelerate launch` says.
-        cache: run a frozen backbone once and keep its features; null does so when there is no
-            augmentation.
+        cache: run a frozen backbone once and keep its features; null: if there is no augmentation.
         cache_dir: folder of cached features, shared by runs.
         seed: of everything random.
     """
@@ -159,9 +155,7 @@ class Config:
             if stage.epochs < 1:
                 raise ValueError(f'stages.{name}.epochs is {stage.epochs}; give 1 or more.')
             if stage.unsupervised and stage.train == 'classifier':
-                raise ValueError(
-                    f'stages.{name}: an unsupervised stage cannot train the classifier.'
-                )
+                raise ValueError(f'stages.{name} is unsupervised: it cannot train the classifier.')
             if stage.layers and not stage.trains_backbone:
                 raise ValueError(
                     f'stages.{name}.layers is {stage.layers}, but train is {stage.train}: the '
@@ -178,8 +172,8 @@ class Config:
 
     def caches(self, stage: Stage) -> bool:
         """Whether this stage trains on cached features of its frozen backbone."""
-        wanted = self.augment is None if self.cache is None else self.cache
-        return wanted and not stage.trains_backbone
+        cache = self.augment is None if self.cache is None else self.cache
+        return cache and not stage.trains_backbone
 
     @property
     def unsupervised(self) -> bool:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
+import math
 import os
 import zipfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import combinations
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import timm
@@ -29,77 +30,90 @@ Gives = Literal['images', 'features', 'pooled']
 
 @dataclass
 class Split:
-    """Some images of a data set, undecoded.
+    """Some images of a data set, undecoded."""
 
-    Attributes:
-        dataset: of timm or torchvision, or `ArrayImages`.
-        indices: which of its images.
-        labels: their classes `[len(indices)]`.
-    """
-
-    dataset: Any
-    indices: np.ndarray
-    labels: np.ndarray
+    dataset: Any  # of timm or torchvision, or ArrayImages
+    indices: np.ndarray  # which of its images
+    labels: np.ndarray  # their classes
 
     def take(self, part: np.ndarray) -> Split:
         """Some of its images, by their places in the split."""
         return Split(self.dataset, self.indices[part], self.labels[part])
 
+    def carve(
+        self, name: str, fraction: float, stratify: np.ndarray | None, seed: int
+    ) -> tuple[Split, Split]:
+        """The rest, and a fraction, both in order. ValueError if there are too few images."""
+        places = np.arange(len(self.indices))
+        options: dict[str, Any] = {'test_size': fraction, 'random_state': seed}
+        try:
+            parts = train_test_split(places, stratify=stratify, **options)
+        except ValueError as error:
+            raise ValueError(
+                f'No {name} set of {fraction:.0%} can be carved from {len(places)} images: {error}'
+            ) from error
+        rest, part = (self.take(part[np.argsort(self.indices[part])]) for part in parts)
+        return rest, part
+
     def fingerprint(self) -> str:
-        """Changes when the images do."""
-        reader: Any = getattr(self.dataset, 'reader', None)
+        """Changes when the images do; of data that are neither files nor one array, when one of 256
+        images does, evenly spread."""
+        source = getattr(self.dataset, 'reader', self.dataset)
         digest = hashlib.sha256(self.indices.tobytes() + self.labels.tobytes())
-        for path, _ in getattr(reader, 'samples', ()):
-            stat = os.stat(path)
-            digest.update(f'{path} {stat.st_size} {stat.st_mtime_ns}'.encode())
-        if isinstance(self.dataset, ArrayImages):
-            digest.update(self.dataset.fingerprint)
-        elif hasattr(reader, 'dataset'):
-            digest.update(reader.dataset._fingerprint.encode())
-        elif reader is None:  # of torchvision, whose repr gives root and split
-            digest.update(repr(self.dataset).encode())
+        if isinstance(source, ArrayImages):
+            pixels = source.pixels[self.indices]
+            digest.update(f'{pixels.shape}'.encode() + pixels.tobytes())
+        elif hasattr(source, 'samples'):
+            for path, _ in (source.samples[i] for i in self.indices):
+                stat = os.stat(path)
+                digest.update(f'{path} {stat.st_size} {stat.st_mtime_ns}'.encode())
+        elif hasattr(source, 'dataset'):  # of Hugging Face
+            digest.update(source.dataset._fingerprint.encode())
+        else:  # of torchvision, whose repr gives root and split
+            digest.update(repr(source).encode())
+            for i in self.indices[:: math.ceil(len(self.indices) / 256)]:
+                digest.update(np.asarray(source[i][0]).tobytes())
         return digest.hexdigest()
 
 
+@dataclass(eq=False)
 class ArrayImages(Dataset[tuple[Image.Image, int]]):
     """Images in one array, uint8 `[n, H, W]` or `[n, H, W, C]`, and their classes `[n]`."""
 
-    def __init__(self, pixels: np.ndarray, labels: np.ndarray) -> None:
-        self.pixels, self.labels = pixels, labels
-        digest = hashlib.sha256(repr(pixels.shape).encode())
-        digest.update(np.ascontiguousarray(pixels).data)
-        self.fingerprint = digest.digest()
+    pixels: np.ndarray
+    targets: np.ndarray
 
     def __len__(self) -> int:
         return len(self.pixels)
 
     def __getitem__(self, i: int) -> tuple[Image.Image, int]:
-        return Image.fromarray(self.pixels[i]), int(self.labels[i])
+        return Image.fromarray(self.pixels[i]), int(self.targets[i])
 
 
+@dataclass(eq=False)
 class Images(Dataset[tuple[Tensor, int]]):
     """A split through a transform. An image that cannot be decoded is an error that names it;
     timm's own data set would take the next image in its place."""
 
-    gives: Gives = 'images'
-
-    def __init__(self, split: Split, transform: Callable[[Image.Image], Tensor], mode: str) -> None:
-        self.split, self.transform, self.mode = split, transform, mode
+    gives: ClassVar[Gives] = 'images'
+    split: Split
+    transform: Callable[[Image.Image], Tensor]
+    mode: Literal['L', 'RGB']
 
     def __len__(self) -> int:
         return len(self.split.indices)
 
     def __getitem__(self, i: int) -> tuple[Tensor, int]:
         dataset, index = self.split.dataset, int(self.split.indices[i])
-        reader = getattr(dataset, 'reader', None)
+        reader, name = getattr(dataset, 'reader', None), f'number {index}'
         try:
             if reader is None:
                 image = dataset[index][0].convert(self.mode)
             else:
+                name = reader.filename(index, absolute=True)
                 with reader[index][0] as file:
                     image = Image.open(file).convert(self.mode)
         except (OSError, SyntaxError) as error:
-            name = f'number {index}' if reader is None else reader.filename(index, absolute=True)
             raise ValueError(f"Image '{name}' cannot be decoded ({error}). Remove it.") from error
         return self.transform(image), int(self.split.labels[i])
 
@@ -107,20 +121,18 @@ class Images(Dataset[tuple[Tensor, int]]):
 def create_datasets(
     config: Config, splits: dict[str, Split], data_config: dict[str, Any]
 ) -> dict[str, Images]:
-    """Data sets by split name, preprocessed by timm's `data_config`; and 'augmented', the training
-    split, if it is there, by `config.augment`, too. TypeError for an unknown argument in that."""
-    mode = 'L' if data_config['input_size'][0] == 1 else 'RGB'
+    """Data sets by split name, preprocessed by timm's `data_config`; and, with `config.augment`,
+    'augmented', the training split. TypeError for an unknown argument in that."""
+    mode: Literal['L', 'RGB'] = 'L' if data_config['input_size'][0] == 1 else 'RGB'
     keys = ('input_size', 'interpolation', 'mean', 'std', 'crop_pct', 'crop_mode')
     shape = {key: data_config[key] for key in keys}
-    plain = timm.data.create_transform(**shape)
+    create = timm.data.create_transform
+    plain = create(**shape)
     datasets = {name: Images(split, plain, mode) for name, split in splits.items()}
     if config.augment is not None:
-        create = timm.data.create_transform
         check_arguments('augment', create, config.augment, given=(*keys, 'is_training'))
         augmenting = create(**shape, is_training=True, **config.augment)
         datasets['augmented'] = Images(splits['train'], augmenting, mode)
-    elif 'train' in datasets:
-        datasets['augmented'] = datasets['train']
     return datasets
 
 
@@ -142,12 +154,11 @@ def load_splits(config: Config) -> tuple[dict[str, Split], list[str]]:
             splits[name] = splits[name].take(np.sort(order[:limit]))
     if 'val' not in splits:
         train = splits['train']
-        labels = None if config.unsupervised else train.labels
-        places = np.arange(len(train.indices))
-        kept, carved = _carve('validation', places, labels, config.val_fraction, config.seed)
-        splits['train'], splits['val'] = train.take(kept), train.take(carved)
+        stratify = None if config.unsupervised else train.labels
+        parts = train.carve('validation', config.val_fraction, stratify, config.seed)
+        splits['train'], splits['val'] = parts
     prints = {name: split.fingerprint() for name, split in splits.items()}
-    for name, other in combinations(prints, 2):
+    for name, other in itertools.combinations(prints, 2):
         if prints[name] == prints[other]:
             raise ValueError(
                 f"The splits '{name}' and '{other}' hold the same images. Where a data set has two "
@@ -161,30 +172,15 @@ def load_splits(config: Config) -> tuple[dict[str, Split], list[str]]:
     return splits, classes
 
 
-def _carve(
-    name: str, places: np.ndarray, labels: np.ndarray | None, fraction: float, seed: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """The rest, and a fraction stratified by labels, both in order."""
-    try:
-        rest, part = train_test_split(
-            places, test_size=fraction, stratify=labels, random_state=seed
-        )
-    except ValueError as error:
-        raise ValueError(
-            f'No {name} set of {fraction:.0%} can be carved from {len(places)} images: {error}'
-        ) from error
-    return np.sort(rest), np.sort(part)
-
-
 def _load_digits(config: Config) -> tuple[dict[str, Split], list[str]]:
     """scikit-learn's 1797 digits of 8 x 8: 60 % train, 15 % val, 25 % test, always the same."""
     digits = load_digits()
     y = digits.target
-    dataset = ArrayImages((digits.images * (255 / 16)).astype(np.uint8), y)
-    rest, test = train_test_split(np.arange(len(y)), test_size=0.25, stratify=y, random_state=0)
+    whole = _whole(ArrayImages((digits.images * (255 / 16)).astype(np.uint8), y))
+    rest, test = train_test_split(whole.indices, test_size=0.25, stratify=y, random_state=0)
     train, val = train_test_split(rest, test_size=0.2, stratify=y[rest], random_state=0)
-    parts = {'train': np.sort(train), 'val': np.sort(val), 'test': np.sort(test)}
-    splits = {name: Split(dataset, part, y[part]) for name, part in parts.items()}
+    parts = {'train': train, 'val': val, 'test': test}
+    splits = {name: whole.take(np.sort(part)) for name, part in parts.items()}
     return splits, [str(digit) for digit in range(10)]
 
 
@@ -214,8 +210,7 @@ def load_folder(
     data_dir: str, name: str, known: dict[str, int] | None = None, *, advice: str = ''
 ) -> Split:
     """One split of a folder, all images DATA_DIR/NAME/CLASS/IMAGE, labelled by `known` indices of
-    classes or, if it is None, in the order of names. ValueError as `load_splits`, with `advice` if
-    there is no such folder."""
+    classes or in the order of names. ValueError as `load_splits`; `advice` if it is missing."""
     folder = Path(data_dir, name)
     if not folder.is_dir():
         raise ValueError(
@@ -241,16 +236,16 @@ def _create_dataset(dataset: str, data_dir: str, split: str, **options: Any) -> 
 
 
 def _whole(dataset: Any) -> Split:
-    """All images of a data set of timm or torchvision; none is decoded for its label."""
-    reader: Any = getattr(dataset, 'reader', None)
-    if hasattr(reader, 'samples'):
-        labels = [label for _, label in reader.samples]
-    elif hasattr(reader, 'dataset'):
-        labels = reader.dataset[reader.label_key]
-    elif hasattr(dataset, 'targets'):
-        labels = dataset.targets
+    """All images of a data set, decoded only where it does not list their labels."""
+    source = getattr(dataset, 'reader', dataset)
+    if hasattr(source, 'samples'):
+        labels = [label for _, label in source.samples]
+    elif hasattr(source, 'dataset'):
+        labels = source.dataset[source.label_key]
+    elif hasattr(source, 'targets'):
+        labels = source.targets
     else:
-        labels = [dataset[i][1] for i in range(len(dataset))]
+        labels = [source[i][1] for i in range(len(source))]
     return Split(dataset, np.arange(len(labels)), np.array(labels))
 
 
@@ -265,15 +260,14 @@ def _refuse_unreadable(paths: list[str]) -> None:
             return f'{path} ({error})'
 
     with ThreadPoolExecutor() as threads:
-        bad = [text for text in threads.map(problem, paths) if text]
+        bad = list(filter(None, threads.map(problem, paths)))
     if bad:
         shown = '\n  '.join(bad[:10] + ['...'] * (len(bad) > 10))
         raise ValueError(f'{len(bad)} files cannot be read as images. Remove them:\n  {shown}')
 
 
 def _load_arrays(config: Config) -> tuple[dict[str, Split], list[str]]:
-    """The splits 'train' and 'test' of the file of arrays `config.data_dir`, as the documentation
-    of `Config.dataset` has it, and the classes, `str` of the labels."""
+    """The splits 'train' and 'test', as the documentation of `Config.dataset` has it."""
     file = config.data_dir
     arrays = _read_arrays(file)
     has_test_split = 'x_train' in arrays
@@ -287,7 +281,7 @@ def _load_arrays(config: Config) -> tuple[dict[str, Split], list[str]]:
         pairs = pairs[:1]
     if config.unsupervised and any(y not in arrays for _, y in pairs):
         arrays |= {y: np.zeros(arrays[x].shape[:1], int) for x, y in pairs if x in arrays}
-    for key in (key for pair in pairs for key in pair):
+    for key in itertools.chain(*pairs):
         if key not in arrays:
             raise ValueError(
                 f"'{file}' has no array '{key}', only {sorted(arrays)}. It must hold x_train, "
@@ -304,23 +298,17 @@ def _load_arrays(config: Config) -> tuple[dict[str, Split], list[str]]:
                 f"'{y}' in '{file}' must hold one label for each image, shape {list(shape)}, "
                 f'integers or strings; it is {labels.dtype} of shape {list(labels.shape)}.'
             )
-        unknown = np.setdiff1d(labels, classes)
-        if len(unknown):
-            raise ValueError(
-                f"'{y}' in '{file}' has classes that training lacks: {unknown.tolist()}."
-            )
+        unknown = np.setdiff1d(labels, classes).tolist()
+        if unknown:
+            raise ValueError(f"'{y}' in '{file}' has classes that training lacks: {unknown}.")
         pixels = _to_pixels(arrays[x], top, f"'{x}' in '{file}'")
-        y_index = np.searchsorted(classes, labels)
-        splits[name] = Split(ArrayImages(pixels, y_index), np.arange(len(labels)), y_index)
+        splits[name] = _whole(ArrayImages(pixels, np.searchsorted(classes, labels)))
     if not has_test_split and config.test_split is not None:
-        whole = splits['train']
-        train, test = _test_part(whole.labels, config)
-        splits = {'train': whole.take(train), 'test': whole.take(test)}
+        splits['train'], splits['test'] = _split_off_test(splits['train'], config)
     return splits, [str(name) for name in classes]
 
 
 def _read_arrays(file: str) -> dict[str, np.ndarray]:
-    """The arrays of a file, without pickles."""
     if not os.path.isfile(file):
         raise ValueError(f"'{file}' is no file; give --data-dir FILE.npz.")
     try:
@@ -350,17 +338,18 @@ def _to_pixels(x: np.ndarray, top: float, where: str) -> np.ndarray:
     return x[..., 0] if x.ndim == 4 and x.shape[3] == 1 else x
 
 
-def _test_part(labels: np.ndarray, config: Config) -> tuple[np.ndarray, np.ndarray]:
-    """Places of the training and of the test images in a data set without a test split."""
-    order = np.random.default_rng(0).permutation(len(labels))
+def _split_off_test(whole: Split, config: Config) -> tuple[Split, Split]:
+    """Training and test images of a data set without a test split."""
+    count = len(whole.labels)
+    shuffled = whole.take(np.random.default_rng(0).permutation(count))
     if not config.folds:
-        return _carve('test', order, labels[order], config.test_fraction, seed=0)
-    if not 2 <= config.folds <= len(labels) or not 0 <= config.fold < config.folds:
+        return shuffled.carve('test', config.test_fraction, shuffled.labels, seed=0)
+    if not 2 <= config.folds <= count or not 0 <= config.fold < config.folds:
         raise ValueError(
-            f'fold {config.fold} of {config.folds} folds does not exist for {len(labels)} images: '
+            f'fold {config.fold} of {config.folds} folds does not exist for {count} images: '
             f'give 2 folds or more, and a fold from 0 to {config.folds - 1}.'
         )
     # Dealt out class by class: unlike scikit-learn's, more folds than a class has images.
-    by_class = order[np.argsort(labels[order], kind='stable')]
+    by_class = shuffled.indices[np.argsort(shuffled.labels, kind='stable')]
     test = np.sort(by_class[config.fold :: config.folds])
-    return np.setdiff1d(order, test), test
+    return whole.take(np.setdiff1d(whole.indices, test)), whole.take(test)

@@ -19,8 +19,8 @@ from timm_fisher.training.data import Split, create_datasets, load_folder, load_
 
 
 def accuracies(labels: Sequence[int], predicted: Sequence[int]) -> dict[str, Any]:
-    """`accuracy`, `balanced_accuracy` and `samples`: the share of images that are right, its mean
-    over the classes that the labels have, and the number of images."""
+    """`accuracy`, the share that is right, `balanced_accuracy`, its mean over the classes that the
+    labels have, and `samples`, the number of images."""
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', UserWarning)  # a class that no label of a split has
         balanced = balanced_accuracy_score(labels, predicted)
@@ -35,8 +35,7 @@ def accuracies(labels: Sequence[int], predicted: Sequence[int]) -> dict[str, Any
 def evaluate(
     model: PooledModel, data_dir: str, split: str, *, batch_size: int = 32, workers: int = 2
 ) -> dict[str, Any]:
-    """`accuracy`, `balanced_accuracy` and `samples` of a split, by the model's own preprocessing,
-    on the model's device.
+    """`accuracies` on a split, by the model's own preprocessing, on the model's device.
 
     Args:
         model: with a classifier.
@@ -54,39 +53,31 @@ def evaluate(
     data_config = timm.data.resolve_model_data_config(model)
     dataset = create_datasets(Config(), {split: images}, data_config)[split]
     device = next(model.parameters()).device
+    loader = DataLoader(dataset, batch_size, num_workers=workers)
     was_training = model.training
     model.eval()
-    predicted: list[int] = []
-    labels: list[int] = []
     try:
-        for x, y in tqdm(DataLoader(dataset, batch_size, num_workers=workers), split, disable=None):
-            predicted += model(x.to(device)).argmax(1).tolist()
-            labels += y.tolist()
+        batches = tqdm(loader, split, disable=None)
+        predicted = [model(x.to(device)).argmax(1) for x, _ in batches]
     finally:
         model.train(was_training)
-    return accuracies(labels, predicted)
+    return accuracies(images.labels.tolist(), torch.cat(predicted).tolist())
 
 
 def _load_split(data_dir: str, split: str, model: PooledModel) -> Split:
-    """The images of a split, labelled by the classes of a model."""
-    names = model.pretrained_cfg.get('label_names') or None
+    names = model.pretrained_cfg.get('label_names')
     if data_dir.endswith('.npz'):
         splits, classes = load_splits(Config(data_dir=data_dir, dataset='npz'))
         if split not in splits:
             raise ValueError(f"'{data_dir}' has no split '{split}', only {list(splits)}.")
         images = splits[split]
     else:
-        known = None if names is None else {name: i for i, name in enumerate(names)}
+        known = {name: i for i, name in enumerate(names)} if names else None
         images = load_folder(data_dir, split, known)
-        index = images.dataset.reader.class_to_idx
-        classes = sorted(index, key=index.__getitem__)
-    if names is not None and classes != list(names):
-        raise ValueError(
-            f"The classes of '{data_dir}' are {classes}, those of the model {list(names)}."
-        )
-    if len(classes) != model.num_classes:
+        classes = list(images.dataset.reader.class_to_idx)
+    if len(classes) != model.num_classes or (names and classes != list(names)):
         raise ValueError(
             f"'{data_dir}' has the {len(classes)} classes {classes}; the model has "
-            f'{model.num_classes}, without names.'
+            f'{model.num_classes}, {list(names) if names else "without names"}.'
         )
     return images

@@ -1,5 +1,4 @@
-"""What a frozen part of a model gives for each image, computed once and kept in files: features of
-the backbone, and pooled vectors."""
+"""Features of a frozen backbone, and pooled vectors, computed once and kept in files."""
 
 from __future__ import annotations
 
@@ -8,6 +7,7 @@ import math
 import os
 import uuid
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,18 +18,19 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, send_to_device
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset, default_collate
+from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm.auto import tqdm
 
 from timm_fisher import PooledModel
 from timm_fisher.backbone import digest
 from timm_fisher.training.config import Config
 from timm_fisher.training.data import Gives, Images
+from timm_fisher.training.tables import three_digits
 
 
 class Cached(Dataset[tuple[list[Tensor], int]]):
-    """Lists of tensors, memory-mapped from one file for each of them, and labels: 'features', one
-    for each stage that the model pools, or 'pooled', one vector."""
+    """Memory-mapped lists of tensors, and labels: 'features', one for each stage that the model
+    pools, or 'pooled', one vector."""
 
     def __init__(self, paths: Sequence[Path], labels: np.ndarray, gives: Gives) -> None:
         self.arrays = [np.load(path, mmap_mode='r', allow_pickle=False) for path in paths]
@@ -43,6 +44,14 @@ class Cached(Dataset[tuple[list[Tensor], int]]):
         return tensors, int(self.labels[i])
 
 
+def create_loader(dataset: Images | Cached, config: Config, **options: Any) -> DataLoader[Any]:
+    """A loader over a data set, with more options of `DataLoader`."""
+    # Cached features come from a memory map: workers would only copy them once more.
+    workers = config.workers if dataset.gives == 'images' else 0
+    options = {'batch_size': config.batch_size, 'num_workers': workers, **options}
+    return DataLoader(dataset, **options)
+
+
 def cache_features(
     model: PooledModel, dataset: Images, config: Config, accelerator: Accelerator
 ) -> Cached:
@@ -54,10 +63,7 @@ def cache_features(
     paths = [stem.with_name(f'{stem.name}-{i}.npy') for i in range(len(model.descriptors))]
     # The main process decides for all: another run may publish the same files at any moment.
     if not broadcast_object_list([all(path.exists() for path in paths)])[0]:
-
-        def features(images: Tensor) -> list[Tensor]:
-            return model.descriptors.features(model.backbone, images)
-
+        features = partial(model.descriptors.features, model.backbone)
         _write(paths, features, dataset, config, accelerator)
     return Cached(paths, dataset.split.labels, 'features')
 
@@ -65,14 +71,11 @@ def cache_features(
 def cache_pooled(
     model: PooledModel, features: Cached, path: Path, config: Config, accelerator: Accelerator
 ) -> Cached:
-    """Pool cached features once, for a stage that trains the classifier alone; the file is written
-    anew each time, for the head may have been trained meanwhile."""
+    """Pool cached features once, for a stage that trains the classifier alone, into a new file: the
+    head may have been trained meanwhile."""
     model.to(accelerator.device).eval()
-
-    def pool(x: list[Tensor]) -> list[Any]:
-        return [model.forward_head(x, pre_logits=True)]
-
-    _write([path], pool, features, config, accelerator)
+    pool = partial(model.forward_head, pre_logits=True)
+    _write([path], lambda x: [pool(x)], features, config, accelerator)
     return Cached([path], features.labels, 'pooled')
 
 
@@ -84,40 +87,36 @@ def _write(
     config: Config,
     accelerator: Accelerator,
 ) -> None:
-    """Write what a function of a batch gives, a list of tensors, one file for each of them."""
+    """Write what a function of a batch gives, one file for each tensor."""
     device, main = accelerator.device, accelerator.is_main_process
-
-    def call(batch: Any) -> list[Tensor]:
-        with accelerator.autocast():
-            return function(send_to_device(batch, device))
-
+    function = accelerator.autocast()(function)  # in a context for each call
     token = broadcast_object_list([uuid.uuid4().hex])[0]
-    partial = [path.with_suffix(f'.{token}.partial') for path in paths]
+    unfinished = [path.with_suffix(f'.{token}.partial') for path in paths]
     share = range(accelerator.process_index, len(dataset), accelerator.num_processes)
     # Small batches stay in a CPU's cache: twice as fast as 64 images at a time.
     batch_size = min(4, config.batch_size) if device.type == 'cpu' else config.batch_size
-    workers = config.workers if dataset.gives == 'images' else 0
-    loader = DataLoader(Subset(dataset, share), batch_size, num_workers=workers)
+    loader = create_loader(dataset, config, batch_size=batch_size, sampler=share)
     rows = iter(share)
     try:
         if main:
-            sample = call(default_collate([dataset[0][0]]))
-            _allocate(partial, [(len(dataset), *tensor.shape[1:]) for tensor in sample])
+            sample = function(send_to_device(default_collate([dataset[0][0]]), device))
+            _allocate(unfinished, [(len(dataset), *tensor.shape[1:]) for tensor in sample])
         accelerator.wait_for_everyone()
-        arrays = [np.lib.format.open_memmap(path, mode='r+') for path in partial]
+        arrays = [np.lib.format.open_memmap(path, mode='r+') for path in unfinished]
         for batch, labels in tqdm(loader, f'read {dataset.gives}', disable=not main or None):
             places = list(islice(rows, len(labels)))
-            for array, tensor in zip(arrays, call(batch), strict=True):
+            tensors = function(send_to_device(batch, device))
+            for array, tensor in zip(arrays, tensors, strict=True):
                 array[places] = tensor.float().cpu().numpy()
         for array in arrays:
             array.flush()
         accelerator.wait_for_everyone()
         if main:
-            for beside, path in zip(partial, paths, strict=True):
+            for beside, path in zip(unfinished, paths, strict=True):
                 os.replace(beside, path)
         accelerator.wait_for_everyone()
     except BaseException:
-        for path in partial:  # gigabytes that nobody would find
+        for path in unfinished:  # gigabytes that nobody would find
             path.unlink(missing_ok=True)
         raise
 
@@ -133,9 +132,11 @@ def _allocate(paths: list[Path], shapes: list[tuple[int, ...]]) -> None:
                     os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
     except OSError as error:
         size = sum(4 * math.prod(shape) for shape in shapes)
+        unit, exponent = ('GiB', 30) if size >= 2**30 else ('MiB', 20)
         raise OSError(
-            f'{size / 2**30:.1f} GiB of features do not fit into {paths[0].parent}: {error}. Free '
-            'some space, give another --cache_dir or --output, or --cache false.'
+            f'{three_digits(size / 2**exponent)} {unit} of features do not fit into '
+            f'{paths[0].parent}: {error}. Free some space, give another --cache_dir or --output, '
+            'or --cache false.'
         ) from error
 
 

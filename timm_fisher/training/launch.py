@@ -11,7 +11,9 @@ from typing import Any
 
 import yaml
 
-from timm_fisher.files import write
+from timm_fisher.training.checkpoint import check_settings
+from timm_fisher.training.command_line import parse
+from timm_fisher.training.config import Config
 
 # Forked from one process that has imported the packages once, where there is such a thing.
 _FORKS = 'forkserver' in multiprocessing.get_all_start_methods()
@@ -25,39 +27,35 @@ def launch(options: Mapping[str, Any], output: Path, *, log: Path | None = None)
     was interrupted goes on.
 
     Args:
-        options: of `timm_fisher.training`, without `output`; kept in OUTPUT.yaml.
+        options: of `timm_fisher.training`, without `output`.
         output: folder of the run.
-        log: file for what the run prints; None for this process's own output.
+        log: file to which is added what the run prints; None for this process's own output.
 
     Raises:
-        ValueError: the folder holds a run with other options.
+        ValueError: the folder holds the metrics of a run with other options.
         RuntimeError: the run failed; the message has the end of its log.
     """
-    file, metrics = Path(f'{output}.yaml'), output / 'metrics.json'
-    settings = {**options, 'output': str(output)}
-    if not metrics.exists():
-        output.parent.mkdir(parents=True, exist_ok=True)
-        write(file, yaml.safe_dump(settings, sort_keys=False))
-        arguments = ['--config', str(file)]
-        if (output / 'config.yaml').exists():
-            arguments += ['--resume', 'true']
+    arguments = ['--config', yaml.safe_dump({**options, 'output': str(output)})]
+    if (output / 'config.yaml').exists():
+        arguments += ['--resume', 'true']
+    metrics = output / 'metrics.json'
+    if metrics.exists():
+        check_settings(output, parse(Config, arguments=arguments))
+    else:
+        output.parent.mkdir(parents=True, exist_ok=True)  # of the log, which is beside
         process = _PROCESSES.Process(target=_train, args=(arguments, log))
         process.start()
         process.join()
         if process.exitcode:
             said = f', see {log}:\n{log.read_text()[-3000:]}' if log else '.'
             raise RuntimeError(f'The run in {output} failed{said}')
-    elif yaml.safe_load(file.read_text()) != settings:
-        raise ValueError(
-            f"'{output}' holds a run with other options, see {file}. Give another --output."
-        )
     content: dict[str, Any] = json.loads(metrics.read_text())
     return content
 
 
 def _train(arguments: list[str], log: Path | None) -> None:
     if log is not None:
-        with open(log, 'w') as file:
+        with open(log, 'a') as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
     from timm_fisher.training.__main__ import main

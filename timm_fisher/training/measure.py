@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import platform
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -15,7 +15,6 @@ from typing import Any, TypeVar
 
 import timm
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 from timm_fisher.files import write
 
@@ -31,8 +30,8 @@ def report(
     settings: Mapping[str, Any],
     **about: object,
 ) -> list[Row]:
-    """All rows of a benchmark, with the `part` that each is from. Parts run one after the other;
-    what they say is printed, and left in two files.
+    """All rows of a benchmark, with the `part` that each is from; the parts' text is printed too,
+    and both are left in files.
 
     Args:
         parts: by name; each gives sections.
@@ -99,26 +98,19 @@ def timed(run: Callable[[], T], device: str = 'cpu') -> tuple[float, T]:
 
 
 def peak_memory(run: Callable[[], object], device: str) -> int:
-    """Most bytes that PyTorch's allocator holds at a time during `run`, beyond those before it.
-
-    On a CPU they are those that the profiler sees, without the scratch memory of BLAS, oneDNN and
-    the like.
-    """
+    """Most bytes that PyTorch's allocator holds at a time during `run`, beyond those before it; on
+    a CPU without the scratch memory of BLAS, oneDNN and the like."""
     if torch.device(device).type == 'cuda':
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         run()
         return torch.cuda.max_memory_allocated(device) - before
     os.environ.setdefault('KINETO_LOG_LEVEL', '99')  # or it reports that there is no GPU
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+    with torch.autograd.profiler.profile(use_cpu=True, profile_memory=True) as profiled:
         run()
-    with tempfile.TemporaryDirectory() as folder:
-        profiled.export_chrome_trace(f'{folder}/trace.json')
-        events = json.loads(Path(folder, 'trace.json').read_text())['traceEvents']
-    peak = now = 0
-    for event in sorted((e for e in events if e['name'] == '[memory]'), key=lambda e: e['ts']):
-        now += event['args']['Bytes']  # negative where memory is given back
-        peak = max(peak, now)
+    events = [e for e in profiled.kineto_results.events() if e.name() == '[memory]']
+    changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    peak: int = max(itertools.accumulate(changes, initial=0))
     return peak
 
 
@@ -143,6 +135,5 @@ def processor(device: str) -> str:
 
 
 def load() -> float | None:
-    """Processes that ran or waited in the last minute, on average; None where the system does not
-    tell."""
+    """Processes that ran or waited in the last minute, on average; None on Windows."""
     return round(os.getloadavg()[0], 2) if hasattr(os, 'getloadavg') else None

@@ -1,7 +1,5 @@
-"""What a run says of itself: metrics.json, the command that repeats it, the curve.
-
-metrics.json may be published with the model, so nothing in it tells of this machine's folders.
-"""
+"""What a run says of itself: metrics.json, which may be published, so nothing in it tells of this
+machine's folders; the command that repeats the run; the curve."""
 
 from __future__ import annotations
 
@@ -27,7 +25,7 @@ from timm_fisher.training.measure import peak_resident
 
 def describe(config: Config, model: PooledModel, accelerator: Accelerator) -> dict[str, Any]:
     """What metrics.json says of a run, besides its results."""
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+    total, backbone = (sum(p.numel() for p in m.parameters()) for m in (model, model.backbone))
     device = accelerator.device
     on_gpu = device.type == 'cuda'
     peak = torch.cuda.max_memory_allocated(device) if on_gpu else peak_resident()
@@ -38,8 +36,8 @@ def describe(config: Config, model: PooledModel, accelerator: Accelerator) -> di
     return {
         **without_paths(settings),
         'out_features': model.head_hidden_size,
-        'parameters': parameters,
-        'head_parameters': parameters - sum(p.numel() for p in model.backbone.parameters()),
+        'parameters': total,
+        'head_parameters': total - backbone,
         'peak_memory_mb': round(peak / 2**20),
         'processes': accelerator.num_processes,
         'device': str(device),
@@ -56,8 +54,8 @@ def head_names(config: Config) -> str:
 
 
 def command(config: Config, accelerator: Accelerator) -> str:
-    """The command that repeats a run, with whatever configuration file it was started; PATH stands
-    for the images, and of other folders only the last name is left."""
+    """The command that repeats a run, without its configuration file; PATH stands for the images,
+    and of other folders only the last name is left."""
     settings = _changed(config)
     for key in ('output', 'resume', 'cache_dir'):
         settings.pop(key, None)
@@ -97,8 +95,7 @@ def without_paths(value: Any) -> Any:
 
 
 def draw_curve(history: list[dict[str, Any]], path: Path) -> None:
-    """Losses and, if any stage is supervised, validation accuracy by epoch; the stages are set off
-    by lines."""
+    """Losses and, if any stage is supervised, validation accuracy by epoch, with the stages."""
     accuracies = [100 * row.get('val_accuracy', math.nan) for row in history]
     supervised = any(map(math.isfinite, accuracies))
     figure = Figure(figsize=(10, 4))

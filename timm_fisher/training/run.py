@@ -25,7 +25,6 @@ from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.utils import DistributedDataParallelKwargs, broadcast, send_to_device, set_seed
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
-from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm.auto import tqdm
 
 import timm_fisher
@@ -40,7 +39,7 @@ from timm_fisher.training.checkpoint import (
 )
 from timm_fisher.training.config import Config, Stage
 from timm_fisher.training.data import Images, create_datasets, load_splits
-from timm_fisher.training.features import Cached, cache_features, cache_pooled
+from timm_fisher.training.features import Cached, cache_features, cache_pooled, create_loader
 from timm_fisher.training.report import describe, draw_curve, head_names
 from timm_fisher.training.stages import (
     Objective,
@@ -53,10 +52,7 @@ from timm_fisher.training.stages import (
 
 
 def train(config: Config) -> dict[str, Any]:
-    """Fit, train in stages, evaluate and save, as a configuration says.
-
-    Returns:
-        The content of metrics.json.
+    """Fit, train in stages, evaluate and save, as a configuration says; returns metrics.json.
 
     Raises:
         ValueError: settings or data that do not fit; the message says what to do.
@@ -107,17 +103,8 @@ def train(config: Config) -> dict[str, Any]:
         if accelerator.is_main_process:
             run.save_model(output / 'last')
 
-        # Evaluate the best epoch
-        split = 'test' if 'test' in images else 'val'
-        result = run.evaluate_best(split)
-
-        # Save
-        metrics = run.save_metrics(split, result)
-        if 'accuracy' in result:
-            summary = f'accuracy {result["accuracy"]:.2%}'
-        else:
-            summary = f'unsupervised loss {result["unsupervised_loss"]:.4g}'
-        say(f'{split} {summary} of {result["samples"]} images -> {output}')
+        # Evaluate
+        metrics = run.evaluate_best()
     accelerator.end_training()
     return metrics
 
@@ -146,10 +133,11 @@ def load_weights(model: PooledModel, folder: Path) -> None:
 
 @dataclass
 class Training:
-    """A stage while it is trained: its objective, and what accelerate made ready for it."""
+    """A stage while it is trained, with what accelerate made of it."""
 
     name: str
     stage: Stage
+    val: Images | Cached
     objective: Objective
     module: nn.Module  # the objective, wrapped by DDP
     optimizer: Any
@@ -174,34 +162,34 @@ class Run:
     def fit(self) -> None:
         """Start the heads from data."""
         dataset = self._datasets(next(iter(self.config.stages.values())))['train']
+        loader = create_loader(dataset, self.config)
         self.model.to(self.accelerator.device)
         with self._timed('fit'):
-            from_features = dataset.gives == 'features'
-            timm_fisher.fit(self.model, self._loader(dataset), from_features=from_features)
+            timm_fisher.fit(self.model, loader, from_features=dataset.gives == 'features')
 
     def resume(self, checkpoint: Path) -> None:
         """Go back to a checkpoint; `train_stage` takes the rest of its state."""
         before = Progress(**json.loads((checkpoint / 'progress.json').read_text()))
-        if before.setting != self.progress.setting:
-            now = self.progress.setting
+        now = self.progress.setting
+        if before.setting != now:
             raise ValueError(f'--resume must keep {before.setting}; this is {now}.')
         self.progress = before
         load_weights(self.model, checkpoint / 'model')
         self.accelerator.load_state(str(checkpoint))  # the scaler of fp16
+        self._keep_best()
 
     def train_stage(self, name: str, stage: Stage) -> None:
         """Train one stage, or what is left of it after a checkpoint."""
         accelerator = self.accelerator
         done = sum(row['stage'] == name for row in self.progress.history)
         if done < stage.epochs:
-            training, val = self._prepare(name, stage)
-            checkpoint = latest_checkpoint(self.output)
-            if checkpoint is not None and done:
-                accelerator.load_state(str(checkpoint))
+            training = self._prepare(name, stage)
+            if done:
+                accelerator.load_state(str(latest_checkpoint(self.output)))
                 training.scheduler.load_state_dict(self.progress.scheduler)
             self.interruption.waits = True
             for epoch in range(done, stage.epochs):
-                self._run_epoch(training, epoch, val)
+                self._run_epoch(training, epoch)
             self.interruption.waits = False
             self.interruption.check()
             accelerator.free_memory()
@@ -209,73 +197,75 @@ class Run:
             shutil.rmtree(self.output / 'pooled', ignore_errors=True)
             draw_curve(self.progress.history, self.output / 'curve.png')
 
-    def _prepare(self, name: str, stage: Stage) -> tuple[Training, Images | Cached]:
-        """What a stage trains with, and its validation data."""
+    def _prepare(self, name: str, stage: Stage) -> Training:
         config, accelerator = self.config, self.accelerator
         datasets = self._datasets(stage, pool=True)
+        augmented = datasets.get('augmented', datasets['train'])
         freeze(self.model, name, stage)
-        # Seeded by the stage, so that resuming at its beginning is exact; and by the rank, so that
-        # the ranks draw different augmentation and dropout.
+        # By the stage, so that resuming at its beginning is exact; and by the rank, so that ranks
+        # draw different augmentation and dropout.
         number = list(config.stages).index(name)
         set_seed(config.seed + 1000 * (number + 1), device_specific=True)
-        objective = create_objective(self.model, stage, datasets['train'].gives)
-        enough = config.batch_size * accelerator.num_processes <= len(datasets['train'])
+        objective = create_objective(self.model, stage, augmented.gives)
+        enough = config.batch_size * accelerator.num_processes <= len(augmented)
         drop_last = objective.whole_batches and enough
         module, optimizer, loader = accelerator.prepare(
             objective,
             create_optimizer(self.model, stage),
-            self._loader(datasets['augmented'], shuffle=True, drop_last=drop_last),
+            create_loader(augmented, config, shuffle=True, drop_last=drop_last),
         )
         updates = math.ceil(len(loader) / config.grad_accum_steps)
         scheduler = create_scheduler(optimizer.optimizer, stage, updates)
-        training = Training(name, stage, objective, module, optimizer, loader, scheduler)
-        return training, datasets['val']
+        val = datasets['val']
+        return Training(name, stage, val, objective, module, optimizer, loader, scheduler)
 
-    def _run_epoch(self, training: Training, epoch: int, val: Images | Cached) -> None:
-        """Train, validate, report, keep the model if it is the best, and write the checkpoint."""
-        name, progress, scheduler = training.name, self.progress, training.scheduler
+    def _run_epoch(self, training: Training, epoch: int) -> None:
+        """Train, validate, report, write the checkpoint, and keep the model if it is the best."""
+        progress, scheduler = self.progress, training.scheduler
         start = time.perf_counter()
-        rate = max(group['lr'] for group in training.optimizer.param_groups)
+        row: dict[str, Any] = {'stage': training.name, 'epoch': epoch + 1}
+        row['lr'] = max(group['lr'] for group in training.optimizer.param_groups)
         with self._timed('train'):
-            loss = self._train_epoch(training, epoch)
-            result = self._evaluate(training.objective, val, 'val')
-        val_loss: float = result[training.objective.loss_name]
-        self._refuse_non_finite(val_loss, f'{name}, validation of epoch {epoch + 1}')
-        if isinstance(scheduler, ReduceLROnPlateau):
-            scheduler.step(loss)
-        row: dict[str, Any] = dict(stage=name, epoch=epoch + 1, lr=rate, train_loss=loss)
-        row['val_loss'] = val_loss
-        text = f'lr {rate:.2g}, train loss {loss:.4f}, val loss {val_loss:.4f}, '
+            row['train_loss'] = self._train_epoch(training, epoch)
+            result = self._evaluate(training.objective, training.val, 'val')
+        row['val_loss'] = result[training.objective.loss_name]
+        where = f'{training.name}, validation of epoch {epoch + 1}'
+        self._refuse_non_finite(row['val_loss'], where)
         if 'accuracy' in result:
             row['val_accuracy'] = result['accuracy']
-            text += f'val accuracy {result["accuracy"]:.2%}, '
         row['seconds'] = round(time.perf_counter() - start, 2)
-        self.accelerator.print(f'{name} {epoch + 1}: {text}{row["seconds"]:.1f} s')
+        self.accelerator.print(_text(row))
+        if isinstance(scheduler, ReduceLROnPlateau):
+            scheduler.step(row['train_loss'])
         progress.steps += len(training.loader)
         progress.scheduler = scheduler.state_dict()
-        if progress.add(row) and self.accelerator.is_main_process:
-            self.save_model(self.output / 'model')
+        progress.add(row)
         save_checkpoint(self.output, progress, self.accelerator, self.save_model)
+        self._keep_best()
+
+    def _keep_best(self) -> None:
+        """Write model/ if the model is the best now: after the checkpoint, from which `resume` does
+        it again if a run was killed between the two."""
+        if self.progress.latest_is_best and self.accelerator.is_main_process:
+            self.save_model(self.output / 'model')
+        self.accelerator.wait_for_everyone()
 
     def _train_epoch(self, training: Training, epoch: int) -> float:
-        """One pass over the training set, which `epoch`, from 0, puts in order; its mean loss over
-        all ranks."""
+        """One pass over the training set, put in order by `epoch`; the mean loss of all ranks."""
         accelerator, loader, stage = self.accelerator, training.loader, training.stage
         loader.set_epoch(epoch)
         training.module.train()
         set_training_mode(self.model, stage)
         update = epoch * math.ceil(len(loader) / self.config.grad_accum_steps)
         total, count = 0.0, 0
-        title = f'{training.name} {epoch + 1}/{stage.epochs}'
-        progress = self._progress_bar(loader, title)
+        progress = self._progress_bar(loader, f'{training.name} {epoch + 1}/{stage.epochs}')
         for step, (x, y) in enumerate(progress):
             self.interruption.check()
             with accelerator.accumulate(training.module):
                 loss = training.module(x, y)
                 value = loss.item()
-                self._refuse_non_finite(
-                    value, f'{training.name}, epoch {epoch + 1}, step {step + 1}'
-                )
+                where = f'{training.name}, epoch {epoch + 1}, step {step + 1}'
+                self._refuse_non_finite(value, where)
                 if not loss.requires_grad:
                     raise ValueError(
                         f"Stage '{training.name}' trains nothing: the unsupervised loss of "
@@ -295,15 +285,15 @@ class Run:
         """Add to the gradient, and, if it is complete, change the model."""
         accelerator, optimizer, stage = self.accelerator, training.optimizer, training.stage
         accelerator.backward(training.objective.weight * loss)
-        if stage.clip_grad is not None and accelerator.sync_gradients:
+        if accelerator.sync_gradients and stage.clip_grad is not None:
             parameters = [p for group in optimizer.param_groups for p in group['params']]
             accelerator.clip_grad_norm_(parameters, stage.clip_grad)
         optimizer.step()
+        optimizer.zero_grad()
         if accelerator.sync_gradients:
             self.model.project_()
             if not isinstance(training.scheduler, ReduceLROnPlateau):
                 training.scheduler.step_update(update)
-        optimizer.zero_grad()
 
     def _refuse_non_finite(self, loss: float, where: str) -> None:
         if not math.isfinite(loss):
@@ -313,57 +303,45 @@ class Run:
                 'clip_grad, or mixed_precision no or bf16.'
             )
 
-    def evaluate_best(self, split: str) -> dict[str, Any]:
-        """The results of the epoch that validated best, which the model becomes."""
-        stage = self.config.stages[self.progress.best['stage']]
+    def evaluate_best(self) -> dict[str, Any]:
+        """Evaluate the epoch that validated best, which the model becomes, on the test split or, if
+        there is none, on the validation split; what is written to metrics.json."""
+        progress, split = self.progress, 'test' if 'test' in self.images else 'val'
+        stage = self.config.stages[progress.best['stage']]
         load_weights(self.model, self.output / 'model')
         dataset = self._datasets(stage)[split]
-        return self._evaluate(create_objective(self.model, stage, dataset.gives), dataset, split)
-
-    def save_metrics(self, split: str, result: dict[str, Any]) -> dict[str, Any]:
-        """Write metrics.json; its content."""
-        progress = self.progress
+        objective = create_objective(self.model, stage, dataset.gives)
+        result = self._evaluate(objective, dataset, split)
+        seconds = {key: progress.seconds.get(key, 0.0) for key in ('features', 'fit', 'train')}
         metrics = {
             split: result,
             'best': progress.best,
             **describe(self.config, self.model, self.accelerator),
             'img_size': self.data_config['input_size'][-1],
             'steps': progress.steps,
-            'seconds': {key: round(value, 2) for key, value in progress.seconds.items()},
+            'seconds': {key: round(value, 2) for key, value in seconds.items()},
         }
         if self.accelerator.is_main_process:
             write(self.output / 'metrics.json', json.dumps(metrics, indent=2) + '\n')
+        self.accelerator.print(f'{split}: {_text(result)} -> {self.output}')
         return metrics
 
     def _datasets(self, stage: Stage, *, pool: bool = False) -> dict[str, Any]:
-        """Images, or what a stage with a frozen backbone works on: features of the model as it is
-        now or, to `pool`, its pooled vectors where the classifier alone is trained."""
-        config = self.config
+        """Images, or, with a frozen backbone, features of the model as it is now or, to `pool`, its
+        pooled vectors where the classifier alone is trained."""
+        config, accelerator = self.config, self.accelerator
         if not config.caches(stage):
             return self.images
         pool = pool and stage.train == 'classifier' and not stage.head_loss
         cached = {}
         with self._timed('features'):
             for name in (name for name in self.images if name != 'augmented'):
-                images = self.images[name]
-                cached[name] = cache_features(self.model, images, config, self.accelerator)
+                data = cache_features(self.model, self.images[name], config, accelerator)
                 if pool and name != 'test':
                     path = self.output / 'pooled' / f'{name}.npy'
-                    cached[name] = cache_pooled(
-                        self.model, cached[name], path, config, self.accelerator
-                    )
-        return {**cached, 'augmented': cached['train']}
-
-    def _loader(
-        self, dataset: Dataset[Any], *, shuffle: bool = False, drop_last: bool = False
-    ) -> DataLoader[Any]:
-        """A loader over a data set, before accelerate prepares it."""
-        # Cached features come from a memory map: workers would only copy them once more.
-        whole: Any = dataset.dataset if isinstance(dataset, Subset) else dataset
-        workers = self.config.workers if whole.gives == 'images' else 0
-        return DataLoader(
-            dataset, self.config.batch_size, shuffle, num_workers=workers, drop_last=drop_last
-        )
+                    data = cache_pooled(self.model, data, path, config, accelerator)
+                cached[name] = data
+        return cached
 
     def _evaluate(
         self, objective: Objective, dataset: Images | Cached, name: str
@@ -374,27 +352,33 @@ class Run:
         # DDP gives rank 0's batch-norm statistics to the others only at its next step.
         broadcast([*self.model.buffers()])
         share = range(accelerator.process_index, len(dataset), accelerator.num_processes)
-        batches = self._progress_bar(self._loader(Subset(dataset, share)), name)
+        batches = self._progress_bar(create_loader(dataset, self.config, sampler=share), name)
         with accelerator.autocast():
             return objective.evaluate(
                 send_to_device(batch, accelerator.device) for batch in batches
             )
 
     def _progress_bar(self, loader: Any, title: str) -> Any:
-        return tqdm(
-            loader, title, leave=False, disable=not self.accelerator.is_main_process or None
-        )
+        hidden = not self.accelerator.is_main_process or None  # None: shown on a terminal
+        return tqdm(loader, title, leave=False, disable=hidden)
 
     @contextmanager
     def _timed(self, what: str) -> Iterator[None]:
         start = time.perf_counter()
         yield
-        self.progress.seconds[what] += time.perf_counter() - start
+        taken = time.perf_counter() - start
+        self.progress.seconds[what] = self.progress.seconds.get(what, 0.0) + taken
 
     def save_model(self, folder: Path) -> None:
         """Write the model as it is now."""
         label_names, data_config = self.classes or None, self.data_config
         timm_fisher.save_model(self.model, folder, label_names=label_names, data_config=data_config)
+
+
+def _text(results: dict[str, Any]) -> str:
+    """`val loss 0.1234, val accuracy 0.9876`."""
+    values = {k: f'{v:.4g}' if isinstance(v, float) else v for k, v in results.items()}
+    return ', '.join(f'{key.replace("_", " ")} {value}' for key, value in values.items())
 
 
 def _create_accelerator(config: Config) -> Accelerator:

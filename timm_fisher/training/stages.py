@@ -1,7 +1,7 @@
 """What a stage trains, with which loss, optimizer and schedule.
 
-`Supervised` and `Unsupervised` are the two kinds of training. Each is a module, which DDP wraps:
-called with a batch it gives the loss, and `evaluate` measures a model on a whole data set.
+`Supervised` and `Unsupervised` are modules, which DDP wraps: called with a batch they give the
+loss, and `evaluate` measures a model on a whole data set.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class Supervised(nn.Module):
         self.model, self.stage, self.gives = model, stage, gives
 
     def forward(self, x: Any, y: Tensor) -> Tensor:
-        """The loss, a scalar, of images `[B, 3, H, W]`, or a list of features or pooled vectors,
-        and labels `[B]`."""
+        """The loss of images `[B, 3, H, W]`, a list of features or one of pooled vectors, and
+        labels `[B]`."""
         logits, unsupervised = self._logits(x, head_loss=self.stage.head_loss > 0)
         smoothing = self.stage.label_smoothing
         loss = F.cross_entropy(logits.float(), y, label_smoothing=smoothing)
@@ -52,19 +52,15 @@ class Supervised(nn.Module):
     def evaluate(self, batches: Batches) -> dict[str, Any]:
         """`loss`, the cross-entropy, `accuracy`, `balanced_accuracy` and `samples` of a data set;
         `batches` are this rank's share of it."""
-        losses: list[float] = []
-        labels: list[int] = []
-        predicted: list[int] = []
+        rows: list[tuple[float, int, int]] = []
         for x, y in batches:
             logits = self._logits(x)[0].float()
-            losses += F.cross_entropy(logits, y, reduction='none').tolist()
-            labels += y.tolist()
-            predicted += logits.argmax(1).tolist()
-        losses, labels, predicted = map(gather_object, (losses, labels, predicted))
-        return {'loss': statistics.fmean(losses), **accuracies(labels, predicted)}
+            losses = F.cross_entropy(logits, y, reduction='none')
+            rows += zip(losses.tolist(), y.tolist(), logits.argmax(1).tolist(), strict=True)
+        values, labels, predicted = zip(*gather_object(rows), strict=True)
+        return {'loss': statistics.fmean(values), **accuracies(labels, predicted)}
 
     def _logits(self, x: Any, head_loss: bool = False) -> tuple[Tensor, Tensor | float]:
-        """Logits `[B, num_classes]`, and the head's unsupervised loss if it is asked for."""
         model: Any = self.model
         if self.gives == 'pooled':
             return model.classifier(model.head_drop(x[0])), 0.0
@@ -73,12 +69,9 @@ class Supervised(nn.Module):
 
 
 class Unsupervised(nn.Module):
-    """The unsupervised loss of the model's heads; no label is read.
-
-    In training mode each head first updates itself by its own rule on the mini-batch
-    (`PoolingHead.partial_fit`): the gradient that follows is that of the loss with the new
-    parameters, in what the stage trains.
-    """
+    """The unsupervised loss of the model's heads; no label is read. In training each head first
+    updates itself by its own rule on the mini-batch (`PoolingHead.partial_fit`): the gradient is
+    that of the loss with the new parameters, in what the stage trains."""
 
     # A head's own rule takes every batch at full weight: a few images left over would undo what the
     # others taught it.
@@ -91,7 +84,7 @@ class Unsupervised(nn.Module):
         self.weight = stage.head_loss or 1.0
 
     def forward(self, x: Any, y: Tensor) -> Tensor:
-        """The loss, a scalar, of images `[B, 3, H, W]` or a list of features; `y` is ignored."""
+        """The loss of images `[B, 3, H, W]` or a list of features."""
         model = self.model
         features = x if self.gives == 'features' else model.descriptors.features(model.backbone, x)
         descriptors = model.descriptors(features)
@@ -126,17 +119,18 @@ def freeze(model: PooledModel, name: str, stage: Stage) -> None:
     """
     model.requires_grad_(True)
     model.freeze_backbone(not stage.trains_backbone)
-    trained: set[nn.Parameter] = set()
-    for layer_name, layer in zip(stage.layers, _trained_layers(model, stage), strict=True):
-        parameters = {p for p in layer.parameters() if p.requires_grad}
+    trained: list[nn.Parameter] = []
+    for layer_name, layer in _trained_layers(model, stage).items():
+        parameters = [p for p in layer.parameters() if p.requires_grad]
         if not parameters:
             raise ValueError(
                 f"Layer '{layer_name}' of the backbone has no parameters that the head depends on."
             )
-        trained |= parameters
-    if stage.layers:
-        for parameter in model.backbone.parameters():
-            parameter.requires_grad_(parameter in trained)
+        trained += parameters
+    if trained:
+        model.backbone.requires_grad_(False)
+        for parameter in trained:
+            parameter.requires_grad_(True)
     if stage.train in ('classifier', 'backbone'):
         model.head.requires_grad_(False)
     if stage.train == 'backbone' or stage.unsupervised:
@@ -151,25 +145,23 @@ def freeze(model: PooledModel, name: str, stage: Stage) -> None:
 
 def set_training_mode(model: PooledModel, stage: Stage) -> None:
     """Leave what a stage does not train in evaluation mode; the model is in training mode."""
-    layers = _trained_layers(model, stage)
-    if layers:
+    if stage.layers:
         model.backbone.eval()
-        for layer in layers:
+        for layer in _trained_layers(model, stage).values():
             layer.train()
-    if stage.freeze_bn:
-        for module in model.backbone.modules():
-            if isinstance(module, _BatchNorm):
-                module.eval()
+    for module in model.backbone.modules():
+        if stage.freeze_bn and isinstance(module, _BatchNorm):
+            module.eval()
 
 
-def _trained_layers(model: PooledModel, stage: Stage) -> list[nn.Module]:
+def _trained_layers(model: PooledModel, stage: Stage) -> dict[str, nn.Module]:
     """The modules of the backbone that a stage names."""
     modules = dict(model.backbone.named_modules())
+    del modules['']  # the backbone itself
     for name in stage.layers:
-        if not name or name not in modules:
-            hint = nearest(name, [known for known in modules if known])
-            raise ValueError(f"The backbone has no layer '{name}'.{hint}")
-    return [modules[name] for name in stage.layers]
+        if name not in modules:
+            raise ValueError(f"The backbone has no layer '{name}'.{nearest(name, modules)}")
+    return {name: modules[name] for name in stage.layers}
 
 
 def create_optimizer(model: PooledModel, stage: Stage) -> torch.optim.Optimizer:
