@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 MOST_FEATURES = 65_536  # of a size that an argument sets: dimensions, components, units
 MOST_ITERATIONS = 1000
+MOST_STEPS = 20  # of Newton-Schulz: more blow up what rounding makes of zero eigenvalues in float32
 
 
 class PoolingHead(nn.Module):

@@ -8,8 +8,8 @@ import torch
 from references import isqrt_cov
 from torch import Tensor
 
+from timm_fisher.head import MOST_STEPS
 from timm_fisher.numerics.linalg import (
-    MOST_STEPS,
     at_least_float32,
     covariance_root,
     gram_root,

@@ -38,6 +38,7 @@ from timm_fisher.numerics.linalg import (
     Linear,
     at_least_float32,
     power_l2,
+    precise,
     unit_length,
     without_autocast,
 )
@@ -100,21 +101,21 @@ class GMMFisher(PoolingHead):
         floor = torch.full((d,), math.log(VARIANCE_FLOOR / d) / 2)
         self.register_buffer('log_std_floor', floor)
 
+    @precise
     def forward(self, x: Tensor) -> Tensor:
-        with without_autocast(x):
-            y = self._reduce(x)
-            mixture = self.mixture(y.dtype)
-            squares = y.square()
-            g = mixture.log_joint(y, squares).softmax(-1).transpose(1, 2)
-            s0 = g.mean(-1, keepdim=True)
-            s1 = g @ y / y.shape[1]
-            s2 = g @ squares / y.shape[1]
-            mu, precision = mixture.means, torch.exp(-2 * mixture.log_stds)
-            scale = torch.exp(-mixture.log_weights / 2)[:, None]
-            first = (s1 - s0 * mu) * (precision.sqrt() * scale)
-            second = ((s2 + mu * (s0 * mu - 2 * s1)) * precision - s0) * (scale / math.sqrt(2))
-            fisher = torch.cat([first.flatten(1), second.flatten(1)], 1)
-            return (power_l2(fisher) if self.normalize else fisher).to(x.dtype)
+        y = self._reduce(x)
+        mixture = self.mixture(y.dtype)
+        squares = y.square()
+        g = mixture.log_joint(y, squares).softmax(-1).transpose(1, 2)
+        s0 = g.mean(-1, keepdim=True)
+        s1 = g @ y / y.shape[1]
+        s2 = g @ squares / y.shape[1]
+        mu, precision = mixture.means, torch.exp(-2 * mixture.log_stds)
+        scale = torch.exp(-mixture.log_weights / 2)[:, None]
+        first = (s1 - s0 * mu) * (precision.sqrt() * scale)
+        second = ((s2 + mu * (s0 * mu - 2 * s1)) * precision - s0) * (scale / math.sqrt(2))
+        fisher = torch.cat([first.flatten(1), second.flatten(1)], 1)
+        return power_l2(fisher) if self.normalize else fisher
 
     def mixture(self, dtype: torch.dtype) -> Mixture:
         """The mixture in the reduced space, its weights normalised."""

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from timm_fisher.fitting.stream import DescriptorStream
 from timm_fisher.head import MOST_FEATURES, MOST_ITERATIONS, PoolingHead, check_range
 from timm_fisher.numerics.clustering import check_finite
-from timm_fisher.numerics.linalg import at_least_float32, without_autocast
+from timm_fisher.numerics.linalg import at_least_float32, precise, without_autocast
 
 FIT_IMAGES = 65_536  # images that the basis is fitted to
 FLOOR = 1e-8  # of what is divided by; features and columns of the basis have unit length
@@ -95,18 +95,18 @@ class GSNMF(PoolingHead):
         rows = 2 * in_features if signed == 'split' else in_features
         self.basis = nn.Parameter(F.normalize(torch.rand(rows, components), dim=0))
 
+    @precise
     def forward(self, x: Tensor) -> Tensor:
-        with without_autocast(x):
-            return self._code(self._features(x)).to(x.dtype)
+        return self._code(self._features(x))
 
+    @precise
     def forward_with_loss(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        with without_autocast(x):
-            features = self._features(x)
-            code = self._code(features)
-            h = code.detach()
-            error = features - F.linear(h, self.basis.to(h.dtype))
-            penalty = 0.5 * self.l2_penalty * h.square().sum(1) + self.l1_penalty * h.sum(1)
-            return code.to(x.dtype), (0.5 * error.square().sum(1) + penalty).mean()
+        features = self._features(x)
+        code = self._code(features)
+        h = code.detach()
+        error = features - F.linear(h, self.basis.to(h.dtype))
+        penalty = 0.5 * self.l2_penalty * h.square().sum(1) + self.l1_penalty * h.sum(1)
+        return code, (0.5 * error.square().sum(1) + penalty).mean()
 
     @torch.no_grad()
     def fit(self, stream: DescriptorStream) -> None:
@@ -156,9 +156,7 @@ class GSNMF(PoolingHead):
         # The result does not depend on the scale, so it can be taken out as a constant. The
         # largest entry is 1 by then, and the floor only ever meets a zero vector.
         scale = pooled.detach().amax(1, keepdim=True)
-        pooled = pooled / torch.where(scale > 0, scale, 1.0)
-        length: Tensor = torch.linalg.vector_norm(pooled, dim=1, keepdim=True)
-        return pooled / length.clamp_min(0.5)
+        return F.normalize(pooled / torch.where(scale > 0, scale, 1.0), dim=1, eps=0.5)
 
     def _code(self, features: Tensor) -> Tensor:
         """Codes `[B, L]` by multiplicative updates (eq. 6)."""
@@ -266,7 +264,7 @@ def descend_(values: Tensor, drive: Tensor, gram: Tensor, *, within_ball: bool =
         values: V `[L, m]`.
         drive: D `[L, m]`.
         gram: G `[L, L]`, positive semi-definite. A row with a zero on its diagonal is left alone.
-        within_ball: hold each row within the unit ball.
+        within_ball: of radius 1.
     """
     diagonal = gram.diagonal()
     inverse = torch.where(diagonal > 0, 1 / diagonal, 0.0).tolist()

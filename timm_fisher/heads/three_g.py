@@ -28,16 +28,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import relu
 
-from timm_fisher.head import MOST_FEATURES, PoolingHead, check_range
-from timm_fisher.numerics.linalg import (
-    MOST_STEPS,
-    Linear,
-    LinearNorm,
-    Triangle,
-    at_least_float32,
-    covariance_root,
-    without_autocast,
-)
+from timm_fisher.head import MOST_FEATURES, MOST_STEPS, PoolingHead, check_range
+from timm_fisher.numerics.linalg import Linear, LinearNorm, Triangle, covariance_root, precise
 
 EPS = 1e-7  # on the diagonal of the covariance, as the authors have it; absolute, after batch norm
 
@@ -85,18 +77,17 @@ class ThreeG(PoolingHead):
         self.reduce = LinearNorm(in_features, d)
         self.blocks = nn.ModuleList(Reweighting(d) for _ in range(blocks))
 
+    @precise
     def forward(self, x: Tensor) -> Tensor:
-        with without_autocast(x):
-            x0 = relu(self.reduce(x.to(at_least_float32(x.dtype))))
-            y = x0
-            for block in self.blocks:
-                y = block(y, x0)
-            if self.shrinkage == 1:
-                root = covariance_root(y, self.iterations, EPS)
-            else:
-                root = shrunk_root(y, self.shrinkage, EPS)
-            z: Tensor = self.triangle(root)
-            return z.to(x.dtype)
+        x0 = y = relu(self.reduce(x))
+        for block in self.blocks:
+            y = block(y, x0)
+        if self.shrinkage == 1:
+            root = covariance_root(y, self.iterations, EPS)
+        else:
+            root = shrunk_root(y, self.shrinkage, EPS)
+        z: Tensor = self.triangle(root)
+        return z
 
 
 class Reweighting(nn.Module):

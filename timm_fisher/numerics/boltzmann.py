@@ -26,16 +26,15 @@ def mean_field(
     v: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], steps: int
 ) -> list[Tensor]:
     """Posteriors `[B, L1]`, and `[B, L2]`, of the hidden layers that maximise the variational
-    bound, by turns.
+    bound, by turns; that of a single layer is exact.
 
     Args:
         v: visible units `[B, C]`.
         weights: `[C, L1]`, and `[L1, L2]` if there is a second layer.
         biases: `[L1]`, and `[L2]`.
-        steps: rounds; the posterior of a single layer is exact.
+        steps: rounds, from a bottom-up start with doubled weights in place of the layer above.
 
-    Source: Salakhutdinov and Hinton, AISTATS 2009, eqs. 8 and 9; start: bottom-up, with doubled
-    weights in place of the layer above.
+    Source: Salakhutdinov and Hinton, AISTATS 2009, eqs. 8 and 9.
     """
     drive = v @ weights[0]
     if len(weights) == 1:
@@ -55,8 +54,7 @@ class Machine:
         sizes: units of each layer, visible ones first.
         v: training rows `[n, C]`: their mean starts the visible bias.
         generator: of everything random, on the device of `v`.
-        up: factor on what a layer gets from below.
-        down: factor on what it gets from above.
+        up, down: factors on what a layer gets from below, and from above.
     """
 
     def __init__(
@@ -158,7 +156,7 @@ def train_machine(
         v: rows `[n, C]` in [0, 1].
         hidden: units of one or two layers.
         epochs: of each training.
-        learning_rate: of each training, at its start.
+        learning_rate: at the start of each; it falls linearly to zero.
         seed: of everything random.
 
     Source: Salakhutdinov and Hinton, AISTATS 2009, sections 2.2 and 3.

@@ -33,10 +33,8 @@ def pca(rows: Tensor, dim: int) -> tuple[Tensor, Tensor]:
         largest entry positive; and the mean `[C]`. Both float64.
 
     Raises:
-        ValueError: `rows` holds a value that is not finite, or `dim` exceeds C.
+        ValueError: `rows` holds a value that is not finite.
     """
-    if dim > rows.shape[1]:
-        raise ValueError(f'PCA to {dim} dimensions asked of {rows.shape[1]}-dimensional rows.')
     check_finite(rows)
     rows = rows.double()
     mean = rows.mean(0)
@@ -48,7 +46,7 @@ def pca(rows: Tensor, dim: int) -> tuple[Tensor, Tensor]:
 
 
 def leading_axes(
-    chunks: Callable[[], Iterable[Tensor]], rank: int, *, iterations: int = 2, seed: int = 0
+    chunks: Callable[[], Iterable[Tensor]], rank: int, *, iterations: int = 2
 ) -> tuple[Tensor, Tensor]:
     """Leading eigenvectors and eigenvalues of the covariance of rows, which is never formed: by
     subspace iterations from random directions, over chunks of rows.
@@ -59,7 +57,6 @@ def leading_axes(
         chunks: gives an iterator over the rows, in chunks `[M, d]`; called for each pass.
         rank: r, at most d.
         iterations: passes that improve the subspace, unless it is the whole space.
-        seed: of the random directions.
 
     Returns:
         Axes `[d, r]`, orthonormal, and variances `[r]`, falling, float64.
@@ -75,7 +72,7 @@ def leading_axes(
     if width == d:
         basis, iterations = torch.eye(d, dtype=rows.dtype, device=rows.device), 0
     else:
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(0)
         basis = torch.randn(d, width, generator=generator).to(rows)
 
     for _ in range(iterations):
@@ -96,12 +93,9 @@ def leading_axes(
 
 @torch.no_grad()
 def start_reduction(reduce: nn.Linear, rows: Tensor) -> Tensor:
-    """Start a reduction from PCA, in place, scaled by one number such that the mean squared length
-    of what it gives is 1, whatever the scale of the backbone.
-
-    Args:
-        reduce: C -> d, with a bias, which removes the mean.
-        rows: descriptors `[M, C]`.
+    """Start a reduction C -> d from the PCA of descriptors `[M, C]`, in place, scaled by one number
+    such that the mean squared length of what it gives is 1, whatever the scale of the backbone. The
+    bias removes the mean.
 
     Returns:
         The reduced descriptors `[M, d]`, float64.
