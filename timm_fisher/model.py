@@ -102,9 +102,7 @@ class PooledModel(nn.Module):
             pretrained=pretrained,
         )
         self.backbone = built.module
-        self.backbone_weights: dict[str, str | None] | None = None
-        if pretrained:
-            self.backbone_weights = describe_weights(self.backbone, cache_dir)
+        self.backbone_weights = describe_weights(self.backbone, cache_dir) if pretrained else None
         self._always_frozen = [
             name for name, p in self.backbone.named_parameters() if not p.requires_grad
         ]
@@ -165,15 +163,12 @@ class PooledModel(nn.Module):
     def forward_head(
         self, x: Tensor | list[Tensor], pre_logits: bool = False, head_loss: bool = False
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Pool and classify.
+        """Logits `[B, num_classes]` of what `forward_features` gives.
 
         Args:
-            x: what `forward_features` gives.
+            x: one tensor, or one for each stage.
             pre_logits: stop before the classifier, at `[B, head_hidden_size]`.
             head_loss: give the heads' unsupervised loss, a scalar, as a second result.
-
-        Returns:
-            Logits `[B, num_classes]`.
         """
         features = [x] if isinstance(x, Tensor) else x
         descriptors = self.descriptors(features)
@@ -189,11 +184,8 @@ class PooledModel(nn.Module):
         return (out, loss) if head_loss else out
 
     def forward(self, x: Tensor, head_loss: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-        """Logits `[B, num_classes]` of images `[B, 3, H, W]`.
-
-        With `head_loss`, the heads' unsupervised loss is the second result. It comes through here
-        so that `DistributedDataParallel` sees it.
-        """
+        """Logits `[B, num_classes]` of images `[B, 3, H, W]`; with `head_loss` the heads'
+        unsupervised loss is a second result, which `DistributedDataParallel` sees thereby."""
         return self.forward_head(self.forward_features(x), head_loss=head_loss)
 
     def get_classifier(self) -> nn.Module:
@@ -245,10 +237,8 @@ class PooledModel(nn.Module):
             head.project_()
 
     def set_input_size(self, img_size: int | tuple[int, int]) -> None:
-        """Take images of another size; a backbone that fixes one resamples its position embedding.
-
-        Args:
-            img_size: side or (height, width) of the image.
+        """Take images of another size, side or (height, width); a backbone that fixes one resamples
+        its position embedding.
 
         Raises:
             ValueError: the backbone can neither take another size nor resample.

@@ -26,10 +26,7 @@ def list_heads() -> list[str]:
 
 
 def get_head(name: str) -> type[PoolingHead]:
-    """The class of an installed head.
-
-    Args:
-        name: entry-point name, as `list_heads()` gives it.
+    """The class of an installed head, by a name of `list_heads()`.
 
     Raises:
         ValueError: no head has this name, or two distributions claim it.
@@ -55,7 +52,7 @@ def create_head(name: str, in_features: int, /, **arguments: Any) -> PoolingHead
     """Build an installed head.
 
     Args:
-        name: entry-point name.
+        name: one of `list_heads()`.
         in_features: channels of one descriptor.
         **arguments: the head's own keyword arguments, checked against its signature.
 
@@ -86,10 +83,8 @@ def create_head(name: str, in_features: int, /, **arguments: Any) -> PoolingHead
 
 
 def check_output(name: str, in_features: int, arguments: Mapping[str, Any]) -> None:
-    """Refuse a head whose `forward` does not return a tensor `[B, out_features]`.
-
-    Another one of its kind is tried on the meta device, which costs next to nothing; a head need
-    not run there, and then fails where it is used.
+    """Refuse a head whose `forward` returns no tensor `[B, out_features]` on the meta device, where
+    trying costs next to nothing; one that does not run there fails where it is used.
 
     Raises:
         TypeError: it returns no tensor.

@@ -41,14 +41,8 @@ class DescriptorStream(ABC):
 
     @abstractmethod
     def read(self, images: Sequence[int]) -> Iterator[tuple[Sequence[int], Tensor]]:
-        """This rank's share of some images.
-
-        Args:
-            images: indices of images, ascending; the same on every rank.
-
-        Yields:
-            Positions in `images`, and the descriptors `[B, N, C]` of the images there.
-        """
+        """This rank's share of some images, whose indices ascend and are the same on every rank:
+        positions in `images`, and the descriptors `[B, N, C]` of the images there."""
 
     def sum(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Each tensor added up over ranks; every rank must call it, with the same shapes."""
@@ -69,21 +63,17 @@ class DescriptorStream(ABC):
         for x in self.batches():
             yield x.flatten(0, 1)
 
-    def sample(self, n: int, *, seed: int = 0) -> Tensor:
+    def sample(self, n: int) -> Tensor:
         """The same random descriptors `[n, C]` on every rank, however many ranks there are; fewer
         if the images hold fewer. Reads at most `n` images, as few descriptors of each as suffice.
-
-        Args:
-            n: how many descriptors are wanted.
-            seed: of the choice.
         """
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(0)
         images = _choose(len(self), n, generator)
         per_image = math.ceil(n / len(images))
 
         def draw(numbers: Tensor, x: Tensor) -> Tensor:
             # By image: the choice must not depend on how images are shared out to batches.
-            order = _scatter(numbers, x.shape[1], seed).argsort(1)[:, :per_image].to(x.device)
+            order = _scatter(numbers, x.shape[1]).argsort(1)[:, :per_image].to(x.device)
             rows = x.gather(1, order[..., None].expand(-1, -1, x.shape[2]))
             # One channel more tells descriptors from what fills up images that hold fewer.
             rows = F.pad(rows.to(at_least_float32(x.dtype)), (0, 1), value=1.0)
@@ -94,16 +84,12 @@ class DescriptorStream(ABC):
         return rows[_choose(len(rows), n, generator).to(rows.device)] if len(rows) > n else rows
 
     def sample_images(self, n: int, pool: Callable[[Tensor], Tensor]) -> Tensor:
-        """One vector for each of at most `n` random images, the same on every rank.
-
-        For fits that pass over whole images many times. Memory is that of the result.
+        """One vector for each of at most `n` random images, in their order, the same on every rank.
+        For fits that pass over whole images many times; memory is that of the result.
 
         Args:
-            n: how many images are wanted; all are taken if there are no more.
+            n: how many images are wanted.
             pool: descriptors `[B, N, C]` -> vectors `[B, D]`, each image for itself, on any device.
-
-        Returns:
-            Vectors `[min(n, images), D]`, in the order of the images.
         """
         images = _choose(len(self), n, torch.Generator().manual_seed(0))
         return self._collect(images, lambda _, x: pool(x))
@@ -128,10 +114,10 @@ def _choose(number: int, n: int, generator: torch.Generator) -> Tensor:
     return torch.randperm(number, generator=generator)[:n].sort().values
 
 
-def _scatter(images: Tensor, number: int, seed: int) -> Tensor:
-    """Pseudorandom int64 `[B, number]` that depend on image, column and seed alone: the low 32 bits
-    of MurmurHash3's finaliser."""
-    keys = images[:, None] * 0x9E3779B1 + torch.arange(number) + seed * 0x85EBCA77
+def _scatter(images: Tensor, number: int) -> Tensor:
+    """Pseudorandom int64 `[B, number]` that depend on image and column alone: the low 32 bits of
+    MurmurHash3's finaliser."""
+    keys = images[:, None] * 0x9E3779B1 + torch.arange(number)
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
         keys = keys & 0xFFFFFFFF
         keys = (keys ^ (keys >> shift)) * factor

@@ -160,20 +160,12 @@ def ista(dictionary: Tensor, sparsity: float) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def learn_dictionary(y: Tensor, code_dim: int, sparsity: float, *, rounds: int = 200) -> Tensor:
-    """Unit-norm atoms that lower the mean of `|y - B u|^2 + sparsity |u|_1` over B and u.
+    """Unit-norm atoms B `[d, m]` that lower the mean of `|y - B u|^2 + sparsity |u|_1` over B and
+    u, for descriptors `[M, d]`; all float64.
 
     Each round alternates ISTA steps on the codes, warm-started, with projected gradient steps on
     the dictionary. Neither raises the objective. An atom that no code uses is replaced by a
     descriptor that is badly represented, which does not change the objective either.
-
-    Args:
-        y: descriptors `[M, d]`, float64.
-        code_dim: m, number of atoms.
-        sparsity: weight of the L1 penalty.
-        rounds: of `STEPS` steps on the codes, and as many on the dictionary.
-
-    Returns:
-        B `[d, m]`, float64.
     """
     generator = torch.Generator().manual_seed(0)
     chosen = torch.randperm(len(y), generator=generator)[:code_dim]

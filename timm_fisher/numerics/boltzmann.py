@@ -26,13 +26,9 @@ def mean_field(
     v: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], steps: int
 ) -> list[Tensor]:
     """Posteriors `[B, L1]`, and `[B, L2]`, of the hidden layers that maximise the variational
-    bound, by turns; that of a single layer is exact.
+    bound for visible units `[B, C]`, by turns; that of a single layer is exact.
 
-    Args:
-        v: visible units `[B, C]`.
-        weights: `[C, L1]`, and `[L1, L2]` if there is a second layer.
-        biases: `[L1]`, and `[L2]`.
-        steps: rounds, from a bottom-up start with doubled weights in place of the layer above.
+    The start is bottom-up, with doubled weights in place of the layer above.
 
     Source: Salakhutdinov and Hinton, AISTATS 2009, eqs. 8 and 9.
     """
@@ -54,7 +50,8 @@ class Machine:
         sizes: units of each layer, visible ones first.
         v: training rows `[n, C]`: their mean starts the visible bias.
         generator: of everything random, on the device of `v`.
-        up, down: factors on what a layer gets from below, and from above.
+        up: factor on what a layer gets from below.
+        down: factor on what it gets from above.
     """
 
     def __init__(
@@ -76,7 +73,7 @@ class Machine:
         self.centres = [v.mean(0), *(torch.full_like(bias, 0.5) for bias in self.biases[1:])]
 
     def train(self, v: Tensor, epochs: int, learning_rate: float) -> None:
-        """Ascend the variational bound by persistent contrastive divergence, on rows `[n, C]`."""
+        """Ascend the variational bound, on rows `[n, C]`; the rate falls linearly to zero."""
         slopes = [torch.zeros_like(p) for p in (*self.weights, *self.biases)]
         size = min(BATCH, max(10, len(v) // STEPS), len(v))
         number = len(v) // size  # a few rows left over would count as much as a whole batch
@@ -156,7 +153,7 @@ def train_machine(
         v: rows `[n, C]` in [0, 1].
         hidden: units of one or two layers.
         epochs: of each training.
-        learning_rate: at the start of each; it falls linearly to zero.
+        learning_rate: at the start of each.
         seed: of everything random.
 
     Source: Salakhutdinov and Hinton, AISTATS 2009, sections 2.2 and 3.

@@ -22,15 +22,8 @@ def check_finite(rows: Tensor) -> None:
 
 
 def pca(rows: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """Principal components of descriptors, computed in float64.
-
-    Args:
-        rows: descriptors `[M, C]`.
-        dim: how many components, at most C.
-
-    Returns:
-        Components `[dim, C]`, orthonormal rows in order of falling variance, each with its
-        largest entry positive; and the mean `[C]`. Both float64.
+    """Principal components `[dim, C]` of descriptors `[M, C]`, orthonormal rows in order of falling
+    variance, each with its largest entry positive; and the mean `[C]`. Both float64.
 
     Raises:
         ValueError: `rows` holds a value that is not finite.
@@ -49,9 +42,8 @@ def leading_axes(
     chunks: Callable[[], Iterable[Tensor]], rank: int, *, iterations: int = 2
 ) -> tuple[Tensor, Tensor]:
     """Leading eigenvectors and eigenvalues of the covariance of rows, which is never formed: by
-    subspace iterations from random directions, over chunks of rows.
-
-    A pass costs 4 n d r operations, and memory a few times d r and a chunk.
+    subspace iterations from random directions. A pass over n rows costs 4 n d r operations, and
+    memory a few times d r and a chunk.
 
     Args:
         chunks: gives an iterator over the rows, in chunks `[M, d]`; called for each pass.
@@ -95,10 +87,7 @@ def leading_axes(
 def start_reduction(reduce: nn.Linear, rows: Tensor) -> Tensor:
     """Start a reduction C -> d from the PCA of descriptors `[M, C]`, in place, scaled by one number
     such that the mean squared length of what it gives is 1, whatever the scale of the backbone. The
-    bias removes the mean.
-
-    Returns:
-        The reduced descriptors `[M, d]`, float64.
+    bias removes the mean. Gives the reduced descriptors `[M, d]`, float64.
 
     Raises:
         ValueError: `rows` holds a value that is not finite.
@@ -113,20 +102,18 @@ def start_reduction(reduce: nn.Linear, rows: Tensor) -> Tensor:
 
 
 def kmeans(rows: Tensor, clusters: int, *, seed: int = 0, iterations: int = 100) -> Tensor:
-    """K-means: greedy k-means++ seeds, then Lloyd's steps until the assignments settle.
+    """Centroids `[K, C]` of K-means, float64: greedy k-means++ seeds, then Lloyd's steps until the
+    assignments settle.
 
-    Computed in float64. A cluster that loses all its rows takes the worst represented one. Where
-    there are fewer different rows than clusters, the spare centroids lie close to rows, each at a
-    small random offset, so that a fit that starts from them can tell them apart.
+    A cluster that loses all its rows takes the worst represented one. Where there are fewer
+    different rows than clusters, the spare centroids lie close to rows, each at a small random
+    offset, so that a fit that starts from them can tell them apart.
 
     Args:
         rows: descriptors `[M, C]`.
-        clusters: K, number of centroids.
+        clusters: K.
         seed: of the k-means++ draws.
         iterations: at most this many of Lloyd's steps.
-
-    Returns:
-        Centroids `[K, C]`, float64.
 
     Raises:
         ValueError: `rows` holds a value that is not finite.

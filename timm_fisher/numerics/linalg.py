@@ -26,11 +26,8 @@ def power_l2(z: Tensor) -> Tensor:
     """Signed square root, then L2 norm: `z' = sign(z) sqrt(|z|)`, `z' / ||z'||`.
 
     The gradient of the square root is infinite at zero, so `sign(z) sqrt(|z|)` becomes
-    `z / sqrt(|z| + eps max|z|)`: the floor is relative to the vector's own scale, which the
-    L2 norm then removes. A zero vector stays zero.
-
-    Args:
-        z: vectors `[..., D]`, float32 or better.
+    `z / sqrt(|z| + eps max|z|)`: the floor is relative to the scale of the vectors `[..., D]`,
+    float32 or better, which the L2 norm then removes. A zero vector stays zero.
 
     Source: Perronnin, Sanchez and Mensink, ECCV 2010, sections 3.1 and 3.2.
     """
@@ -116,14 +113,13 @@ class Triangle(nn.Module):
     """Reads the upper, or the lower, triangle of symmetric matrices `[B, d, d]`, diagonal included,
     row by row: `[B, d (d + 1) / 2]`."""
 
-    index: Tensor  # positions in a flattened matrix
-
     def __init__(self, size: int, *, lower: bool = False) -> None:
         super().__init__()
         self.size = size
         self.lower = lower
         self.length = size * (size + 1) // 2
-        self.register_buffer('index', torch.empty(self.length, dtype=torch.long), persistent=False)
+        # Positions in a flattened matrix.
+        self.index = nn.Buffer(torch.empty(self.length, dtype=torch.long), persistent=False)
         self.init_non_persistent_buffers()
 
     def init_non_persistent_buffers(self) -> None:
@@ -137,7 +133,7 @@ class Triangle(nn.Module):
 
 
 def covariance_root(x: Tensor, iterations: int, eps: float = 0.0) -> Tensor:
-    """Square root of the covariance of descriptors, by Newton-Schulz iterations.
+    """Square roots `[B, d, d]` of covariances of descriptors, by Newton-Schulz iterations.
 
     The covariance S, plus `eps` I, is divided by its trace, iterated, and multiplied by the root
     of the trace. Five iterations stop short of the true root, as the papers mean them to.
@@ -149,9 +145,6 @@ def covariance_root(x: Tensor, iterations: int, eps: float = 0.0) -> Tensor:
         x: descriptors `[B, N, d]`, float32 or better.
         iterations: 1 or more.
         eps: added to the diagonal of the covariance.
-
-    Returns:
-        Roots `[B, d, d]`; for a constant map without `eps` zero, up to rounding errors.
 
     Source: Li et al., CVPR 2018 (iSQRT-COV), eqs. 4 to 7.
     """
