@@ -219,7 +219,7 @@ def newton_schulz(a: Tensor, iterations: int) -> Tensor:
 
 
 def _safe_trace(trace: Tensor) -> Tensor:
-    """`[B]` -> `[B, 1, 1]`, 1 where it is zero, or so small that numbers beside it, of the size of
-    its rounding errors, have no exact reciprocal or none at all."""
+    """`[B]` -> `[B, 1, 1]`, 1 where it is zero, or where the dtype cannot hold its rounding errors:
+    that is at lengths below 3e-16 in float32."""
     info = torch.finfo(trace.dtype)
     return torch.where(trace > info.tiny / info.eps, trace, 1.0)[:, None, None]
