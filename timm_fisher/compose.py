@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from timm_fisher.fitting.stream import DescriptorStream
 from timm_fisher.head import PoolingHead
 from timm_fisher.numerics.linalg import at_least_float32, unit_length
 
@@ -43,21 +42,6 @@ class ConcatHeads(nn.ModuleList):
             *(head.forward_with_loss(x[place]) for head, place in self.placed()), strict=True
         )
         return self._concatenate(pooled), torch.stack(losses).sum()
-
-    def partial_fit(self, streams: Sequence[DescriptorStream]) -> None:
-        """Each head's update rule on a mini-batch, one stream a stage."""
-        for head, place in self.placed():
-            head.partial_fit(streams[place])
-
-    def no_weight_decay(self) -> set[str]:
-        """Names of parameters that a head wants without weight decay."""
-        heads = enumerate(head for head, _ in self.placed())
-        return {f'{i}.{name}' for i, head in heads for name in head.no_weight_decay()}
-
-    def project_(self) -> None:
-        """Bring each head back to its feasible set."""
-        for head, _ in self.placed():
-            head.project_()
 
     def _concatenate(self, pooled: Sequence[Tensor]) -> Tensor:
         dtype = functools.reduce(torch.promote_types, [z.dtype for z in pooled])

@@ -6,8 +6,6 @@
 2. `forward_features` gives tokens: drop the prefix tokens. Their number is believed only if what
    is left is the grid that `feature_info` promises, so that no class token passes for a descriptor.
 3. Anything else, and every stage but the last: `forward_intermediates`, which gives NCHW maps.
-
-`StageDescriptors` reads several stages.
 """
 
 from __future__ import annotations
@@ -86,11 +84,15 @@ class StageDescriptors(nn.ModuleList):
         stages: one `Descriptors` for each stage, in ascending order.
         one_pass: `forward_intermediates` gives the output, as `forward_features` does, beside the
             earlier stages; otherwise the backbone runs twice.
+
+    Attributes:
+        class_token: what becomes of that of the last stage.
     """
 
     def __init__(self, stages: Sequence[Descriptors], *, one_pass: bool) -> None:
         super().__init__(stages)
         self.one_pass = one_pass
+        self.class_token = stages[-1].class_token
 
     def __iter__(self) -> Iterator[Descriptors]:
         return cast(Iterator[Descriptors], super().__iter__())
@@ -110,14 +112,9 @@ class StageDescriptors(nn.ModuleList):
         """Descriptors `[B, N, C]` of each stage; N and C are its own."""
         return [read(tensor) for read, tensor in zip(self, features, strict=True)]
 
-    def appended(self, features: Sequence[Tensor]) -> Tensor | None:
-        """The class token `[B, C]` of the output that goes behind the pooled vector, if any."""
-        output = cast(Descriptors, self[-1])
-        return features[-1][:, 0] if output.class_token == 'append' else None
-
 
 def _intermediates(backbone: Any, x: Tensor, stages: list[int], **options: Any) -> list[Tensor]:
-    """Maps NCHW of some stages, in ascending order, without what lies behind the last of them."""
+    """Maps NCHW of some stages, without running what lies behind the last of them."""
     options |= dict(stop_early=True, output_fmt='NCHW', intermediates_only=True)
     return list(backbone.forward_intermediates(x, indices=stages, **options))
 
@@ -125,21 +122,18 @@ def _intermediates(backbone: Any, x: Tensor, stages: list[int], **options: Any) 
 def find_descriptors(
     backbone: Any, image: Tensor, *, stages: Sequence[int] = (-1,), class_token: str = 'drop'
 ) -> tuple[StageDescriptors, set[str], set[str]]:
-    """Decide how to read a timm backbone, and what of it the descriptors do not depend on: what
-    sits behind the old pool, or behind an earlier stage.
+    """Decide how to read a timm backbone, and what of it the descriptors do not depend on.
 
     Args:
         backbone: a timm model without classifier, best built on `torch.device('meta')`, where
             looking costs nothing.
         image: an input `[B, C, H, W]` on the same device.
-        stages: -1 for the output, or earlier stages, -2, -3, ...
-        class_token: 'drop', 'keep' or 'append'; see `Descriptors`. With several stages it is about
-            the output.
+        stages: as `Descriptors` takes them.
+        class_token: as `Descriptors` takes it. With several stages it is about the output.
 
     Returns:
-        The descriptors of each stage; names of the largest modules that hold parameters and never
-        run; and names of parameters elsewhere that no gradient reaches, such as those of a last
-        layer's class token.
+        The descriptors; names of the largest modules that hold parameters and never run; and names
+        of parameters elsewhere that no gradient reaches, such as of a last layer's class token.
 
     Raises:
         ValueError: no such stage or mode, or the backbone has no class token there.
@@ -215,20 +209,17 @@ def _from_features(
     backbone: Any, features: Any, image: Tensor, class_token: str
 ) -> Descriptors | None:
     """Rules 1 and 2, or None where they do not hold."""
-    if not isinstance(features, Tensor):
+    if not isinstance(features, Tensor) or features.ndim not in (3, 4):
         return None
     if features.ndim == 4:
         layout = str(getattr(backbone, 'output_fmt', 'NCHW'))
         channels = features.shape[3 if layout == 'NHWC' else 1]
         return Descriptors(stage=-1, layout=layout, num_features=channels)
-    if features.ndim != 3:
-        return None
     prefix = getattr(backbone, 'num_prefix_tokens', 0)
     strides = to_2tuple(backbone.feature_info[-1]['reduction'])
     sides = [size / stride for size, stride in zip(image.shape[2:], strides, strict=True)]
-    if features.shape[1] - prefix not in [
-        math.prod(map(divide, sides)) for divide in (math.floor, math.ceil)
-    ]:
+    grids = [math.prod(map(rounded, sides)) for rounded in (math.floor, math.ceil)]
+    if features.shape[1] - prefix not in grids:
         return None
     return Descriptors(
         stage=-1,
@@ -257,7 +248,7 @@ def _record_calls(backbone: Any) -> Iterator[set[str]]:
 def _unused_parts(
     backbone: Any, features: Sequence[Tensor], ran: set[str]
 ) -> tuple[set[str], set[str]]:
-    """Idle modules and dead parameters, see `find_descriptors`."""
+    """See `find_descriptors`; `ran` are the names of modules that did."""
     reached = set().union(*(_operations(tensor)[0] for tensor in features))
     dead = {
         name for name, p in backbone.named_parameters() if p.requires_grad and id(p) not in reached
@@ -268,18 +259,17 @@ def _unused_parts(
     idle: set[str] = set()
     for name, module in backbone.named_modules():  # a module comes before its children
         inside = {key for key, _ in module.named_parameters(prefix=name)}
-        runs = name in ran
         # Code that never calls a list of modules may still loop over it: take out what is in it.
         container = isinstance(module, nn.ModuleList | nn.ModuleDict | nn.Sequential)
-        if name and inside and inside <= dead and not runs and not container:
+        if name and inside and inside <= dead and name not in ran and not container:
             idle.add(name)
             dead -= inside
     return idle, dead
 
 
 def _operations(tensor: Tensor) -> tuple[set[int], Counter[str]]:
-    """Of the autograd graph of a tensor: ids of the parameters that it begins with, and how often
-    each operation occurs. Cheaper than a backward pass."""
+    """Ids of the parameters that a tensor's autograd graph begins with, and how often each
+    operation occurs. Cheaper than a backward pass."""
     parameters: set[int] = set()
     operations: Counter[str] = Counter()
     seen, todo = set(), [tensor.grad_fn]
@@ -303,11 +293,9 @@ class Unused(nn.Identity):
 
 
 def remove_unused(backbone: Any, idle: set[str], dead: set[str]) -> None:
-    """Take what `find_descriptors` found unused out of a backbone, in place.
-
-    Idle modules become `Unused`, so that they reach neither optimizer nor checkpoint; dead
-    parameters of modules that run are frozen, for DDP stops on those without a gradient.
-    """
+    """Take what `find_descriptors` found unused out of a backbone, in place: idle modules reach
+    neither optimizer nor checkpoint; dead parameters are frozen, for DDP stops on those without a
+    gradient."""
     for name in idle:
         backbone.set_submodule(name, Unused())
     for name in dead:

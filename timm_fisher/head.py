@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 MOST_FEATURES = 65_536  # of a size that an argument sets: dimensions, components, units
 MOST_ITERATIONS = 1000
+MOST_STEPS = 20  # of Newton-Schulz: more blow up what rounding makes of zero eigenvalues in float32
 
 
 class PoolingHead(nn.Module):
@@ -42,26 +43,13 @@ class PoolingHead(nn.Module):
     out_features: int
 
     def forward(self, x: Tensor) -> Tensor:
-        """Pool descriptors.
-
-        Args:
-            x: local descriptors `[B, N, C]`; N is free and their order does not matter.
-
-        Returns:
-            Pooled vectors `[B, out_features]`, in the dtype of `x`.
-        """
+        """Pooled vectors `[B, out_features]` of local descriptors `[B, N, C]`, in their dtype; N is
+        free, and their order does not matter."""
         raise NotImplementedError(f'{type(self).__name__} must define forward().')
 
     def forward_with_loss(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Pool descriptors, and give the head's unsupervised loss.
-
-        Args:
-            x: local descriptors `[B, N, C]`.
-
-        Returns:
-            Pooled vectors `[B, out_features]` and a scalar loss, averaged over the batch; zero
-            for a head that has none.
-        """
+        """As `forward`, and the head's unsupervised loss, a scalar, averaged over the batch; zero
+        for a head that has none."""
         return self(x), x.new_zeros(())
 
     def fit(self, stream: DescriptorStream) -> None:
@@ -98,7 +86,7 @@ class PoolingHead(nn.Module):
 def check_range(
     head: str, /, **arguments: tuple[Any, float, float] | tuple[Any, int, int, None]
 ) -> None:
-    """Refuse arguments of a head that are not numbers, or outside their range.
+    """Refuse arguments of a head that are not numbers, or outside their range (ValueError).
 
     ```python
     check_range('3g', blocks=(blocks, 0, 64), reduce_dim=(reduce_dim, 1, MOST_FEATURES, None))
@@ -108,9 +96,6 @@ def check_range(
         head: name of the head, to begin the error with.
         **arguments: for each argument its value, the least and the most that is allowed, and None
             where that is allowed too. Limits that are whole numbers ask for a whole number.
-
-    Raises:
-        ValueError: names the argument, its range and the value.
     """
     for name, (value, least, most, *others) in arguments.items():
         whole = isinstance(least, int) and isinstance(most, int)

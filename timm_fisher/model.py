@@ -16,7 +16,7 @@ from timm_fisher.backbone import can_resize, create_backbone, describe_weights
 from timm_fisher.compose import ConcatHeads
 from timm_fisher.descriptors import StageDescriptors
 from timm_fisher.head import PoolingHead
-from timm_fisher.registry import check_head_output, create_head
+from timm_fisher.registry import check_output, create_head
 
 # What a pretrained_cfg says about images; the rest of it is about the backbone's own weights.
 _DATA_KEYS = (
@@ -30,8 +30,7 @@ class PooledModel(nn.Module):
 
     Speaks timm's language, so that timm's own scripts take it. Parts of the backbone that the
     descriptors do not depend on (an old pre-classifier, the stages behind an earlier `stage`) are
-    taken out. A backbone (`freeze_backbone`) or head that is frozen as a whole stays in eval mode
-    under `model.train()`.
+    taken out.
 
     Args:
         backbone: any name that `timm.create_model` takes, `hf-hub:` and `local-dir:` included.
@@ -103,21 +102,18 @@ class PooledModel(nn.Module):
             pretrained=pretrained,
         )
         self.backbone = built.module
-        self.backbone_weights: dict[str, str | None] | None = None
-        if pretrained:
-            self.backbone_weights = describe_weights(self.backbone, cache_dir)
+        self.backbone_weights = describe_weights(self.backbone, cache_dir) if pretrained else None
         self._always_frozen = [
             name for name, p in self.backbone.named_parameters() if not p.requires_grad
         ]
         self.descriptors = built.descriptors
         places = [stages.index(place) for _, place, _ in heads]
         channels = [reader.num_features for reader in self.descriptors]
-        made = [
-            create_head(name, channels[place], **options)
-            for (name, _, options), place in zip(heads, places, strict=True)
-        ]
+        made = []
         for (name, _, options), place in zip(heads, places, strict=True):
-            _try_head(name, channels[place], options)
+            made.append(create_head(name, channels[place], **options))
+            if torch.get_default_device().type != 'meta':  # where a saved model is built again
+                check_output(name, channels[place], options)
         self.head = made[0] if isinstance(head, str) else ConcatHeads(made, places)
         self.head_drop = nn.Dropout(drop_rate)
 
@@ -130,8 +126,7 @@ class PooledModel(nn.Module):
         self.classifier = _create_classifier(self.head_hidden_size, num_classes)
         self.pretrained_cfg = _wrap_cfg(self.backbone, built.input_size, num_classes)
         # What the caller gave, for timm's factory to build this model again. A backbone from a
-        # folder or a repository is recorded as what it turned out to be: the saved model must not
-        # need that place again.
+        # folder or a repository is recorded as what it turned out to be, without that place.
         self._built_args = dict(self.backbone._model_args)
         if ':' in backbone:
             backbone = self.backbone.pretrained_cfg['architecture']
@@ -168,36 +163,29 @@ class PooledModel(nn.Module):
     def forward_head(
         self, x: Tensor | list[Tensor], pre_logits: bool = False, head_loss: bool = False
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Pool and classify.
+        """Logits `[B, num_classes]` of what `forward_features` gives.
 
         Args:
-            x: what `forward_features` gives.
+            x: one tensor, or one for each stage.
             pre_logits: stop before the classifier, at `[B, head_hidden_size]`.
             head_loss: give the heads' unsupervised loss, a scalar, as a second result.
-
-        Returns:
-            Logits `[B, num_classes]`.
         """
         features = [x] if isinstance(x, Tensor) else x
         descriptors = self.descriptors(features)
-        appended = self.descriptors.appended(features)
         asked: Any = descriptors if isinstance(self.head, ConcatHeads) else descriptors[0]
         if head_loss:
             pooled, loss = self.head.forward_with_loss(asked)
         else:
             pooled = self.head(asked)
-        if appended is not None:
-            pooled = torch.cat([pooled, appended], 1)
+        if self.descriptors.class_token == 'append':
+            pooled = torch.cat([pooled, features[-1][:, 0]], 1)
         pooled = self.head_drop(pooled)
         out = pooled if pre_logits else self.classifier(pooled)
         return (out, loss) if head_loss else out
 
     def forward(self, x: Tensor, head_loss: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-        """Logits `[B, num_classes]` of images `[B, 3, H, W]`.
-
-        With `head_loss`, the heads' unsupervised loss is the second result. It comes through here
-        so that `DistributedDataParallel` sees it.
-        """
+        """Logits `[B, num_classes]` of images `[B, 3, H, W]`; with `head_loss` the heads'
+        unsupervised loss is a second result, which `DistributedDataParallel` sees thereby."""
         return self.forward_head(self.forward_features(x), head_loss=head_loss)
 
     def get_classifier(self) -> nn.Module:
@@ -244,14 +232,13 @@ class PooledModel(nn.Module):
         return self.train(self.training)
 
     def project_(self) -> None:
-        """Bring the head back to its feasible set; call it after each optimizer step."""
-        self.head.project_()
+        """Bring the heads back to their feasible sets; call it after each optimizer step."""
+        for head, _ in self.heads:
+            head.project_()
 
     def set_input_size(self, img_size: int | tuple[int, int]) -> None:
-        """Take images of another size; a backbone that fixes one resamples its position embedding.
-
-        Args:
-            img_size: side or (height, width) of the image.
+        """Take images of another size, side or (height, width); a backbone that fixes one resamples
+        its position embedding.
 
         Raises:
             ValueError: the backbone can neither take another size nor resample.
@@ -272,10 +259,13 @@ class PooledModel(nn.Module):
         self.backbone.set_grad_checkpointing(enable)
 
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters that backbone or head want without weight decay."""
-        names: set[str] = getattr(self.backbone, 'no_weight_decay', set)()
-        of_head = {f'head.{name}' for name in self.head.no_weight_decay()}
-        return {f'backbone.{name}' for name in names} | of_head
+        """Names of parameters that backbone or heads want without weight decay."""
+        return {
+            f'{name}.{parameter}'
+            for name, part in self.named_modules()
+            if part is self.backbone or isinstance(part, PoolingHead)
+            for parameter in getattr(part, 'no_weight_decay', set)()
+        }
 
     def group_matcher(self, coarse: bool = False) -> Callable[[str], float]:
         """Layer numbers of parameter names, for layer-wise learning rates: the backbone's own
@@ -302,7 +292,7 @@ class PooledModel(nn.Module):
 
     @_model_args.setter
     def _model_args(self, arguments: dict[str, Any]) -> None:
-        """Nothing: timm's factory adds what it was called with, which this model knows already."""
+        """Nothing: timm's factory adds what it was called with, which the model knows."""
 
 
 def parse_heads(
@@ -336,20 +326,6 @@ def parse_heads(
     if not heads:
         raise ValueError('head is an empty list; give one head or more.')
     return heads
-
-
-def _try_head(name: str, in_features: int, options: dict[str, Any]) -> None:
-    """Check what a head returns by a second one, on the meta device, which costs next to nothing;
-    not where a saved model is built again."""
-    if torch.get_default_device().type == 'meta':
-        return
-    try:
-        with torch.device('meta'), torch.no_grad():
-            head = create_head(name, in_features, **options).eval()
-            pooled = head(torch.empty(2, 100, in_features))
-    except Exception:  # a head need not run on the meta device; it fails where it is used
-        return
-    check_head_output(name, head, pooled)
 
 
 def _set_input_size(cfg: dict[str, Any], input_size: tuple[int, ...]) -> None:

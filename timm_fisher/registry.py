@@ -1,7 +1,7 @@
 """Heads by name, over the entry points of the group `timm_fisher.heads`.
 
-Listing reads names and imports nothing; a head's module is imported when it is first asked for,
-so a broken plug-in hurts only whoever asks for it. Built-in heads come through the same door.
+A head's module is imported when it is first asked for, so a broken plug-in hurts only whoever asks
+for it. Built-in heads come through the same door.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Mapping
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from timm_fisher.head import PoolingHead
@@ -25,10 +26,7 @@ def list_heads() -> list[str]:
 
 
 def get_head(name: str) -> type[PoolingHead]:
-    """The class of an installed head.
-
-    Args:
-        name: entry-point name, as `list_heads()` gives it.
+    """The class of an installed head, by a name of `list_heads()`.
 
     Raises:
         ValueError: no head has this name, or two distributions claim it.
@@ -54,7 +52,7 @@ def create_head(name: str, in_features: int, /, **arguments: Any) -> PoolingHead
     """Build an installed head.
 
     Args:
-        name: entry-point name.
+        name: one of `list_heads()`.
         in_features: channels of one descriptor.
         **arguments: the head's own keyword arguments, checked against its signature.
 
@@ -84,14 +82,20 @@ def create_head(name: str, in_features: int, /, **arguments: Any) -> PoolingHead
     return made
 
 
-def check_head_output(name: str, head: PoolingHead, pooled: Any) -> None:
-    """Refuse what the head `name` returns from its `forward` if it is no tensor
-    `[B, out_features]`. Whoever builds a head checks it once, best on the meta device.
+def check_output(name: str, in_features: int, arguments: Mapping[str, Any]) -> None:
+    """Refuse a head whose `forward` returns no tensor `[B, out_features]` on the meta device, where
+    trying costs next to nothing; one that does not run there fails where it is used.
 
     Raises:
-        TypeError: it is not a tensor.
-        ValueError: it has another shape.
+        TypeError: it returns no tensor.
+        ValueError: it returns a tensor of another shape.
     """
+    try:
+        with torch.device('meta'), torch.no_grad():
+            head = create_head(name, in_features, **arguments).eval()
+            pooled = head(torch.empty(2, 100, in_features))
+    except Exception:
+        return
     wanted = f'a tensor [B, {head.out_features}]'
     if not isinstance(pooled, Tensor):
         raise TypeError(f'{_title(name)} returns a {type(pooled).__name__}, not {wanted}.')
@@ -131,13 +135,12 @@ def check_arguments(
 
 
 def nearest(name: str, names: Collection[str]) -> str:
-    """` Did you mean 'x' or 'y'?` for a misspelt name, or an empty string if nothing is near."""
+    """` Did you mean 'x' or 'y'?` for a misspelt name, or nothing if none is near."""
     matches = difflib.get_close_matches(name, names, n=3)
     return f' Did you mean {" or ".join(repr(match) for match in matches)}?' if matches else ''
 
 
 def _find(name: str) -> EntryPoint:
-    """The entry point of an installed head; see `get_head` for the errors."""
     if not isinstance(name, str):
         raise TypeError(f'A head is given by its name, one of {list_heads()}, not by {name!r}.')
     entries = list(entry_points(group=GROUP, name=name))

@@ -27,8 +27,6 @@ def test_sample_does_not_depend_on_batches(n):
     assert len(set(chosen)) == len(chosen)
     assert set(chosen) <= rows
     assert torch.equal(ListStream([x]).sample(n), sample)
-    if n < 60:
-        assert not torch.equal(ListStream([x]).sample(n, seed=1), sample)
 
 
 @pytest.mark.parametrize('n', [1, 7, 12, 100])

@@ -8,8 +8,8 @@ import torch
 from references import isqrt_cov
 from torch import Tensor
 
+from timm_fisher.head import MOST_STEPS
 from timm_fisher.numerics.linalg import (
-    MOST_STEPS,
     at_least_float32,
     covariance_root,
     gram_root,
@@ -142,6 +142,18 @@ def test_a_map_of_zeros(number, eps):
     assert root.isfinite().all()
     assert gradient.isfinite().all()
     assert root.abs().max() <= eps**0.5
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+@pytest.mark.parametrize('number', [12, 60])
+def test_root_of_any_scale(number, dtype):
+    """Without eps it is as large as the map, and its gradient does not depend on that."""
+    x = points(number, 40, 1.0).to(dtype)
+    expected, gradient = root_and_gradient(covariance_root, x, 5)
+    for scale in (2.0**-40, 2.0**40):
+        root, scaled_gradient = root_and_gradient(covariance_root, scale * x, 5)
+        torch.testing.assert_close(root / scale, expected)
+        torch.testing.assert_close(scaled_gradient, gradient)
 
 
 @pytest.mark.parametrize('shape', [(12, 40), (6, 40), (60, 20)])

@@ -13,8 +13,7 @@ if TYPE_CHECKING:
 
 
 def fit(model: PooledModel, loader: DataLoader[Any], *, from_features: bool = False) -> None:
-    """Start a model's pooling heads from data (PCA, dictionary, ...), in place, one after the
-    other.
+    """Start a model's pooling heads from data (PCA, dictionary, ...), in place, one by one.
 
     The backbone runs in eval mode and is not changed. Under `torch.distributed` every rank must
     call it with the same data set; each reads its share, and the fit is that of one process.

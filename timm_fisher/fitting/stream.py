@@ -24,9 +24,8 @@ if TYPE_CHECKING:
 class DescriptorStream(ABC):
     """The local descriptors of a set of images; re-iterable, in the same order on each pass.
 
-    Memory does not grow with the number of images. The images are shared out over ranks by whole
-    batches, so what one rank computes from a batch is what a single process would compute from
-    it, and sums over ranks equal the sums of one process.
+    Memory does not grow with the number of images. They are shared out over ranks by whole batches,
+    so that sums over ranks equal the sums of one process.
 
     Attributes:
         num_features: channels C of one descriptor.
@@ -42,14 +41,8 @@ class DescriptorStream(ABC):
 
     @abstractmethod
     def read(self, images: Sequence[int]) -> Iterator[tuple[Sequence[int], Tensor]]:
-        """This rank's share of some images.
-
-        Args:
-            images: indices of images, ascending; the same on every rank.
-
-        Yields:
-            Positions in `images`, and the descriptors `[B, N, C]` of the images there.
-        """
+        """This rank's share of some images, whose indices ascend and are the same on every rank:
+        positions in `images`, and the descriptors `[B, N, C]` of the images there."""
 
     def sum(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Each tensor added up over ranks; every rank must call it, with the same shapes."""
@@ -70,26 +63,17 @@ class DescriptorStream(ABC):
         for x in self.batches():
             yield x.flatten(0, 1)
 
-    def sample(self, n: int, *, seed: int = 0) -> Tensor:
-        """The same random descriptors on every rank, however many ranks there are.
-
-        Reads at most `n` images: as few descriptors of each as suffice, from as many images as
-        there are.
-
-        Args:
-            n: how many descriptors are wanted.
-            seed: of the choice.
-
-        Returns:
-            Descriptors `[n, C]`; fewer if the images hold fewer.
+    def sample(self, n: int) -> Tensor:
+        """The same random descriptors `[n, C]` on every rank, however many ranks there are; fewer
+        if the images hold fewer. Reads at most `n` images, as few descriptors of each as suffice.
         """
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(0)
         images = _choose(len(self), n, generator)
         per_image = math.ceil(n / len(images))
 
         def draw(numbers: Tensor, x: Tensor) -> Tensor:
             # By image: the choice must not depend on how images are shared out to batches.
-            order = _scatter(numbers, x.shape[1], seed).argsort(1)[:, :per_image].to(x.device)
+            order = _scatter(numbers, x.shape[1]).argsort(1)[:, :per_image].to(x.device)
             rows = x.gather(1, order[..., None].expand(-1, -1, x.shape[2]))
             # One channel more tells descriptors from what fills up images that hold fewer.
             rows = F.pad(rows.to(at_least_float32(x.dtype)), (0, 1), value=1.0)
@@ -99,21 +83,15 @@ class DescriptorStream(ABC):
         rows = rows[:, :-1][rows[:, -1] > 0]
         return rows[_choose(len(rows), n, generator).to(rows.device)] if len(rows) > n else rows
 
-    def sample_images(self, n: int, pool: Callable[[Tensor], Tensor], *, seed: int = 0) -> Tensor:
-        """One vector for each of at most `n` random images, the same on every rank.
-
-        For fits that need all of an image's descriptors at once and pass over them many times.
-        Memory is that of the result, whatever the number of images.
+    def sample_images(self, n: int, pool: Callable[[Tensor], Tensor]) -> Tensor:
+        """One vector for each of at most `n` random images, in their order, the same on every rank.
+        For fits that pass over whole images many times; memory is that of the result.
 
         Args:
-            n: how many images are wanted; all are taken if there are no more.
+            n: how many images are wanted.
             pool: descriptors `[B, N, C]` -> vectors `[B, D]`, each image for itself, on any device.
-            seed: of the choice.
-
-        Returns:
-            Vectors `[min(n, images), D]`, in the order of the images.
         """
-        images = _choose(len(self), n, torch.Generator().manual_seed(seed))
+        images = _choose(len(self), n, torch.Generator().manual_seed(0))
         return self._collect(images, lambda _, x: pool(x))
 
     def _collect(self, images: Tensor, pool: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
@@ -136,10 +114,10 @@ def _choose(number: int, n: int, generator: torch.Generator) -> Tensor:
     return torch.randperm(number, generator=generator)[:n].sort().values
 
 
-def _scatter(images: Tensor, number: int, seed: int) -> Tensor:
-    """Pseudorandom int64 `[B, number]` that depend on image, column and seed alone: the low 32 bits
-    of MurmurHash3's finaliser."""
-    keys = images[:, None] * 0x9E3779B1 + torch.arange(number) + seed * 0x85EBCA77
+def _scatter(images: Tensor, number: int) -> Tensor:
+    """Pseudorandom int64 `[B, number]` that depend on image and column alone: the low 32 bits of
+    MurmurHash3's finaliser."""
+    keys = images[:, None] * 0x9E3779B1 + torch.arange(number)
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
         keys = keys & 0xFFFFFFFF
         keys = (keys ^ (keys >> shift)) * factor
@@ -149,9 +127,9 @@ def _scatter(images: Tensor, number: int, seed: int) -> Tensor:
 class ListStream(DescriptorStream):
     """Descriptors in memory: those of a mini-batch, or of a test.
 
-    Under `torch.distributed` each rank passes its share. The images are those of the first rank,
-    then those of the second, and so on; ranks tell one another how many they have when the first of
-    `len`, `read`, `sample` and `sample_images` is called, on every rank.
+    Under `torch.distributed` each rank passes its share: the images are those of the first rank,
+    then those of the second, and so on. Ranks tell one another how many they have once `len`,
+    `read`, `sample` or `sample_images` is called, on every rank.
 
     Args:
         batches: tensors `[B, N, C]`, or `[M, C]` for M images of one descriptor each.
@@ -202,9 +180,8 @@ class ModelStream(DescriptorStream):
 
     Args:
         model: a `PooledModel`.
-        loader: a torch `DataLoader` over a map-style data set of (image, ...) tuples or images. It
-            may be one that accelerate has prepared. The data set, batch size, workers and
-            collation are used.
+        loader: a torch `DataLoader` over a map-style data set of (image, ...) tuples or images, or
+            one that accelerate has prepared. Its batch size, workers and collation are used.
         place: which of the model's descriptors the head pools; see `PooledModel.heads`.
         from_features: the data set holds what `model.forward_features` gives, not images.
 
@@ -231,10 +208,8 @@ class ModelStream(DescriptorStream):
             )
         if len(dataset) == 0:
             raise ValueError('fit needs at least one image; the data set of the loader is empty.')
-        self.model = model
-        self.loader = loader
-        self.place = place
-        self.from_features = from_features
+        self.model, self.loader = model, loader
+        self.place, self.from_features = place, from_features
         self.descriptors = list(model.descriptors)[place]
         self.num_features = self.descriptors.num_features
         self.device = next(model.parameters()).device

@@ -16,18 +16,13 @@ ICCV 2015 (eq. 2 and section 3.1, both networks the same). The paper has no redu
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from timm_fisher.fitting.stream import DescriptorStream
 from timm_fisher.head import MOST_FEATURES, PoolingHead, check_range
 from timm_fisher.numerics.clustering import pca
-from timm_fisher.numerics.linalg import (
-    Linear,
-    Triangle,
-    at_least_float32,
-    power_l2,
-    without_autocast,
-)
+from timm_fisher.numerics.linalg import Linear, Triangle, power_l2, precise
 
 FIT_SAMPLE = 10_000  # descriptors that PCA is fitted to
 
@@ -61,20 +56,16 @@ class Bilinear(PoolingHead):
             self.reduce = Linear(in_features, d, bias=False)
             nn.init.orthogonal_(self.reduce.weight)
 
+    @precise
     def forward(self, x: Tensor) -> Tensor:
-        with without_autocast(x):
-            y = x.to(at_least_float32(x.dtype))
-            if self.reduce is not None:
-                y = self.reduce(y)
-            n, d = y.shape[1:]
-            z: Tensor = self.triangle(y.transpose(1, 2) @ y / n)
-            if self.normalize:
-                z = power_l2(z)
-            z = torch.where(self.triangle.index % (d + 1) == 0, z, 2**0.5 * z)
-            if self.normalize:
-                # Of length 1 to sqrt(2) by now, or zero.
-                z = z / torch.linalg.vector_norm(z, dim=1, keepdim=True).clamp_min(0.5)
-            return z.to(x.dtype)
+        y = x if self.reduce is None else self.reduce(x)
+        n, d = y.shape[1:]
+        z: Tensor = self.triangle(y.transpose(1, 2) @ y / n)
+        if self.normalize:
+            z = power_l2(z)
+        z = torch.where(self.triangle.index % (d + 1) == 0, z, 2**0.5 * z)
+        # With `normalize` of length 1 to sqrt(2) by now, or zero.
+        return F.normalize(z, dim=1, eps=0.5) if self.normalize else z
 
     @torch.no_grad()
     def fit(self, stream: DescriptorStream) -> None:

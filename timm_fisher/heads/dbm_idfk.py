@@ -74,15 +74,6 @@ class DBMFisher(PoolingHead):
         ValueError: not one or two hidden layers, or a number out of range.
     """
 
-    low: Tensor
-    high: Tensor
-    axes: Tensor
-    variances: Tensor
-    visible_bias: Tensor
-    model_moments: Tensor
-    centre: Tensor
-    deviation: Tensor
-
     def __init__(
         self,
         in_features: int,
@@ -131,17 +122,16 @@ class DBMFisher(PoolingHead):
         self.weights = nn.ParameterList(torch.randn(m, n) / (m + n) ** 0.5 for m, n in pairs)
         self.biases = nn.ParameterList(torch.zeros(n) for n in hidden)
         # The posteriors do not depend on it, so no gradient would reach it.
-        self.register_buffer('visible_bias', torch.zeros(in_features))
-        self.register_buffer('model_moments', torch.zeros(self.score_features))
+        self.visible_bias = nn.Buffer(torch.zeros(in_features))
+        self.model_moments = nn.Buffer(torch.zeros(self.score_features))
         if squash:
-            self.register_buffer('centre', torch.zeros(in_features))
-            self.register_buffer('deviation', torch.ones(in_features))
-        self.register_buffer('low', torch.zeros(self.score_features))
-        self.register_buffer('high', torch.ones(self.score_features))
+            self.centre = nn.Buffer(torch.zeros(in_features))
+            self.deviation = nn.Buffer(torch.ones(in_features))
+        self.low = nn.Buffer(torch.zeros(self.score_features))
+        self.high = nn.Buffer(torch.ones(self.score_features))
         if whiten:
-            shape = self.score_features, r
-            self.register_buffer('axes', torch.randn(shape) / self.score_features**0.5)
-            self.register_buffer('variances', torch.ones(r))
+            self.axes = nn.Buffer(torch.randn(self.score_features, r) / self.score_features**0.5)
+            self.variances = nn.Buffer(torch.ones(r))
 
     def forward(self, x: Tensor) -> Tensor:
         with without_autocast(x):
@@ -151,8 +141,8 @@ class DBMFisher(PoolingHead):
             return z.to(x.dtype)
 
     def score(self, x: Tensor) -> Tensor:
-        """The score `[B, C * L1 + L1 * L2]`, not normalised, S before Q, each row by row, of
-        descriptors `[B, N, C]`; float32 or better (eq. 3)."""
+        """The score (eq. 3) `[B, C * L1 + L1 * L2]` of descriptors `[B, N, C]`, S before Q, each
+        row by row; float32 or better."""
         with without_autocast(x):
             moments = self._moments(self._visible(x))
             return moments - self.model_moments.to(moments.dtype)

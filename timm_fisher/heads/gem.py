@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from timm_fisher.head import PoolingHead, check_range
-from timm_fisher.numerics.linalg import at_least_float32, without_autocast
+from timm_fisher.numerics.linalg import precise
 
 FLOOR = 1e-6  # of the channel's maximum
 LEAST, MOST = 0.01, 10_000  # exponents: near the geometric mean, near the maximum
@@ -47,16 +47,14 @@ class GeM(PoolingHead):
         self.in_features = self.out_features = in_features
         self.log_p = nn.Parameter(torch.tensor([math.log(p)]))
 
+    @precise
     def forward(self, x: Tensor) -> Tensor:
-        with without_autocast(x):
-            y = x.to(at_least_float32(x.dtype))
-            p = self.log_p.to(y.dtype).exp()
-            # A constant to autograd: the result does not depend on it. Zero in a dead channel.
-            m = y.detach().amax(1, keepdim=True).clamp_min(0)
-            ratio = torch.where(m > 0, (y / torch.where(m > 0, m, 1.0)).clamp_min(FLOOR), 1.0)
-            # Not `pow`: its backward is slow on a CPU.
-            z = m[:, 0] * torch.exp(p * ratio.log()).mean(1).pow(1 / p)
-            return z.to(x.dtype)
+        p = self.log_p.to(x.dtype).exp()
+        # A constant to autograd: the result does not depend on it. Zero in a dead channel.
+        m = x.detach().amax(1, keepdim=True).clamp_min(0)
+        ratio = torch.where(m > 0, (x / torch.where(m > 0, m, 1.0)).clamp_min(FLOOR), 1.0)
+        # Not `pow`: its backward is slow on a CPU.
+        return m[:, 0] * torch.exp(p * ratio.log()).mean(1).pow(1 / p)
 
     @torch.no_grad()
     def project_(self) -> None:

@@ -34,13 +34,7 @@ from torch import Tensor, nn
 from timm_fisher.fitting.stream import DescriptorStream
 from timm_fisher.head import MOST_FEATURES, PoolingHead, check_range
 from timm_fisher.numerics.clustering import kmeans, start_reduction
-from timm_fisher.numerics.linalg import (
-    Linear,
-    at_least_float32,
-    power_l2,
-    unit_length,
-    without_autocast,
-)
+from timm_fisher.numerics.linalg import Linear, at_least_float32, power_l2, precise, unit_length
 
 FIT_SAMPLE = 50_000  # descriptors that PCA and the first rounds of EM see
 STARTS, START_ROWS, START_ROUNDS = 4, 10_000, 20  # the best start is chosen on some of them
@@ -65,8 +59,6 @@ class GMMFisher(PoolingHead):
     Raises:
         ValueError: a number out of range.
     """
-
-    log_std_floor: Tensor
 
     def __init__(
         self,
@@ -97,24 +89,23 @@ class GMMFisher(PoolingHead):
         self.log_weights = nn.Parameter(torch.zeros(components))
         self.means = nn.Parameter(torch.randn(components, d) / math.sqrt(d))
         self.log_stds = nn.Parameter(torch.full((components, d), -math.log(d) / 2))
-        floor = torch.full((d,), math.log(VARIANCE_FLOOR / d) / 2)
-        self.register_buffer('log_std_floor', floor)
+        self.log_std_floor = nn.Buffer(torch.full((d,), math.log(VARIANCE_FLOOR / d) / 2))
 
+    @precise
     def forward(self, x: Tensor) -> Tensor:
-        with without_autocast(x):
-            y = self._reduce(x)
-            mixture = self.mixture(y.dtype)
-            squares = y.square()
-            g = mixture.log_joint(y, squares).softmax(-1).transpose(1, 2)
-            s0 = g.mean(-1, keepdim=True)
-            s1 = g @ y / y.shape[1]
-            s2 = g @ squares / y.shape[1]
-            mu, precision = mixture.means, torch.exp(-2 * mixture.log_stds)
-            scale = torch.exp(-mixture.log_weights / 2)[:, None]
-            first = (s1 - s0 * mu) * (precision.sqrt() * scale)
-            second = ((s2 + mu * (s0 * mu - 2 * s1)) * precision - s0) * (scale / math.sqrt(2))
-            fisher = torch.cat([first.flatten(1), second.flatten(1)], 1)
-            return (power_l2(fisher) if self.normalize else fisher).to(x.dtype)
+        y = self._reduce(x)
+        mixture = self.mixture(y.dtype)
+        squares = y.square()
+        g = mixture.log_joint(y, squares).softmax(-1).transpose(1, 2)
+        s0 = g.mean(-1, keepdim=True)
+        s1 = g @ y / y.shape[1]
+        s2 = g @ squares / y.shape[1]
+        mu, precision = mixture.means, torch.exp(-2 * mixture.log_stds)
+        scale = torch.exp(-mixture.log_weights / 2)[:, None]
+        first = (s1 - s0 * mu) * (precision.sqrt() * scale)
+        second = ((s2 + mu * (s0 * mu - 2 * s1)) * precision - s0) * (scale / math.sqrt(2))
+        fisher = torch.cat([first.flatten(1), second.flatten(1)], 1)
+        return power_l2(fisher) if self.normalize else fisher
 
     def mixture(self, dtype: torch.dtype) -> Mixture:
         """The mixture in the reduced space, its weights normalised."""
@@ -125,26 +116,24 @@ class GMMFisher(PoolingHead):
     def fit(self, stream: DescriptorStream) -> None:
         """PCA, k-means and EM on a sample, then EM on the whole stream."""
         sample = stream.sample(FIT_SAMPLE).double()
-        with without_autocast(sample):
-            if self.l2_descriptors:
-                sample = unit_length(sample)
-            start_reduction(self.reduce, sample)
-            y: Tensor = self.reduce(sample)
-            variance = y.var(0, unbiased=False)
-            floor = VARIANCE_FLOOR * torch.maximum(variance, 1e-6 * variance.mean() + 1e-12)
-            mixture = start_mixture(y, len(self.means), floor)
-            mixture, _ = expectation_maximisation(mixture, lambda: [y], floor, rounds=SAMPLE_ROUNDS)
-            mixture, _ = expectation_maximisation(
-                mixture,
-                lambda: (self._reduce(x).flatten(0, 1).double() for x in stream.batches()),
-                floor,
-                rounds=STREAM_ROUNDS,
-                sum_over_ranks=stream.sum,
-            )
-            self.log_weights.copy_(mixture.log_weights)
-            self.means.copy_(mixture.means)
-            self.log_stds.copy_(mixture.log_stds)
-            self.log_std_floor.copy_(floor.log() / 2)
+        if self.l2_descriptors:
+            sample = unit_length(sample)
+        start_reduction(self.reduce, sample)
+        y: Tensor = self.reduce(sample)
+        variance = y.var(0, unbiased=False)
+        floor = VARIANCE_FLOOR * torch.maximum(variance, 1e-6 * variance.mean() + 1e-12)
+        mixture = start_mixture(y, len(self.means), floor)
+        mixture, _ = expectation_maximisation(mixture, lambda: [y], floor, rounds=SAMPLE_ROUNDS)
+        mixture, _ = expectation_maximisation(
+            mixture,
+            lambda: (self._reduce(x).flatten(0, 1).double() for x in stream.batches()),
+            floor,
+            rounds=STREAM_ROUNDS,
+            sum_over_ranks=stream.sum,
+        )
+        for name, value in mixture._asdict().items():
+            getattr(self, name).copy_(value)
+        self.log_std_floor.copy_(floor.log() / 2)
 
     def no_weight_decay(self) -> set[str]:
         """Zero is no natural place for means and log deviations."""
@@ -156,14 +145,13 @@ class GMMFisher(PoolingHead):
         self.log_stds.copy_(torch.maximum(self.log_stds, self.log_std_floor))
 
     def _reduce(self, x: Tensor) -> Tensor:
-        """y `[B, N, D]` of descriptors `[B, N, C]`, float32 or better."""
         x = x.to(at_least_float32(x.dtype))
         y: Tensor = self.reduce(unit_length(x) if self.l2_descriptors else x)
         return y
 
 
 class Mixture(NamedTuple):
-    """A mixture of K Gaussians with diagonal covariance in D dimensions."""
+    """K Gaussians with diagonal covariance in D dimensions."""
 
     log_weights: Tensor  # [K], of weights that sum to 1
     means: Tensor  # [K, D]
@@ -181,7 +169,7 @@ class Mixture(NamedTuple):
 
 def start_mixture(y: Tensor, components: int, floor: Tensor) -> Mixture:
     """The best of some mixtures from k-means, after a few rounds of EM on some of the descriptors
-    y `[M, D]`, float64; variances are held above the floor `[D]`."""
+    y `[M, D]`, float64; the floor `[D]` is of variances."""
     y = y[:: math.ceil(len(y) / START_ROWS)]
     wide = (y.var(0, unbiased=False) + floor).log() / 2
     candidates = []
@@ -203,17 +191,15 @@ def expectation_maximisation(
     rounds: int,
     sum_over_ranks: Callable[..., tuple[Tensor, ...]] = lambda *tensors: tensors,
 ) -> tuple[Mixture, list[float]]:
-    """EM on sufficient statistics, one pass over the descriptors a round.
+    """EM on sufficient statistics, all float64: the mixture, and the mean log-likelihood of a
+    descriptor in nats before each round.
 
     Args:
-        mixture: to start from, float64.
-        chunks: gives this rank's descriptors `[M, D]`, float64, again at each call.
+        mixture: to start from.
+        chunks: gives this rank's descriptors `[M, D]`, again for each round.
         floor: smallest variances `[D]`.
         rounds: at most this many; fewer when the relative gain falls below `TOLERANCE`.
         sum_over_ranks: adds tensors up over ranks.
-
-    Returns:
-        The mixture, and the mean log-likelihood of a descriptor in nats before each round.
     """
     history: list[float] = []
     constant = 0.5 * mixture.means.shape[1] * math.log(2 * math.pi)

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from timm_fisher.fitting.stream import DescriptorStream
 from timm_fisher.head import MOST_FEATURES, MOST_ITERATIONS, PoolingHead, check_range
 from timm_fisher.numerics.clustering import check_finite
-from timm_fisher.numerics.linalg import at_least_float32, without_autocast
+from timm_fisher.numerics.linalg import at_least_float32, precise, without_autocast
 
 FIT_IMAGES = 65_536  # images that the basis is fitted to
 FLOOR = 1e-8  # of what is divided by; features and columns of the basis have unit length
@@ -95,18 +95,18 @@ class GSNMF(PoolingHead):
         rows = 2 * in_features if signed == 'split' else in_features
         self.basis = nn.Parameter(F.normalize(torch.rand(rows, components), dim=0))
 
+    @precise
     def forward(self, x: Tensor) -> Tensor:
-        with without_autocast(x):
-            return self._code(self._features(x)).to(x.dtype)
+        return self._code(self._features(x))
 
+    @precise
     def forward_with_loss(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        with without_autocast(x):
-            features = self._features(x)
-            code = self._code(features)
-            h = code.detach()
-            error = features - F.linear(h, self.basis.to(h.dtype))
-            penalty = 0.5 * self.l2_penalty * h.square().sum(1) + self.l1_penalty * h.sum(1)
-            return code.to(x.dtype), (0.5 * error.square().sum(1) + penalty).mean()
+        features = self._features(x)
+        code = self._code(features)
+        h = code.detach()
+        error = features - F.linear(h, self.basis.to(h.dtype))
+        penalty = 0.5 * self.l2_penalty * h.square().sum(1) + self.l1_penalty * h.sum(1)
+        return code, (0.5 * error.square().sum(1) + penalty).mean()
 
     @torch.no_grad()
     def fit(self, stream: DescriptorStream) -> None:
@@ -156,9 +156,7 @@ class GSNMF(PoolingHead):
         # The result does not depend on the scale, so it can be taken out as a constant. The
         # largest entry is 1 by then, and the floor only ever meets a zero vector.
         scale = pooled.detach().amax(1, keepdim=True)
-        pooled = pooled / torch.where(scale > 0, scale, 1.0)
-        length: Tensor = torch.linalg.vector_norm(pooled, dim=1, keepdim=True)
-        return pooled / length.clamp_min(0.5)
+        return F.normalize(pooled / torch.where(scale > 0, scale, 1.0), dim=1, eps=0.5)
 
     def _code(self, features: Tensor) -> Tensor:
         """Codes `[B, L]` by multiplicative updates (eq. 6)."""
@@ -189,24 +187,19 @@ def factorize(
 
     Starts from NNDSVD, or from the rows of X where there are no more than L of them. Alternates
     one sweep over the rows of H, in one pass over X, with one over the columns of W, which needs
-    only X H^T and H H^T (HALS). No step raises the objective. Several sweeps a pass took longer on
-    the features of a backbone. A column of W that no row of X uses takes the direction in which
-    some row is represented worst.
+    only X H^T and H H^T (HALS). No step raises the objective. A column of W that no row of X uses
+    takes the direction in which some row is represented worst.
 
     Args:
-        x: rows `[n, C]`, not negative, float32 or better.
+        x: rows `[n, C]`, not negative, finite, float32 or better.
         components: L.
-        l2_penalty: weight of |H|^2 / 2.
-        l1_penalty: weight of |H|_1.
+        l2_penalty: l2.
+        l1_penalty: l1.
         rounds: at most this many.
         tolerance: stop where a round gains less than this share of the objective.
 
     Returns:
-        W `[C, L]`, float64; H `[L, n]`, in the dtype of `x`; and the objective after each round,
-        for that round's W and H.
-
-    Raises:
-        ValueError: `x` holds a value that is not finite.
+        W `[C, L]`, float64; H `[L, n]`, in the dtype of `x`; and the objective of each round.
 
     Source: Cichocki and Phan, IEICE 2009 (HALS); the sweeps over blocks are ours.
     """
@@ -256,17 +249,11 @@ def factorize(
 
 
 def descend_(values: Tensor, drive: Tensor, gram: Tensor, *, within_ball: bool = False) -> None:
-    """One sweep of exact minimisation of `1/2 tr(V^T G V) - tr(D^T V)` over each row of V in turn,
-    in place; rows are not negative, and within the unit ball if asked for.
+    """One sweep of exact minimisation of `1/2 tr(V^T G V) - tr(D^T V)` over each row of V `[L, m]`
+    in turn, in place; rows are not negative, and within the unit ball if asked for.
 
     The loop over rows is the method: each one starts from those before it. Rows of other blocks
-    come in by a matrix product.
-
-    Args:
-        values: V `[L, m]`.
-        drive: D `[L, m]`.
-        gram: G `[L, L]`, positive semi-definite. A row with a zero on its diagonal is left alone.
-        within_ball: hold each row within the unit ball.
+    come in by a matrix product. Where the diagonal of G `[L, L]` is zero, a row is left alone.
     """
     diagonal = gram.diagonal()
     inverse = torch.where(diagonal > 0, 1 / diagonal, 0.0).tolist()
@@ -292,11 +279,8 @@ def descend_(values: Tensor, drive: Tensor, gram: Tensor, *, within_ball: bool =
 
 def worst_residuals(x: Tensor, w: Tensor, h: Tensor, count: int, least: float) -> Tensor:
     """Directions `[count, C]`, or fewer, in which some row of x `[n, C]` is represented worst by
-    columns w `[L, C]` and codes h `[L, n]`.
-
-    A new column helps a row by the product of the two directions, less the L1 penalty: at best by
-    the length of the positive part of the row's residual, whose square has to exceed `least`.
-    """
+    columns w `[L, C]` and codes h `[L, n]`: positive parts of residuals whose squared length, which
+    says how much a new column helps at best, exceeds `least`."""
     w = w.to(x.dtype)
     chunks = zip(x.split(8192), h.split(8192, dim=1), strict=True)
     reach = [(chunk - part.T @ w).clamp_min_(0).square().sum(1) for chunk, part in chunks]
@@ -314,17 +298,11 @@ def copies(x: Tensor, components: int) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def nndsvd(x: Tensor, components: int) -> tuple[Tensor, Tensor]:
-    """Non-negative double singular value decomposition of X^T `[C, n]`, where `factorize` starts.
+    """Non-negative double singular value decomposition of X^T, for rows X `[n, C]`: W `[C, L]`,
+    float64, and H `[L, n]`, in the dtype of X; zero beyond its rank.
 
-    By way of the C x C Gram matrix, in float64, and two passes over X.
-
-    Args:
-        x: rows `[n, C]`, not negative.
-        components: L; those beyond the rank of X are zero.
-
-    Returns:
-        W `[C, L]`, float64, and H `[L, n]`, in the dtype of `x`; entries below 1e-6 are zero. What
-        scikit-learn's `init='nndsvd'` gives, with an exact decomposition.
+    What scikit-learn's `init='nndsvd'` gives, with an exact decomposition, by way of the C x C Gram
+    matrix, in float64, and two passes over X.
 
     Source: Boutsidis and Gallopoulos, Pattern Recognition 2008.
     """

@@ -15,17 +15,11 @@ of a ResNet, without dilation (`last_stride=1` of the model).
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.functional import relu
 
-from timm_fisher.head import MOST_FEATURES, PoolingHead, check_range
-from timm_fisher.numerics.linalg import (
-    MOST_STEPS,
-    LinearNorm,
-    Triangle,
-    at_least_float32,
-    covariance_root,
-    without_autocast,
-)
+from timm_fisher.head import MOST_FEATURES, MOST_STEPS, PoolingHead, check_range
+from timm_fisher.numerics.linalg import LinearNorm, Triangle, covariance_root, precise
 
 
 class ISqrtCov(PoolingHead):
@@ -59,10 +53,8 @@ class ISqrtCov(PoolingHead):
         self.iterations = iterations
         self.reduce = LinearNorm(in_features, d) if reduce_dim is not None else None
 
+    @precise
     def forward(self, x: Tensor) -> Tensor:
-        with without_autocast(x):
-            y = x.to(at_least_float32(x.dtype))
-            if self.reduce is not None:
-                y = nn.functional.relu(self.reduce(y))
-            z: Tensor = self.triangle(covariance_root(y, self.iterations))
-            return z.to(x.dtype)
+        y = x if self.reduce is None else relu(self.reduce(x))
+        z: Tensor = self.triangle(covariance_root(y, self.iterations))
+        return z

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from timm_fisher.fitting.stream import DescriptorStream
 from timm_fisher.head import MOST_FEATURES, PoolingHead, check_range
 from timm_fisher.numerics.clustering import kmeans, pca
-from timm_fisher.numerics.linalg import Linear, at_least_float32, unit_length, without_autocast
+from timm_fisher.numerics.linalg import Linear, precise, unit_length
 
 FIT_SAMPLE = 10_000  # descriptors that PCA and centroids are fitted to
 
@@ -58,18 +58,16 @@ class NetVLAD(PoolingHead):
         self.centroids = nn.Parameter(torch.empty(clusters, d))
         self._start(F.normalize(torch.randn(clusters, d)), F.normalize(torch.randn(1000, d)))
 
+    @precise
     def forward(self, x: Tensor) -> Tensor:
-        with without_autocast(x):
-            y = x.to(at_least_float32(x.dtype))
-            if self.reduce is not None:
-                y = self.reduce(y)
-            y, c = unit_length(y), self.centroids.to(y.dtype)
-            a = self.assign(y).softmax(-1)
-            v = a.transpose(1, 2) @ y / y.shape[1] - a.mean(1)[..., None] * c
-            # y has length 1, so these floors are relative. A cluster with next to nothing stays
-            # short; if one has more, the whole has length 1 or more before the last step.
-            v = F.normalize(v, dim=2, eps=1e-6)
-            return F.normalize(v.flatten(1), dim=1, eps=0.5).to(x.dtype)
+        y = unit_length(x if self.reduce is None else self.reduce(x))
+        a = self.assign(y).softmax(-1)
+        c = self.centroids.to(y.dtype)
+        v = a.transpose(1, 2) @ y / y.shape[1] - a.mean(1)[..., None] * c
+        # y has length 1, so these floors are relative. A cluster with next to nothing stays
+        # short; if one has more, the whole has length 1 or more before the last step.
+        v = F.normalize(v, dim=2, eps=1e-6)
+        return F.normalize(v.flatten(1), dim=1, eps=0.5)
 
     def no_weight_decay(self) -> set[str]:
         """Zero is no natural place for centroids."""

@@ -30,9 +30,10 @@ from torch import Tensor, nn
 from timm_fisher.fitting.stream import DescriptorStream
 from timm_fisher.head import MOST_FEATURES, MOST_ITERATIONS, PoolingHead, check_range
 from timm_fisher.numerics.clustering import start_reduction
-from timm_fisher.numerics.linalg import Linear, at_least_float32, power_l2, without_autocast
+from timm_fisher.numerics.linalg import Linear, power_l2, precise
 
 FIT_SAMPLE = 10_000  # descriptors that PCA and dictionary are fitted to (section 3.3)
+STEPS = 5  # on the codes, and on the dictionary, in a round of the fit
 
 
 class SparseFisher(PoolingHead):
@@ -92,22 +93,17 @@ class SparseFisher(PoolingHead):
             self.log_threshold = nn.Parameter(torch.empty(code_dim))
             self._start_from_dictionary()
 
+    @precise
     def forward(self, x: Tensor) -> Tensor:
-        with without_autocast(x):
-            return self._pool(*self._sparse_code(self._reduce(x))).to(x.dtype)
+        return self._pool(*self.encode(self.reduce(x)))
 
+    @precise
     def forward_with_loss(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        with without_autocast(x):
-            y = self._reduce(x)
-            pooled = self._pool(*self._sparse_code(y)).to(x.dtype)
-            code, residual = self._sparse_code(y.detach())
-            loss = residual.square().sum(-1).mean() + self.sparsity * code.abs().sum(-1).mean()
-            return pooled, loss
-
-    def sparse_code(self, x: Tensor) -> Tensor:
-        """Sparse codes `[B, N, m]` of descriptors `[B, N, C]`, float32 or better."""
-        with without_autocast(x):
-            return self._sparse_code(self._reduce(x))[0]
+        y = self.reduce(x)
+        pooled = self._pool(*self.encode(y))
+        code, residual = self.encode(y.detach())
+        loss = residual.square().sum(-1).mean() + self.sparsity * code.abs().sum(-1).mean()
+        return pooled, loss
 
     @torch.no_grad()
     def fit(self, stream: DescriptorStream) -> None:
@@ -122,13 +118,8 @@ class SparseFisher(PoolingHead):
         """Atoms longer than 1 are cut back to length 1."""
         self.dictionary.div_(self.dictionary.norm(dim=0).clamp_min(1))
 
-    def _reduce(self, x: Tensor) -> Tensor:
-        """y `[B, N, d]` of descriptors `[B, N, C]`, float32 or better."""
-        y: Tensor = self.reduce(x.to(at_least_float32(x.dtype)))
-        return y
-
-    def _sparse_code(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Codes `[B, N, m]` and residuals `[B, N, d]` of y."""
+    def encode(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Sparse codes `[B, N, m]` and residuals `[B, N, d]` of reduced descriptors `[B, N, d]`."""
         dictionary = self.dictionary.to(y.dtype)
         if self.tied:
             encoder, lateral, threshold = ista(dictionary, self.sparsity)
@@ -159,39 +150,24 @@ def soft_threshold(v: Tensor, threshold: Tensor) -> Tensor:
 
 
 def ista(dictionary: Tensor, sparsity: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The matrices of one ISTA step on `|x - B u|^2 + sparsity |u|_1`, B `[d, m]` (section 3.2).
-
-    Returns:
-        `W = 2t B^T` `[m, d]`, `S = I - 2t B^T B` `[m, m]` and the threshold `sparsity * t` `[]`,
-        for the step `t = 1 / (2 lambda_max(B^T B))`.
-    """
+    """The matrices of one ISTA step on `|x - B u|^2 + sparsity |u|_1`, B `[d, m]` (section 3.2):
+    `W = 2t B^T` `[m, d]`, `S = I - 2t B^T B` `[m, m]` and the threshold `sparsity * t` `[]`, for
+    the step `t = 1 / (2 lambda_max(B^T B))`."""
     gram = dictionary.T @ dictionary
     step = 0.5 / torch.linalg.eigvalsh(gram)[-1]
     identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     return 2 * step * dictionary.T, identity - 2 * step * gram, sparsity * step
 
 
-def learn_dictionary(
-    y: Tensor, code_dim: int, sparsity: float, *, rounds: int = 200, steps: int = 5, seed: int = 0
-) -> Tensor:
-    """Unit-norm atoms that lower the mean of `|y - B u|^2 + sparsity |u|_1` over B and u.
+def learn_dictionary(y: Tensor, code_dim: int, sparsity: float, *, rounds: int = 200) -> Tensor:
+    """Unit-norm atoms B `[d, m]` that lower the mean of `|y - B u|^2 + sparsity |u|_1` over B and
+    u, for descriptors `[M, d]`; all float64.
 
-    Alternates ISTA steps on the codes, warm-started, with projected gradient steps on the
-    dictionary. Neither raises the objective. An atom that no code uses is replaced by a
+    Each round alternates ISTA steps on the codes, warm-started, with projected gradient steps on
+    the dictionary. Neither raises the objective. An atom that no code uses is replaced by a
     descriptor that is badly represented, which does not change the objective either.
-
-    Args:
-        y: descriptors `[M, d]`, float64.
-        code_dim: m, number of atoms.
-        sparsity: weight of the L1 penalty.
-        rounds: alternations.
-        steps: steps on the codes, and on the dictionary, per round.
-        seed: of the descriptors that the atoms start from.
-
-    Returns:
-        B `[d, m]`, float64.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     chosen = torch.randperm(len(y), generator=generator)[:code_dim]
     # The noise fills in for descriptors that are missing (M < m) or zero.
     noise = torch.randn(code_dim, y.shape[1], generator=generator, dtype=y.dtype).to(y.device)
@@ -202,12 +178,12 @@ def learn_dictionary(
     for _ in range(rounds):
         encoder, lateral, threshold = ista(dictionary, sparsity)
         drive = y @ encoder.T
-        for _ in range(steps):
+        for _ in range(STEPS):
             code = soft_threshold(drive + code @ lateral, threshold)
 
         gram, cross = code.T @ code, y.T @ code
         curvature = torch.linalg.eigvalsh(gram)[-1].clamp_min(torch.finfo(y.dtype).tiny)
-        for _ in range(steps):
+        for _ in range(STEPS):
             dictionary = dictionary - (dictionary @ gram - cross) / curvature
             dictionary = dictionary / dictionary.norm(dim=0).clamp_min(1)
 

@@ -28,16 +28,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import relu
 
-from timm_fisher.head import MOST_FEATURES, PoolingHead, check_range
-from timm_fisher.numerics.linalg import (
-    MOST_STEPS,
-    Linear,
-    LinearNorm,
-    Triangle,
-    at_least_float32,
-    covariance_root,
-    without_autocast,
-)
+from timm_fisher.head import MOST_FEATURES, MOST_STEPS, PoolingHead, check_range
+from timm_fisher.numerics.linalg import Linear, LinearNorm, Triangle, covariance_root, precise
 
 EPS = 1e-7  # on the diagonal of the covariance, as the authors have it; absolute, after batch norm
 
@@ -85,18 +77,17 @@ class ThreeG(PoolingHead):
         self.reduce = LinearNorm(in_features, d)
         self.blocks = nn.ModuleList(Reweighting(d) for _ in range(blocks))
 
+    @precise
     def forward(self, x: Tensor) -> Tensor:
-        with without_autocast(x):
-            x0 = relu(self.reduce(x.to(at_least_float32(x.dtype))))
-            y = x0
-            for block in self.blocks:
-                y = block(y, x0)
-            if self.shrinkage == 1:
-                root = covariance_root(y, self.iterations, EPS)
-            else:
-                root = shrunk_root(y, self.shrinkage, EPS)
-            z: Tensor = self.triangle(root)
-            return z.to(x.dtype)
+        x0 = y = relu(self.reduce(x))
+        for block in self.blocks:
+            y = block(y, x0)
+        if self.shrinkage == 1:
+            root = covariance_root(y, self.iterations, EPS)
+        else:
+            root = shrunk_root(y, self.shrinkage, EPS)
+        z: Tensor = self.triangle(root)
+        return z
 
 
 class Reweighting(nn.Module):
@@ -120,7 +111,8 @@ class Reweighting(nn.Module):
 
 
 def shrunk_root(x: Tensor, shrinkage: float, eps: float) -> Tensor:
-    """The regularised root of theorem 1 of the covariance of descriptors, plus `eps` I.
+    """The regularised roots `[B, d, d]` (theorem 1) of covariances of descriptors `[B, N, d]`, plus
+    `eps` I; float32 or better.
 
     Works on the smaller side: with r(s) = sqrt(c^2 + (s + eps) / lambda), the eigenvalue s of
     `x^T x` becomes `r(s) - c = (r(0) - c) + s h(s)`, `h(s) = 1 / (lambda (r(s) + r(0)))`, so that
@@ -130,13 +122,6 @@ def shrunk_root(x: Tensor, shrinkage: float, eps: float) -> Tensor:
     the closed form `-1 / (lambda^2 (r(s) + r(t)) (r(s) + r(0)) (r(t) + r(0)))`, finite for equal
     eigenvalues, where the gradient of an eigendecomposition is not.
 
-    Args:
-        x: descriptors `[B, N, d]`, float32 or better.
-        shrinkage: lambda, positive.
-        eps: positive.
-
-    Returns:
-        Roots `[B, d, d]`.
     """
     n, d = x.shape[1:]
     x = (x - x.mean(1, keepdim=True)) * n**-0.5
@@ -159,8 +144,8 @@ def shrunk_root(x: Tensor, shrinkage: float, eps: float) -> Tensor:
 def convert_state_dict(authors_state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The authors' checkpoint as that of a `PooledModel` with the head `3g` or `isqrt_cov`.
 
-    Both heads read their triangle in the order of the authors' code, lower and upper, so the
-    classifier is taken as it is. The authors' backbones have the parameter names of timm's ResNets.
+    Both heads read their triangle as the authors' code does, so the classifier is taken as it is.
+    The authors' backbones have the parameter names of timm's ResNets.
 
     ```python
     model = timm_fisher.create_model('resnet50', head='3g', last_stride=1)
@@ -170,9 +155,6 @@ def convert_state_dict(authors_state: Mapping[str, Tensor]) -> dict[str, Tensor]
     Args:
         authors_state: tensors by the authors' names: `layer_reduce`, `layer_reduce_bn`, `AtMp1`
             and so on, `fc`, and those of the backbone; with `module.` of DataParallel or without.
-
-    Returns:
-        Tensors by our names, `head.`, `classifier.` and `backbone.`.
     """
     of_block = {
         'map1': 'left.linear', 'bn1': 'left.norm',

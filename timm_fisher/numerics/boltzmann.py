@@ -26,16 +26,11 @@ def mean_field(
     v: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], steps: int
 ) -> list[Tensor]:
     """Posteriors `[B, L1]`, and `[B, L2]`, of the hidden layers that maximise the variational
-    bound, by turns.
+    bound for visible units `[B, C]`, by turns; that of a single layer is exact.
 
-    Args:
-        v: visible units `[B, C]`.
-        weights: `[C, L1]`, and `[L1, L2]` if there is a second layer.
-        biases: `[L1]`, and `[L2]`.
-        steps: rounds; the posterior of a single layer is exact.
+    The start is bottom-up, with doubled weights in place of the layer above.
 
-    Source: Salakhutdinov and Hinton, AISTATS 2009, eqs. 8 and 9; start: bottom-up, with doubled
-    weights in place of the layer above.
+    Source: Salakhutdinov and Hinton, AISTATS 2009, eqs. 8 and 9.
     """
     drive = v @ weights[0]
     if len(weights) == 1:
@@ -78,7 +73,7 @@ class Machine:
         self.centres = [v.mean(0), *(torch.full_like(bias, 0.5) for bias in self.biases[1:])]
 
     def train(self, v: Tensor, epochs: int, learning_rate: float) -> None:
-        """Ascend the variational bound by persistent contrastive divergence, on rows `[n, C]`."""
+        """Ascend the variational bound, on rows `[n, C]`; the rate falls linearly to zero."""
         slopes = [torch.zeros_like(p) for p in (*self.weights, *self.biases)]
         size = min(BATCH, max(10, len(v) // STEPS), len(v))
         number = len(v) // size  # a few rows left over would count as much as a whole batch
@@ -158,7 +153,7 @@ def train_machine(
         v: rows `[n, C]` in [0, 1].
         hidden: units of one or two layers.
         epochs: of each training.
-        learning_rate: of each training, at its start.
+        learning_rate: at the start of each.
         seed: of everything random.
 
     Source: Salakhutdinov and Hinton, AISTATS 2009, sections 2.2 and 3.

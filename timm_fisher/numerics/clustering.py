@@ -22,21 +22,12 @@ def check_finite(rows: Tensor) -> None:
 
 
 def pca(rows: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """Principal components of descriptors, computed in float64.
-
-    Args:
-        rows: descriptors `[M, C]`.
-        dim: how many components, at most C.
-
-    Returns:
-        Components `[dim, C]`, orthonormal rows in order of falling variance, each with its
-        largest entry positive; and the mean `[C]`. Both float64.
+    """Principal components `[dim, C]` of descriptors `[M, C]`, orthonormal rows in order of falling
+    variance, each with its largest entry positive; and the mean `[C]`. Both float64.
 
     Raises:
-        ValueError: `rows` holds a value that is not finite, or `dim` exceeds C.
+        ValueError: `rows` holds a value that is not finite.
     """
-    if dim > rows.shape[1]:
-        raise ValueError(f'PCA to {dim} dimensions asked of {rows.shape[1]}-dimensional rows.')
     check_finite(rows)
     rows = rows.double()
     mean = rows.mean(0)
@@ -48,18 +39,16 @@ def pca(rows: Tensor, dim: int) -> tuple[Tensor, Tensor]:
 
 
 def leading_axes(
-    chunks: Callable[[], Iterable[Tensor]], rank: int, *, iterations: int = 2, seed: int = 0
+    chunks: Callable[[], Iterable[Tensor]], rank: int, *, iterations: int = 2
 ) -> tuple[Tensor, Tensor]:
     """Leading eigenvectors and eigenvalues of the covariance of rows, which is never formed: by
-    subspace iterations from random directions, over chunks of rows.
-
-    A pass costs 4 n d r operations, and memory a few times d r and a chunk.
+    subspace iterations from random directions. A pass over n rows costs 4 n d r operations, and
+    memory a few times d r and a chunk.
 
     Args:
         chunks: gives an iterator over the rows, in chunks `[M, d]`; called for each pass.
         rank: r, at most d.
         iterations: passes that improve the subspace, unless it is the whole space.
-        seed: of the random directions.
 
     Returns:
         Axes `[d, r]`, orthonormal, and variances `[r]`, falling, float64.
@@ -75,7 +64,7 @@ def leading_axes(
     if width == d:
         basis, iterations = torch.eye(d, dtype=rows.dtype, device=rows.device), 0
     else:
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(0)
         basis = torch.randn(d, width, generator=generator).to(rows)
 
     for _ in range(iterations):
@@ -96,15 +85,9 @@ def leading_axes(
 
 @torch.no_grad()
 def start_reduction(reduce: nn.Linear, rows: Tensor) -> Tensor:
-    """Start a reduction from PCA, in place, scaled by one number such that the mean squared length
-    of what it gives is 1, whatever the scale of the backbone.
-
-    Args:
-        reduce: C -> d, with a bias, which removes the mean.
-        rows: descriptors `[M, C]`.
-
-    Returns:
-        The reduced descriptors `[M, d]`, float64.
+    """Start a reduction C -> d from the PCA of descriptors `[M, C]`, in place, scaled by one number
+    such that the mean squared length of what it gives is 1, whatever the scale of the backbone. The
+    bias removes the mean. Gives the reduced descriptors `[M, d]`, float64.
 
     Raises:
         ValueError: `rows` holds a value that is not finite.
@@ -119,20 +102,18 @@ def start_reduction(reduce: nn.Linear, rows: Tensor) -> Tensor:
 
 
 def kmeans(rows: Tensor, clusters: int, *, seed: int = 0, iterations: int = 100) -> Tensor:
-    """K-means: greedy k-means++ seeds, then Lloyd's steps until the assignments settle.
+    """Centroids `[K, C]` of K-means, float64: greedy k-means++ seeds, then Lloyd's steps until the
+    assignments settle.
 
-    Computed in float64. A cluster that loses all its rows takes the worst represented one. Where
-    there are fewer different rows than clusters, the spare centroids lie close to rows, each at a
-    small random offset, so that a fit that starts from them can tell them apart.
+    A cluster that loses all its rows takes the worst represented one. Where there are fewer
+    different rows than clusters, the spare centroids lie close to rows, each at a small random
+    offset, so that a fit that starts from them can tell them apart.
 
     Args:
         rows: descriptors `[M, C]`.
-        clusters: K, number of centroids.
+        clusters: K.
         seed: of the k-means++ draws.
         iterations: at most this many of Lloyd's steps.
-
-    Returns:
-        Centroids `[K, C]`, float64.
 
     Raises:
         ValueError: `rows` holds a value that is not finite.

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -11,8 +13,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 POWER_EPS = 1e-6
-# Of Newton-Schulz. More blow up what rounding has made of zero eigenvalues in float32.
-MOST_STEPS = 20
+
+Method = TypeVar('Method', bound=Callable[..., Any])
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
@@ -24,14 +26,8 @@ def power_l2(z: Tensor) -> Tensor:
     """Signed square root, then L2 norm: `z' = sign(z) sqrt(|z|)`, `z' / ||z'||`.
 
     The gradient of the square root is infinite at zero, so `sign(z) sqrt(|z|)` becomes
-    `z / sqrt(|z| + eps max|z|)`: the floor is relative to the vector's own scale, which the
-    L2 norm then removes. A zero vector stays zero.
-
-    Args:
-        z: vectors `[..., D]`, float32 or better.
-
-    Returns:
-        Vectors `[..., D]` of unit length.
+    `z / sqrt(|z| + eps max|z|)`: the floor is relative to the scale of the vectors `[..., D]`,
+    float32 or better, which the L2 norm then removes. A zero vector stays zero.
 
     Source: Perronnin, Sanchez and Mensink, ECCV 2010, sections 3.1 and 3.2.
     """
@@ -41,8 +37,7 @@ def power_l2(z: Tensor) -> Tensor:
     z = z / torch.where(scale > 0, scale, 1.0)
     z = z * torch.rsqrt(z.abs() + POWER_EPS)
     # Unless z is zero its largest entry is 1 by now, so this floor only ever meets a zero vector.
-    length: Tensor = torch.linalg.vector_norm(z, dim=-1, keepdim=True)
-    return z / length.clamp_min(0.5)
+    return F.normalize(z, dim=-1, eps=0.5)
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager[None]:
@@ -51,6 +46,22 @@ def without_autocast(x: Tensor) -> AbstractContextManager[None]:
     return (
         nullcontext() if x.device.type == 'meta' else torch.autocast(x.device.type, enabled=False)
     )
+
+
+def precise(method: Method) -> Method:
+    """A head's `forward` or `forward_with_loss`, without autocast and with descriptors in float32
+    or better; the pooled vectors go back to the dtype that the descriptors came in."""
+
+    @functools.wraps(method)
+    def call(head: Any, x: Tensor) -> Any:
+        with without_autocast(x):
+            result = method(head, x.to(at_least_float32(x.dtype)))
+        if isinstance(result, Tensor):
+            return result.to(x.dtype)
+        pooled, loss = result
+        return pooled.to(x.dtype), loss
+
+    return cast(Method, call)
 
 
 def unit_length(x: Tensor) -> Tensor:
@@ -99,26 +110,20 @@ class LinearNorm(nn.Module):
 
 
 class Triangle(nn.Module):
-    """Reads one triangle of symmetric matrices `[B, d, d]`, diagonal included, row by row:
-    `[B, d (d + 1) / 2]`.
-
-    Args:
-        size: d.
-        lower: the lower triangle instead of the upper one.
-    """
-
-    index: Tensor  # positions in a flattened matrix
+    """Reads the upper, or the lower, triangle of symmetric matrices `[B, d, d]`, diagonal included,
+    row by row: `[B, d (d + 1) / 2]`."""
 
     def __init__(self, size: int, *, lower: bool = False) -> None:
         super().__init__()
         self.size = size
         self.lower = lower
         self.length = size * (size + 1) // 2
-        self.register_buffer('index', torch.empty(self.length, dtype=torch.long), persistent=False)
+        # Positions in a flattened matrix.
+        self.index = nn.Buffer(torch.empty(self.length, dtype=torch.long), persistent=False)
         self.init_non_persistent_buffers()
 
     def init_non_persistent_buffers(self) -> None:
-        """Fill the positions, as timm's layers fill such buffers."""
+        """Fill in the positions, as timm's layers do."""
         indices = torch.tril_indices if self.lower else torch.triu_indices
         rows, columns = indices(self.size, self.size, device=self.index.device)
         self.index.copy_(rows * self.size + columns)
@@ -128,7 +133,7 @@ class Triangle(nn.Module):
 
 
 def covariance_root(x: Tensor, iterations: int, eps: float = 0.0) -> Tensor:
-    """Square root of the covariance of descriptors, by Newton-Schulz iterations.
+    """Square roots `[B, d, d]` of covariances of descriptors, by Newton-Schulz iterations.
 
     The covariance S, plus `eps` I, is divided by its trace, iterated, and multiplied by the root
     of the trace. Five iterations stop short of the true root, as the papers mean them to.
@@ -140,9 +145,6 @@ def covariance_root(x: Tensor, iterations: int, eps: float = 0.0) -> Tensor:
         x: descriptors `[B, N, d]`, float32 or better.
         iterations: 1 or more.
         eps: added to the diagonal of the covariance.
-
-    Returns:
-        Roots `[B, d, d]`; for a constant map without `eps` zero, up to rounding errors.
 
     Source: Li et al., CVPR 2018 (iSQRT-COV), eqs. 4 to 7.
     """
@@ -183,15 +185,7 @@ def shifted_root(g: Tensor, e: Tensor, iterations: int) -> tuple[Tensor, Tensor]
     multiply as `(c1, M1) (c2, M2) = (c1 c2, c1 M2 + M1 (c2 I + G M2))`. The bracket is the same
     polynomial of `e I + G`, so it is carried along. One iteration is `P = (3 I - W) / 2`,
     `Y <- Y P`, `W <- W P P`, from `Y = W = A`: 4 products of N x N matrices, where 3 are needed
-    without e.
-
-    Args:
-        g: G `[B, N, N]`, eigenvalues of `e I + G` in [0, 1].
-        e: `[B, 1, 1]`.
-        iterations: 1 or more.
-
-    Returns:
-        The pair: c `[B, 1, 1]` and M `[B, N, N]`.
+    without e. For G `[B, N, N]` and e `[B, 1, 1]` gives c `[B, 1, 1]` and M `[B, N, N]`.
     """
     identity = torch.eye(g.shape[1], dtype=g.dtype, device=g.device)
     y, w = e, e  # c of Y and of W
@@ -225,6 +219,7 @@ def newton_schulz(a: Tensor, iterations: int) -> Tensor:
 
 
 def _safe_trace(trace: Tensor) -> Tensor:
-    """`[B]` -> `[B, 1, 1]`, 1 where it is too small to divide by."""
-    smallest = torch.finfo(trace.dtype).tiny ** 0.5
-    return torch.where(trace > smallest, trace, 1.0)[:, None, None]
+    """`[B]` -> `[B, 1, 1]`, 1 where it is zero, or where the dtype cannot hold its rounding errors:
+    that is at lengths below 3e-16 in float32."""
+    info = torch.finfo(trace.dtype)
+    return torch.where(trace > info.tiny / info.eps, trace, 1.0)[:, None, None]
