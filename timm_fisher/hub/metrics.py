@@ -3,25 +3,16 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from timm_fisher.hub.text import problem
+from timm_fisher.hub.text import hide_paths, problem
 
 MEASURES = {'accuracy': 'Accuracy', 'balanced_accuracy': 'Balanced accuracy'}
 LONGEST_TEXT = 200
 LONGEST_COMMAND = 10_000
 MOST_ENTRIES = 100  # of a table
-# What a local path begins with: ~user/, /, a drive or \\; but not the // of https://.
-_ABSOLUTE = r'(?:~[\w.-]*/|/(?!/)|[A-Za-z]:[\\/](?!/)|\\\\)'
-_BEFORE = rf'((?:--?[\w.-]+=)?(?:local-dir:|file://|(?={_ABSOLUTE})))'
-_WHOLE = re.compile(rf'{_BEFORE}(.+)')
-# As all that a pair of quotes holds; or up to a space, a quote, or what closes a list.
-_INSIDE = re.compile(
-    rf"""(?<=(["'])){_BEFORE}(.+?)(?=\1)|(?<![^\s=,:(\[{{"']){_BEFORE}([^\s'",)\]}}]+)"""
-)
 
 
 def read_metrics(metrics: str | Path | Mapping[str, Any]) -> dict[str, Any]:
@@ -40,25 +31,8 @@ def read_metrics(metrics: str | Path | Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(f'{place} is not readable JSON: {error}.') from error
     if not isinstance(table, dict):
         raise ValueError(f'metrics are {str(table)[:200]}, not a table of results.')
-    plain: dict[str, Any] = _hide_paths(table)
+    plain: dict[str, Any] = hide_paths(table)
     return plain
-
-
-def _hide_paths(value: Any, is_command: bool = False) -> Any:
-    if isinstance(value, dict):
-        return {key: _hide_paths(item, key == 'command') for key, item in value.items()}
-    if isinstance(value, list):
-        return [_hide_paths(item) for item in value]
-    if not isinstance(value, str):
-        return value
-    if not is_command and (whole := _WHOLE.fullmatch(value)):
-        return _shorten(whole)
-    return _INSIDE.sub(_shorten, value)
-
-
-def _shorten(match: re.Match[str]) -> str:
-    *_, before, path = (group for group in match.groups() if group is not None)
-    return before + (re.split(r'[\\/]', path.rstrip('\\/'))[-1] or path)
 
 
 def check_metrics(metrics: Mapping[str, Any], model: Any) -> None:
