@@ -174,7 +174,9 @@ def test_checkpoints(path):
     assert 'me' not in command(spaces.format(f'my {path}'))
 
 
-@pytest.mark.parametrize('text', ["'", '"\'', '"/', "'/", '~', 'a', '/', 'a=', '-a', '--', 'hfds/', 'checkpoint_path='])
+@pytest.mark.parametrize(
+    'text', ["'", '"\'', '"/', "'/", '~', 'a', '/', 'a=', '-a', '--', 'hfds/', 'checkpoint_path=']
+)
 def test_hostile_text_takes_no_time(text):
     with within(10):
         for form in (text * 200_000, f'"{text * 200_000}', f' {text * 200_000} '):

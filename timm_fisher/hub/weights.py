@@ -11,7 +11,7 @@ from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from timm_fisher.backbone import is_counter
+from timm_fisher.backbone import WEIGHTS, is_counter
 from timm_fisher.errors import LoadError, explain_errors
 from timm_fisher.hub.replace import check_whole
 
@@ -70,40 +70,41 @@ def find_file(name: str, source: str, place: str, cache_dir: str | Path | None) 
     return path
 
 
-def read_header(path: Path, where: str, prefix: str = '') -> Header:
-    """Types and shapes of the tensors in a file, without reading them.
+def read_header(
+    source: str, place: str, cache_dir: str | Path | None = None, prefix: str = ''
+) -> Header:
+    """Types and shapes of the stored tensors, without reading them; see `find_file`.
 
     Raises:
-        LoadError: the file is damaged, or its header is too long.
+        LoadError: there is no file, it is damaged, or its header is too long.
     """
+    path = find_file(WEIGHTS, source, place, cache_dir)
     with path.open('rb') as file:
         length = int.from_bytes(file.read(8), 'little')
     if length > LONGEST_HEADER:
         raise LoadError(
-            f"The weights of '{where}' are refused: their header has {length} bytes; at most "
+            f"The weights of '{place}' are refused: their header has {length} bytes; at most "
             f'{LONGEST_HEADER} are allowed.'
         )
+    tensors = {}
     try:
         with safe_open(path, framework='pt') as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-            tensors = {
-                f'{prefix}{name}': (s.get_dtype(), tuple(s.get_shape()))
-                for name, s in slices.items()
-            }
+            for name in file.keys():  # noqa: SIM118
+                stored = file.get_slice(name)
+                tensors[f'{prefix}{name}'] = (stored.get_dtype(), tuple(stored.get_shape()))
     except SafetensorError as error:
         raise LoadError(
-            f"The weights of '{where}' are damaged or cut short, nothing was loaded: {error}. "
+            f"The weights of '{place}' are damaged or cut short, nothing was loaded: {error}. "
             'Copy or download them again.'
         ) from error
-    return Header(path, where, prefix, tensors)
+    return Header(path, place, prefix, tensors)
 
 
 def check_tensors(header: Header, expected: Mapping[str, Tensor], what: str) -> None:
     """Refuse a file whose tensors are not exactly those of a model.
 
     One floating-point type may stand for another, nothing else for another type. The file of a
-    backbone, which has a prefix, may hold more than the model reads, such as timm's classifier, and
-    may lack counters of batches.
+    backbone, which has a prefix, may hold more than the model reads, such as timm's classifier.
 
     Args:
         header: of the file.
