@@ -32,8 +32,7 @@ class Backbone:
         module: timm's model, without classifier.
         descriptors: what reads its stages, in ascending order.
         input_size: channels, height and width of an image.
-        arguments: those that the folder or repository it came from has for it, beside size,
-            channels and classes.
+        arguments: those that its folder or repository has, beside size, channels and classes.
     """
 
     module: Any
@@ -60,11 +59,8 @@ def create_backbone(
     Args:
         name: any name that `timm.create_model` takes, `hf-hub:` and `local-dir:` included.
         arguments: of `timm.create_model`.
-        img_size: side or (height, width); None for the backbone's own.
+        img_size, class_token, last_stride, pretrained: as `PooledModel` takes them.
         stages: that are read, -1 for the output.
-        class_token: 'drop', 'keep' or 'append'.
-        last_stride: 1 keeps stride 1 in the last stage of a ResNet.
-        pretrained: load the backbone's pretrained weights.
 
     Raises:
         ValueError: an unknown backbone, stage or class-token mode.
@@ -85,11 +81,10 @@ def create_backbone(
             _keep_last_stride(seen, last_stride)
         shape = get_model_input_config(seen)['input_size']
         input_size = (shape[0], *to_2tuple(img_size or shape[1:]))
-        mode = seen.training
         descriptors, idle, dead = find_descriptors(
             seen.eval(), torch.empty(1, *input_size), stages=stages, class_token=class_token
         )
-        seen.train(mode)
+        seen.train()
     if torch.get_default_device().type == 'meta':
         module = seen
     else:
@@ -164,7 +159,7 @@ def describe_weights(backbone: Any, cache_dir: str | Path | None = None) -> dict
     repo_id = None if folder or cfg.get('state_dict') else cfg.get('hf_hub_id')
     path: Any = None
     if folder:
-        path = Path(folder) if Path(folder).suffix == '.safetensors' else Path(folder, WEIGHTS)
+        path = folder if Path(folder).suffix == '.safetensors' else Path(folder, WEIGHTS)
     elif repo_id:
         name, _, revision = repo_id.partition('@')
         path = try_to_load_from_cache(name, WEIGHTS, cache_dir, revision or None)

@@ -92,7 +92,7 @@ def of_images(size):
 ATTACKS = {
     'empty tensors': (many_empty_tensors, 'blocks from 0 to'),
     'length of the header': (huge_header, 'header has 8589934592 bytes'),
-    'backbone of seven billion': (seven_billion, "'timm/vit_7b_patch16_dinov3.lvd1689m' cannot be"),
+    'backbone of seven billion': (seven_billion, 'not of this model'),
     'head': (of_arguments(head_kwargs={'code_dim': 900_000}), '900000'),
     'head of another shape': (of_arguments(head_kwargs={'code_dim': 5000}), 'not of this model'),
     'heads': (

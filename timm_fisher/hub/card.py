@@ -26,7 +26,6 @@ MOST_LABELS_SHOWN = 1000
 
 def make_card(
     model: Any,
-    stored_parameters: int,
     config: Mapping[str, Any],
     metrics: Mapping[str, Any],
     *,
@@ -47,7 +46,6 @@ def make_card(
 
     Args:
         model: `PooledModel`.
-        stored_parameters: numbers in model.safetensors.
         config: content of config.json.
         metrics: content of metrics.json, as training leaves it, checked by `check_metrics`: a
             result (`accuracy`, ...) for 'test' or 'val', the `command`, `seed` and `versions` of
@@ -69,15 +67,16 @@ def make_card(
     for name, texts in (('commands', commands), ('limits', limits)):
         if isinstance(texts, str):
             raise TypeError(f"The card's {name} must be a list of texts, not {texts!r:.200}.")
-    base = ((model.backbone_weights or {}).get('hf_hub_id') or '').partition('@')[0]
+    arguments = config['model_args']
+    weights = arguments.get('backbone_weights') or {}
+    base = (weights.get('hf_hub_id') or '').partition('@')[0]
     for repository in filter(None, (repo_id, dataset_id, base)):
         validate_repo_id(repository)
     split = next((key for key in ('test', 'val') if 'accuracy' in metrics.get(key, {})), '')
     result = metrics.get(split, {})
     dataset = dataset or metrics.get('dataset') or ''
-    if model.backbone_weights is not None:
+    if weights:
         license = license or model.backbone.pretrained_cfg.get('license') or ''
-    arguments = model._model_args
     asked = arguments['head']
     if isinstance(asked, str):
         asked = [{'name': asked, **(arguments.get('head_kwargs') or {})}]
@@ -116,6 +115,7 @@ def make_card(
         adapter=adapter,
         model=model,
         base=base,
+        weights=weights,
         arguments=arguments,
         heads=[
             # What the file of a head says of it: formulas, source, and where the paper is silent.
@@ -126,7 +126,11 @@ def make_card(
         shown=MOST_LABELS_SHOWN,
         input_size=' x '.join(map(str, size)),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
-        stored_parameters=stored_parameters,
+        stored_parameters=sum(
+            value.numel()
+            for key, value in model.state_dict().items()
+            if not (adapter and key.startswith('backbone.'))
+        ),
         macs=count_macs(model, size),
         dataset=dataset,
         split=split,

@@ -3,7 +3,7 @@ on the meta device, compare, then read the weights."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -135,25 +135,15 @@ def load(
     head = saved.arguments['head']
     if 'head_kwargs' in arguments and arguments.get('head', head) == head:
         arguments['head_kwargs'] = saved.arguments.get('head_kwargs', {}) | arguments['head_kwargs']
-    headers = [read_header(source, place, cache_dir)] if pretrained else []
+    header = read_header(source, place, cache_dir) if pretrained else None
     model = _build(saved, arguments, place)
     if not trust_config:
-        _check_size(model, saved, headers, place)
-    if pretrained:
-        if is_adapter(saved, headers[0]):
-            headers.append(_find_backbone(saved, backbone, cache_dir, place))
-        elif backbone is not None:
-            raise LoadError(
-                f"'{place}' holds its backbone; backbone='{backbone}' is for a model that holds "
-                'head and classifier alone.'
-            )
-        model.backbone_weights = None if any_backbone else saved.backbone_weights
-    device = torch.get_default_device()
-    if pretrained and device.type != 'meta':
+        _check_size(model, saved, header, place)
+    if header is not None:
         with torch.inference_mode(False):  # whose tensors could not be trained later
-            _fill(model, saved, headers, any_backbone)
-            model.to(device)
-    elif device.type != 'meta':
+            _fill(model, saved, header, backbone, any_backbone, cache_dir)
+        model.backbone_weights = None if any_backbone else saved.backbone_weights
+    elif torch.get_default_device().type != 'meta':
         model = PooledModel(**{**saved.arguments, **arguments})
     origin = {'source': source, 'hf_hub_id' if source == 'hf-hub' else 'file': place}
     cfg = resolve_pretrained_cfg(
@@ -222,51 +212,64 @@ def _find_backbone(
 
 
 def _fill(
-    model: PooledModel, saved: SavedConfig, headers: Sequence[Header], any_backbone: bool
+    model: PooledModel,
+    saved: SavedConfig,
+    header: Header,
+    backbone: str | None,
+    any_backbone: bool,
+    cache_dir: str | Path | None,
 ) -> None:
-    """Give a model on the meta device its tensors, once all headers are exactly of it; of an
-    adapter the second header is that of the backbone."""
-    expected, where = model.state_dict(), headers[0].where
-    channels = saved.arguments.get('in_chans', saved.images['input_size'][0])
-    if channels != model.in_chans:  # look for the stem as it was saved
-        expected = _build(saved, {}, where).state_dict()
-    parts = _split(expected) if len(headers) > 1 else [expected]
+    """Give a model on the meta device its tensors, once all headers are exactly of it; where the
+    default device is the meta device, the header of the saved model's own file is checked alone."""
+    expected, elsewhere = model.state_dict(), dict[str, Tensor]()
+    tensors = dict[str, Tensor]()
+    if saved.arguments.get('in_chans', saved.images['input_size'][0]) != model.in_chans:
+        expected = _build(saved, {}, header.where).state_dict()  # with the stem as it was saved
+    if is_adapter(saved, header):
+        expected, elsewhere = _split(expected)
+    elif backbone is not None:
+        raise LoadError(
+            f"'{header.where}' holds its backbone; backbone='{backbone}' is for a model that holds "
+            'head and classifier alone.'
+        )
     size = timm.models.get_model_input_config(model.backbone)['input_size']
     what = f'{type(model.backbone).__name__} with {type(model.head).__name__} for images {size}'
-    for header, part in zip(headers, parts, strict=True):
-        check_tensors(header, part, what)
-    tensors: dict[str, Tensor] = {}
-    for header, part in zip(headers, parts, strict=True):
-        tensors |= read_tensors(header, part)
-    if len(headers) > 1 and not any_backbone:
-        _check_digest({k: tensors[k] for k in parts[1]}, saved, headers)
+    check_tensors(header, expected, what)
+    if torch.get_default_device().type == 'meta':
+        return
+    if elsewhere:
+        of_backbone = _find_backbone(saved, backbone, cache_dir, header.where)
+        check_tensors(of_backbone, elsewhere, what)
+        tensors = read_tensors(of_backbone, elsewhere)
+        if not any_backbone:
+            _check_digest(tensors, saved, header.where, of_backbone.where)
+    tensors |= read_tensors(header, expected)
     for name, wanted in model.state_dict().items():
         if tensors[name].shape != wanted.shape:
-            tensors[name] = _adapt_stem(tensors[name], model.in_chans, wanted.shape, where)
+            tensors[name] = _adapt_stem(tensors[name], model.in_chans, wanted.shape, header.where)
     model.load_state_dict(tensors, strict=True, assign=True)
     _rebuild_derived_buffers(model)
+    model.to(torch.get_default_device())
 
 
-def _split(tensors: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+def _split(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """What an adapter holds, and what comes from elsewhere: its backbone."""
-    return [
-        {key: value for key, value in tensors.items() if key.startswith('backbone.') == elsewhere}
-        for elsewhere in (False, True)
-    ]
+    of_backbone = {key: value for key, value in tensors.items() if key.startswith('backbone.')}
+    return {key: tensors[key] for key in tensors if key not in of_backbone}, of_backbone
 
 
 def _check_digest(
-    weights: Mapping[str, Tensor], saved: SavedConfig, headers: Sequence[Header]
+    weights: Mapping[str, Tensor], saved: SavedConfig, where: str, place: str
 ) -> None:
     """Refuse other weights of the backbone than an adapter was trained with."""
     expected = saved.backbone_weights or {}
     sha256 = digest({key.removeprefix('backbone.'): value for key, value in weights.items()})
     if sha256 != expected['sha256']:
         raise LoadError(
-            f"The weights of '{headers[1].where}' (digest {sha256[:12]}) are not those that "
-            f"'{headers[0].where}' was trained with ('{expected['hf_hub_id']}', digest "
-            f"{str(expected['sha256'])[:12]}). Give backbone='local-dir:FOLDER' with the right "
-            'ones, or any_backbone=True to take these, with other results than on the card.'
+            f"The weights of '{place}' (digest {sha256[:12]}) are not those that '{where}' was "
+            f"trained with ('{expected['hf_hub_id']}', digest {str(expected['sha256'])[:12]}). "
+            "Give backbone='local-dir:FOLDER' with the right ones, or any_backbone=True to take "
+            'these, with other results than on the card.'
         )
 
 
@@ -284,20 +287,18 @@ def _adapt_stem(weight: Tensor, channels: int, shape: torch.Size, where: str) ->
     return adapted
 
 
-def _check_size(
-    model: nn.Module, saved: SavedConfig, headers: Sequence[Header], where: str
-) -> None:
+def _check_size(model: nn.Module, saved: SavedConfig, header: Header | None, where: str) -> None:
     """Refuse what would fill memory that no stored tensor accounts for: buffers that are computed
     from the arguments; and, without weights, tensors that are larger by what config.json says."""
     tensors = model.state_dict()
-    stored = headers[0].path.stat().st_size if headers else 0
+    stored = header.path.stat().st_size if header else 0
     size = sum(buffer.nbytes for name, buffer in model.named_buffers() if name not in tensors)
     if size > MOST_DERIVED + 4 * stored:
         raise LoadError(
             f"The config.json of '{where}' is refused: tables computed from its arguments would "
             f'take {size} bytes, for {stored} bytes of weights. {TRUST}.'
         )
-    if headers:
+    if header is not None:
         return
     if (
         'backbone_kwargs' not in saved.arguments
@@ -338,18 +339,3 @@ def _check_rebuildable(model: nn.Module) -> None:
                 'not be computed again. Use register_buffer, or write '
                 'init_non_persistent_buffers().'
             )
-
-
-def check_saved(folder: Path) -> None:
-    """Refuse what was written, if it could not be loaded: all of `load` but reading the weights.
-
-    Raises:
-        LoadError: why not.
-    """
-    saved = read_config('local-dir', str(folder), trust_config=True)
-    header = read_header('local-dir', str(folder))
-    model = _build(saved, {}, str(folder))
-    expected = model.state_dict()
-    if is_adapter(saved, header):
-        expected = _split(expected)[0]
-    check_tensors(header, expected, 'as it would be loaded')
