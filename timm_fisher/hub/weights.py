@@ -137,15 +137,12 @@ def check_tensors(header: Header, expected: Mapping[str, Tensor], what: str) -> 
 
 
 def read_tensors(header: Header, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a file that has been checked, in the types of the model.
-
-    Raises:
-        LoadError: a value is NaN or infinite.
-    """
+    """The tensors of a file that has been checked, in the types of the model; a LoadError if a
+    value is NaN or infinite."""
     tensors = {}
     with safe_open(header.path, framework='pt') as file:
         for name, wanted in expected.items():
-            if name not in header.tensors and is_counter(name):
+            if name not in header.tensors:  # a counter
                 tensors[name] = torch.zeros(wanted.shape, dtype=wanted.dtype)
                 continue
             # A copy: the file may change while the model lives.
