@@ -26,14 +26,9 @@ _RECORDED = ('num_classes', 'in_chans', 'img_size')  # by the model itself
 
 @dataclass
 class Backbone:
-    """A timm model and how to read it.
-
-    Attributes:
-        module: timm's model, without classifier.
-        descriptors: what reads its stages, in ascending order.
-        input_size: channels, height and width of an image.
-        arguments: those that its folder or repository has, beside size, channels and classes.
-    """
+    """A timm model without classifier, what reads its stages in ascending order, the size of an
+    image (channels, height, width), and those of its arguments that its folder or repository has,
+    beside size, channels and classes."""
 
     module: Any
     descriptors: StageDescriptors
@@ -159,20 +154,16 @@ def describe_weights(backbone: Any, cache_dir: str | Path | None = None) -> dict
     elif repo_id:
         name, _, revision = repo_id.partition('@')
         path = try_to_load_from_cache(name, WEIGHTS, cache_dir, revision or None)
-    state = backbone.state_dict()
-    same = isinstance(path, str | Path) and Path(path).is_file() and _holds(Path(path), state)
+    state, same = backbone.state_dict(), False
+    if isinstance(path, str | Path) and Path(path).is_file():
+        with safe_open(path, framework='pt') as file:
+            names = set(file.keys())
+            same = all(
+                name in names and torch.equal(file.get_tensor(name).to(value.dtype), value.cpu())
+                for name, value in state.items()
+                if not is_counter(name)
+            )
     return {'hf_hub_id': repo_id, 'sha256': digest(state) if same else None}
-
-
-def _holds(path: Path, state: Mapping[str, Tensor]) -> bool:
-    """Whether a file has these tensors, apart from counters of batches."""
-    with safe_open(path, framework='pt') as file:
-        names = set(file.keys())
-        return all(
-            name in names and torch.equal(file.get_tensor(name).to(value.dtype), value.cpu())
-            for name, value in state.items()
-            if not is_counter(name)
-        )
 
 
 def is_counter(name: str) -> bool:

@@ -282,7 +282,9 @@ def test_labels_that_are_not(tmp_path):
 
 def test_more_labels_than_can_be_loaded(tmp_path):
     model = create('avg', num_classes=50_000)
-    with pytest.raises(ValueError, match=r'config\.json would have \d+ bytes, more than 8388608'):
+    with pytest.raises(
+        ValueError, match=r'config\.json is refused: it has \d+ bytes; at most 8388608'
+    ):
         timm_fisher.save_model(model, tmp_path, label_names=['x' * LONGEST_LABEL] * 50_000)
     assert not list(tmp_path.iterdir())
 

@@ -35,12 +35,8 @@ TRUST = 'If you trust it, give trust_config=True'
 
 @dataclass(frozen=True)
 class SavedConfig:
-    """A checked config.json.
-
-    Attributes:
-        arguments: of `PooledModel`.
-        images: what timm's pretrained configuration says about images and classes.
-        backbone_weights: `hf_hub_id` and `sha256` of the weights that the backbone had, or None.
+    """A checked config.json: arguments of `PooledModel`, what timm's pretrained configuration says
+    about images and classes, and `hf_hub_id` and `sha256` of the backbone's weights, if it had any.
     """
 
     arguments: dict[str, Any]
@@ -61,30 +57,19 @@ def read_config(
         LoadError: no such file, too large, not JSON, or it says what it may not.
     """
     path = find_file('config.json', source, place, cache_dir)
-    size = path.stat().st_size
-    if size > MOST_BYTES:
-        raise LoadError(
-            f"The config.json of '{place}' is refused: it has {size} bytes; at most {MOST_BYTES} "
-            'are allowed.'
-        )
     try:
-        config = json.loads(path.read_bytes())
+        if (size := path.stat().st_size) > MOST_BYTES:
+            raise ValueError(f'it has {size} bytes; at most {MOST_BYTES} are allowed')
+        return check_config(json.loads(path.read_bytes()), trust_config=trust_config)
     except (ValueError, RecursionError) as error:
-        raise LoadError(f"The config.json of '{place}' is not readable JSON: {error}.") from error
+        raise LoadError(f"The config.json of '{place}' is refused: {error}.") from error
+
+
+def check_config(config: Any, *, trust_config: bool = False) -> SavedConfig:
+    """Check the content of a config.json; ValueError if it is refused."""
     architecture = config.get('architecture') if isinstance(config, dict) else None
     if architecture != ARCHITECTURE:
-        raise LoadError(
-            f"'{place}' is not a timm_fisher model: the architecture in its config.json is "
-            f'{_shown(architecture)}.'
-        )
-    try:
-        return check_config(config, trust_config=trust_config)
-    except ValueError as error:
-        raise LoadError(f"The config.json of '{place}' is refused: {error}.") from None
-
-
-def check_config(config: Mapping[str, Any], *, trust_config: bool = False) -> SavedConfig:
-    """Check the content of a config.json of this architecture; ValueError if it is refused."""
+        raise ValueError(f'its architecture is {_shown(architecture)}, not {ARCHITECTURE}')
     for name in ('model_args', 'pretrained_cfg'):
         if not isinstance(config.get(name), dict):
             raise ValueError(f'{name} is {_shown(config.get(name))}, not a table')
@@ -195,7 +180,6 @@ _ARGUMENTS: dict[str, _Check] = {
 }  # fmt: skip
 
 # Arguments of timm's backbones that change shapes in known ways.
-_SMALL = ('whole numbers from 1 to 64', _is_whole(1, 64))
 MOST_LAYERS = 160  # of all stages together
 
 
@@ -212,7 +196,7 @@ _BACKBONE_ARGUMENTS: dict[str, _Check] = {
     'window_size': ('whole numbers from 1 to 64', _is_one_or_list(_is_size(1, 2, 64), 8)),
     'embed_dim': ('whole numbers from 1 to 4096', _is_one_or_list(_is_whole(1, 4096), 8)),
     'channels': ('up to 8 whole numbers from 1 to 4096', _is_list(_is_whole(1, 4096), 8)),
-    **dict.fromkeys(('depth', 'reg_tokens'), _SMALL),
+    **dict.fromkeys(('depth', 'reg_tokens'), ('a whole number from 1 to 64', _is_whole(1, 64))),
     'num_heads': ('whole numbers from 1 to 64', _is_one_or_list(_is_whole(1, 64), 8)),
     **dict.fromkeys(('depths', 'layers'), (f'whole numbers, {MOST_LAYERS} together', _is_layers)),
     **dict.fromkeys(
@@ -246,7 +230,6 @@ def _check_heads(arguments: Mapping[str, Any]) -> None:
 
 
 _ROOT_KEYS = ('num_classes', 'label_names', 'label_descriptions')  # which timm takes first
-_CROP = ('a number from 0.1 to 2.0', _is_number(0.1, 2.0))
 _IMAGE_SIZE = (
     'three whole numbers: up to 1024 channels, height and width',
     lambda value: isinstance(value, list) and _is_size(1, 3, 2**31)(value) and value[0] <= 1024,
@@ -255,7 +238,9 @@ _IMAGES: dict[str, _Check] = {
     **dict.fromkeys(('input_size', 'test_input_size', 'min_input_size'), _IMAGE_SIZE),
     'mean': ('numbers from -1000 to 1000', _is_list(_is_number(-1000, 1000), 1024)),
     'std': ('numbers from 1e-6 to 1000', _is_list(_is_number(1e-6, 1000), 1024)),
-    **dict.fromkeys(('crop_pct', 'test_crop_pct'), _CROP),
+    **dict.fromkeys(
+        ('crop_pct', 'test_crop_pct'), ('a number from 0.1 to 2.0', _is_number(0.1, 2.0))
+    ),
     'interpolation': (f'one of {", ".join(INTERPOLATIONS)}', _is_one_of(*INTERPOLATIONS)),
     'crop_mode': (f'one of {", ".join(CROP_MODES)}', _is_one_of(*CROP_MODES)),
     'license': ('a text of up to 200 characters', _is_text(200)),

@@ -114,8 +114,7 @@ def load(
     """A saved model.
 
     Args:
-        source: 'hf-hub' or 'local-dir'.
-        place: repository, with its revision after '@' if there is one; or folder.
+        source, place, cache_dir: as `timm_fisher.hub.weights.find_file` takes them.
         pretrained: load the weights; otherwise all values are fresh.
         backbone: where an adapter's backbone comes from instead of the Hub: a name that
             `timm.create_model` takes, such as 'local-dir:FOLDER'.
@@ -123,7 +122,6 @@ def load(
         trust_config: lift the limits on the backbone's arguments, on the size of images, and on
             memory that the weights do not fill.
         pretrained_cfg_overlay: replaces what was saved about images.
-        cache_dir: of downloads.
         **arguments: of `PooledModel`, in place of those that were saved; `head_kwargs` are merged
             as long as the head stays the same.
 

@@ -23,10 +23,10 @@ def read_metrics(metrics: str | Path | Mapping[str, Any]) -> dict[str, Any]:
     """
     place = f"'{metrics}'" if isinstance(metrics, str | Path) else 'metrics'
     try:
-        text = (
-            Path(metrics).read_bytes() if isinstance(metrics, str | Path) else json.dumps(metrics)
-        )
-        table = json.loads(text)
+        if isinstance(metrics, str | Path):
+            table = json.loads(Path(metrics).read_bytes())
+        else:
+            table = json.loads(json.dumps(metrics))
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f'{place} is not readable JSON: {error}.') from error
     if not isinstance(table, dict):
@@ -46,8 +46,8 @@ def check_metrics(metrics: Mapping[str, Any], model: Any) -> None:
                 'entries.'
             )
         for key, value in table.items():
-            is_number = isinstance(value, int | float) and not isinstance(value, bool)
-            if (name == 'seeds' or key in MEASURES) and not (is_number and 0 <= value <= 1):
+            is_share = type(value) in (int, float) and 0 <= value <= 1
+            if (name == 'seeds' or key in MEASURES) and not is_share:
                 raise ValueError(
                     f"metrics['{name}'][{key!a:.200}] is {value!r:.200}, not a number from 0 to 1."
                 )

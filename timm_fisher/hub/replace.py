@@ -69,10 +69,8 @@ def _exchange(names: list[str], beside: Path, folder: Path) -> None:
     moves: list[tuple[Path, Path]] = []
     try:
         for name in names:
-            for now, then in (
-                (folder / name, marked / f'{name}.old'),
-                (marked / name, folder / name),
-            ):
+            place = folder / name
+            for now, then in ((place, marked / f'{name}.old'), (marked / name, place)):
                 if now.exists():
                     moves.append((now, then))
                     os.replace(now, then)

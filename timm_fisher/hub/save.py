@@ -18,7 +18,7 @@ from timm_fisher.backbone import WEIGHTS, digest
 from timm_fisher.errors import LoadError
 from timm_fisher.hub import readme
 from timm_fisher.hub.card import make_card
-from timm_fisher.hub.config import MOST_BYTES, check_config
+from timm_fisher.hub.config import check_config
 from timm_fisher.hub.load import load
 from timm_fisher.hub.metrics import check_metrics, read_metrics
 from timm_fisher.hub.replace import replace_files
@@ -121,8 +121,8 @@ def save_model(
 
 
 def check_regular(folder: Path) -> None:
-    """Refuse, by a ValueError, what is no ordinary file, such as symbolic links, which could lead to
-    any file of this machine."""
+    """Refuse, by a ValueError, what is no ordinary file, such as a symbolic link, which could lead
+    to any file of this machine."""
     for path in (folder / name for name in FILES):
         if path.is_symlink() or (path.exists() and not path.is_file()):
             raise ValueError(
@@ -178,18 +178,6 @@ def _write_model(
         {'backbone_weights': weights} if weights else None,
         data_config,
     )
-    text = path.read_text()
-    written: dict[str, Any] = json.loads(text)
-    try:
-        if len(text) > MOST_BYTES:
-            raise ValueError(f'config.json would have {len(text)} bytes, more than {MOST_BYTES}')
-        check_config(written, trust_config=True)
-    except ValueError as error:  # what cannot be loaded is not saved
-        raise ValueError(f'The model cannot be saved: {error}.') from None
-    try:
-        check_config(written)
-    except ValueError as error:
-        warnings.warn(f'To load this model, trust_config=True is needed: {error}.', stacklevel=4)
     state = model.state_dict()
     if unknown := sorted(set(float16) - set(state)):
         raise ValueError(f"The model has no tensor '{unknown[0]}' to be stored in float16.")
@@ -215,8 +203,14 @@ def _write_model(
     try:
         with torch.device('meta'):
             load('local-dir', str(folder), trust_config=True)
-    except LoadError as error:
-        raise ValueError(f'The model cannot be saved: {error}') from error
+    except LoadError as error:  # what cannot be loaded is not saved
+        reason = str(error).replace(f" of '{folder}'", '')
+        raise ValueError(f'The model cannot be saved: {reason}') from error
+    written: dict[str, Any] = json.loads(path.read_text())
+    try:
+        check_config(written)
+    except ValueError as error:
+        warnings.warn(f'To load this model, trust_config=True is needed: {error}.', stacklevel=4)
     # safetensors makes its file private; the umask of the config is what the user wants.
     shutil.copymode(path, folder / WEIGHTS)
     return written

@@ -26,14 +26,8 @@ _OTHERS = {
 
 @dataclass(frozen=True)
 class Header:
-    """What a safetensors file holds.
-
-    Attributes:
-        path: of the file.
-        where: folder or repository, for messages.
-        prefix: that the names of its tensors get in the model.
-        tensors: type and shape of each, by its name in the model.
-    """
+    """What a safetensors file of a folder or repository (`where`) holds: type and shape of each
+    tensor, by its name in the model, which is `prefix` and its name in the file."""
 
     path: Path
     where: str
