@@ -21,7 +21,6 @@ from timm_fisher.descriptors import StageDescriptors, find_descriptors, remove_u
 from timm_fisher.registry import nearest
 
 WEIGHTS = 'model.safetensors'
-_RECORDED = ('num_classes', 'in_chans', 'img_size')  # by the model itself
 
 
 @dataclass
@@ -60,7 +59,14 @@ def create_backbone(
     Raises:
         ValueError: an unknown backbone, stage or class-token mode.
     """
-    check_backbone(name)
+    source, architecture = timm.models.parse_model_name(name)
+    architecture = timm.models.get_arch_name(architecture)
+    if source is None and (not timm.is_model(architecture) or is_ours(architecture)):
+        known = [known for known in timm.list_models() if not is_ours(known)]
+        raise ValueError(
+            f"Unknown backbone '{name}'.{nearest(architecture, known)} "
+            'timm.list_models() lists all of them.'
+        )
     arguments = {**arguments, 'num_classes': 0}
     with torch.inference_mode(False), torch.device('meta'):
         seen = timm.create_model(name, **arguments)
@@ -87,25 +93,10 @@ def create_backbone(
         if last_stride is not None:
             _keep_last_stride(module, last_stride)
     remove_unused(module, idle, dead)
-    source = getattr(module, 'pretrained_model_args', {})
-    return Backbone(
-        module,
-        descriptors,
-        input_size,
-        {key: value for key, value in source.items() if key not in _RECORDED},
-    )
-
-
-def check_backbone(name: str) -> None:
-    """Refuse a name that timm does not know, with the nearest ones (ValueError)."""
-    source, architecture = timm.models.parse_model_name(name)
-    architecture = timm.models.get_arch_name(architecture)
-    if source is None and (not timm.is_model(architecture) or is_ours(architecture)):
-        known = [known for known in timm.list_models() if not is_ours(known)]
-        raise ValueError(
-            f"Unknown backbone '{name}'.{nearest(architecture, known)} "
-            'timm.list_models() lists all of them.'
-        )
+    recorded = ('num_classes', 'in_chans', 'img_size')  # by the model itself
+    stored = getattr(module, 'pretrained_model_args', {})
+    given = {key: value for key, value in stored.items() if key not in recorded}
+    return Backbone(module, descriptors, input_size, given)
 
 
 def is_ours(architecture: str) -> bool:

@@ -10,7 +10,7 @@ from typing import Any, cast
 import timm
 from timm.models import register_model
 
-from timm_fisher.hub.load import LOADING, SOURCES, load
+from timm_fisher.hub.load import LOADING, load
 from timm_fisher.model import PooledModel
 from timm_fisher.registry import check_arguments, get_head, nearest
 
@@ -74,7 +74,7 @@ def timm_fisher(
     it loads everything that was saved, and takes the arguments of `timm_fisher.from_pretrained`,
     whose errors are those here.
     """
-    if isinstance(pretrained_cfg, dict) and pretrained_cfg.get('source') in SOURCES:
+    if isinstance(pretrained_cfg, dict) and pretrained_cfg.get('source') in ('hf-hub', 'local-dir'):
         # timm has merged what config.json says into the caller's arguments.
         saved = pretrained_model_args or {}
         given = {key: arguments[key] for key in arguments if arguments[key] is not saved.get(key)}

@@ -70,10 +70,11 @@ def main(settings: Settings) -> None:
 def compare(folder: Path, repo_id: str, backbone: str | None) -> str:
     """'same', or what differs between a folder and the Hub's repository: tensors, or the logits of
     noise."""
-    other: dict[str, Any] = {'backbone': backbone} if backbone else {}
     local = timm_fisher.from_pretrained(folder, backbone=backbone).eval()
     with tempfile.TemporaryDirectory() as cache:
-        remote = timm.create_model(f'hf-hub:{repo_id}', pretrained=True, cache_dir=cache, **other)
+        remote: Any = timm.create_model(
+            f'hf-hub:{repo_id}', pretrained=True, cache_dir=cache, backbone=backbone
+        )
     remote.eval()
     state = remote.state_dict()
     changed = [key for key, value in local.state_dict().items() if not value.equal(state[key])]

@@ -150,13 +150,10 @@ def _plain(value: Any) -> str:
 
 def count_macs(model: Any, input_size: Sequence[int]) -> int | None:
     """Multiplications and additions, in pairs, of the matrix products and convolutions of a forward
-    pass of one image; None for a model whose pass depends on the values of its descriptors.
+    pass of one image of `input_size` (channels, height, width); None for a model whose pass depends
+    on the values of its descriptors.
 
     It runs on the meta device, where an image of any size costs neither memory nor time.
-
-    Args:
-        model: `PooledModel`.
-        input_size: channels, height and width of the image.
     """
     dtype = next((value.dtype for value in model.parameters()), torch.float32)
     image = torch.empty(1, *input_size, device='meta', dtype=dtype)

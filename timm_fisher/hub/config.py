@@ -229,7 +229,6 @@ def _check_heads(arguments: Mapping[str, Any]) -> None:
             raise ValueError(f'a number among the arguments of the heads is {_shown(value)}')
 
 
-_ROOT_KEYS = ('num_classes', 'label_names', 'label_descriptions')  # which timm takes first
 _IMAGE_SIZE = (
     'three whole numbers: up to 1024 channels, height and width',
     lambda value: isinstance(value, list) and _is_size(1, 3, 2**31)(value) and value[0] <= 1024,
@@ -259,8 +258,9 @@ def _check_images(
     config: Mapping[str, Any], arguments: Mapping[str, Any], trust_config: bool
 ) -> dict[str, Any]:
     """What timm's pretrained configuration says of images and classes; all else is left out."""
-    root = {key: config[key] for key in _ROOT_KEYS if config.get(key) is not None}
-    cfg = {**config['pretrained_cfg'], **root}
+    # At the top level, timm takes these first.
+    top = {key: config.get(key) for key in ('num_classes', 'label_names', 'label_descriptions')}
+    cfg = config['pretrained_cfg'] | {k: value for k, value in top.items() if value is not None}
     images = {key: cfg[key] for key in _IMAGES if cfg.get(key) is not None}
     _check_values('pretrained_cfg', images, _IMAGES)
     classes = arguments.get('num_classes', 1000)

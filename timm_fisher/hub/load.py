@@ -19,7 +19,6 @@ from timm_fisher.hub.weights import Header, check_tensors, read_header, read_ten
 from timm_fisher.model import PooledModel
 from timm_fisher.registry import check_arguments, nearest
 
-SOURCES = ('hf-hub', 'local-dir')  # where timm finds a saved model by its name
 # Arguments of the factory that no model has.
 LOADING = ('pretrained', 'pretrained_cfg_overlay', 'cache_dir')
 MOST_DERIVED = 2**28  # bytes of tables beside four times the stored weights

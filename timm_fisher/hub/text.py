@@ -29,13 +29,10 @@ _INSIDE = re.compile(
 
 
 def problem(text: Any, longest: int) -> str:
-    """What is wrong with a text of one line, to follow its name in a message; empty if nothing is.
+    """What is wrong with a text of one line of at most `longest` characters, to follow its name in
+    a message; empty if nothing is. It need not be a text at all.
 
     Control characters, terminal escapes, changes of direction and lone surrogates are refused.
-
-    Args:
-        text: of somebody else; need not be a text at all.
-        longest: characters that it may have.
     """
     if not isinstance(text, str):
         return f'is {str(text)[:60]!r}, not a text'
@@ -74,11 +71,8 @@ def hide_paths(value: Any, name: str = '') -> Any:
     """A JSON value whose texts have, of each local path, the last name alone.
 
     Local are absolute paths and those that begin with a dot or `~`; what follows 'local-dir:',
-    'file://', or 'hfds/' where it is no owner/name; and what is called checkpoint_path.
-
-    Args:
-        value: any JSON value.
-        name: under which it stands; a 'command' is never a path as a whole.
+    'file://', or 'hfds/' where it is no owner/name; and what is called checkpoint_path. `name` is
+    what the value is called: a 'command' is never a path as a whole.
     """
     if isinstance(value, dict):
         return {key: hide_paths(item, key) for key, item in value.items()}
