@@ -172,10 +172,25 @@ def test_adapter_of_a_backbone_from_a_folder(tmp_path):
     assert grey.backbone_weights['hf_hub_id'] is None, 'saving changed the model'
     with pytest.raises(ValueError, match='a b/c'):
         timm_fisher.save_pretrained(model, tmp_path / 'x', backbone_id='a b/c')
+    with pytest.raises(TypeError, match='data_set'):
+        timm_fisher.save_pretrained(model, tmp_path / 'x', backbone_id='a/b', card={'data_set': 1})
+    assert model.backbone_weights['hf_hub_id'] is None
     for path in (tmp_path / name / file for name in ('whole', 'adapter', 'grey') for file in FILES):
         assert str(tmp_path).encode() not in path.read_bytes(), 'a local path is published'
     bare = timm.create_model(f'local-dir:{tmp_path}/adapter')  # random weights
     assert bare.backbone_weights is None
+
+
+def test_file_of_a_backbones_weights_is_not_recorded(tmp_path):
+    """The saved model has the weights, and must not tell where they were."""
+    path = tmp_path / 'secret' / 'weights.pth'
+    path.parent.mkdir()
+    torch.save(timm.create_model('test_resnet', num_classes=0).state_dict(), path)
+    model = create('avg', backbone_kwargs={'checkpoint_path': str(path), 'output_stride': 16})
+    timm_fisher.save_pretrained(model, tmp_path / 'model')
+    path.unlink()
+    assert not any(b'secret' in file.read_bytes() for file in (tmp_path / 'model').iterdir())
+    assert torch.equal(load(tmp_path / 'model')(images()), model(images()))
 
 
 # Hostile text
