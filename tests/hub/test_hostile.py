@@ -177,6 +177,27 @@ def test_size_of_what_weights_do_not_prove(saved):
     assert model.num_classes == 30_000_000
 
 
+@pytest.mark.parametrize(
+    'arguments',
+    [
+        {'num_classes': 1_000_000},
+        {'backbone': 'test_vit', 'backbone_kwargs': {'embed_dim': 4096, 'num_heads': 64}},
+        {'backbone': 'vit_giant_patch14_224', 'in_chans': 1024},
+    ],
+    ids=['classifier', 'backbone', 'channels'],
+)
+def test_size_that_no_weights_prove(saved, arguments):
+    """Beside timm's architecture itself, of whatever size, little may be asked for."""
+
+    def change(config):
+        config.update(num_classes=arguments.get('num_classes', 5), label_names=None)
+        config['model_args'].update(arguments)
+
+    edit(saved, change)
+    with pytest.raises(LoadError, match=r'without weights it asks for \d{9,} values beside'):
+        LOADERS['without weights'](saved)
+
+
 def test_nothing_global_is_touched(saved):
     """No profiler, and no hooks that all modules share."""
     seen = []
