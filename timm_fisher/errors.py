@@ -28,9 +28,7 @@ class PushError(RuntimeError):
 
 
 @contextmanager
-def explain_errors(
-    doing: str, kind: type[LoadError] | type[PushError] = LoadError
-) -> Iterator[None]:
+def explain_errors(doing: str, kind: type[Exception] = LoadError) -> Iterator[None]:
     """Turn what huggingface_hub raises into one sentence that says what to do."""
     try:
         yield

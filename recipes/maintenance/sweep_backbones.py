@@ -55,8 +55,7 @@ def main(settings: Settings) -> None:
         for (rule, layout), read in sorted(rules.items(), key=lambda item: -len(item[1]))
     ]
     print(table(['read by', 'layout', 'architectures', 'for example'], rows))
-    works = f'{len(names) - len(refused)} of {len(names)} architectures work.'
-    print('', works, *refused, sep='\n')
+    print(f'\n{len(names) - len(refused)} of {len(names)} architectures work.', *refused, sep='\n')
     if refused:
         sys.exit(1)
 

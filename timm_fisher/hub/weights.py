@@ -98,7 +98,8 @@ def check_tensors(header: Header, expected: Mapping[str, Tensor], what: str) -> 
     """Refuse a file whose tensors are not exactly those of a model.
 
     One floating-point type may stand for another, nothing else for another type. The file of a
-    backbone, which has a prefix, may hold more than the model reads, such as timm's classifier.
+    backbone, which has a prefix, may hold more than the model reads, such as timm's classifier, and
+    may lack counters of batches.
 
     Args:
         header: of the file.
