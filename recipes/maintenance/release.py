@@ -2,10 +2,9 @@
 
     python recipes/maintenance/release.py trashnet-sparse-fisher --data-dir PATH
 
-recipes/configs/release.yaml says how. Trains once for each seed; a run that is finished is kept,
-one that was interrupted goes on. The weights are those of the first seed. At last the folder is
-loaded again, and measured on the images of the test split: only if that is what the run had
-measured, it takes the place of an earlier one.
+recipes/configs/release.yaml says how. Trains once for each seed, of which the first gives the
+weights; a run that is finished is kept, one that was interrupted goes on. The folder takes the
+place of an earlier one only if, loaded again, it measures on the test split what the run had.
 """
 
 from __future__ import annotations
@@ -59,9 +58,8 @@ def main(settings: Settings) -> None:
     # A mistaken folder of images is found before a run binds later calls to these options.
     load_splits(Config(**{key: value for key, value in options.items() if key != 'stages'}))
     metrics = [train(options, seed, runs / f's{seed}') for seed in SEEDS]
-    seeds = {
-        str(seed): result['test']['accuracy'] for seed, result in zip(SEEDS, metrics, strict=True)
-    }
+    accuracies = [result['test']['accuracy'] for result in metrics]
+    seeds = dict(zip(map(str, SEEDS), accuracies, strict=True))
     print(f'test accuracy of seeds {seeds}')
 
     model = timm_fisher.from_pretrained(runs / f's{SEEDS[0]}/model')
@@ -78,8 +76,7 @@ def main(settings: Settings) -> None:
             label_names=model.pretrained_cfg['label_names'],
             **published,
         )
-        backbone = options['backbone'] if published['adapter'] else None
-        check(checked, backbone, settings.data_dir)
+        check(checked, options['backbone'] if published['adapter'] else None, settings.data_dir)
         if folder.exists():
             folder.rename(Path(beside, 'earlier'))
         checked.rename(folder)
@@ -102,18 +99,17 @@ def read_release(path: Path, name: str) -> tuple[dict[str, Any], dict[str, Any]]
         f'# The figures above, by the weights here:\n'
         f'python recipes/evaluate.py --model {name} --data-dir PATH',
     ]
-    card = {
-        **data['card'],
-        'repo_id': f'{HUB_USER}/{name}',
-        'description': model['description'],
-        'limits': [*model.get('limits', []), *data['limits']],
-        'commands': commands,
-    }
     published = {
         'adapter': 'backbone_id' in data,
         'backbone_id': data.get('backbone_id'),
         'float16': model.get('float16', []),
-        'card': card,
+        'card': {
+            **data['card'],
+            'repo_id': f'{HUB_USER}/{name}',
+            'description': model['description'],
+            'limits': [*model.get('limits', []), *data['limits']],
+            'commands': commands,
+        },
     }
     return {**data['train'], **model['train']}, published
 
@@ -128,11 +124,8 @@ def train(options: dict[str, Any], seed: int, output: Path) -> dict[str, Any]:
 
 
 def check(folder: Path, backbone: str | None, data_dir: str) -> None:
-    """Measure a folder as a user would, from its files and the images.
-
-    Raises:
-        ValueError: it is too large, or its accuracy is not that of its metrics.json.
-    """
+    """Measure a folder as a user would, from its files and the images; a ValueError if it is too
+    large, or its accuracy is not that of its metrics.json."""
     if size(folder) > LARGEST:
         raise ValueError(
             f"'{folder}' takes {size(folder):.1f} MB, more than {LARGEST}. Name large tensors in "

@@ -50,24 +50,19 @@ def main(settings: Settings) -> None:
         except Exception as error:  # whatever a third-party model raises belongs in the list
             refused.append(f'- refused: `{name}`: {type(error).__name__}: {error}')
 
-    lines = [
+    rows = [
         [rule, layout, str(len(read)), ', '.join(f'`{name}`' for name in read[:3])]
         for (rule, layout), read in sorted(rules.items(), key=lambda item: -len(item[1]))
     ]
-    print(table(['read by', 'layout', 'architectures', 'for example'], lines))
-    works = f'{len(names) - len(refused)} of {len(names)} architectures work.'
-    print('', works, *refused, sep='\n')
+    print(table(['read by', 'layout', 'architectures', 'for example'], rows))
+    print(f'\n{len(names) - len(refused)} of {len(names)} architectures work.', *refused, sep='\n')
     if refused:
         sys.exit(1)
 
 
 def try_backbone(name: str) -> tuple[str, str]:
-    """The rule by which a backbone is read, and the layout of what it gives.
-
-    Raises:
-        Exception: whatever goes wrong; a ValueError where the number of descriptors is not that of
-            a grid of the image.
-    """
+    """The rule by which a backbone is read, and the layout of what it gives; whatever goes wrong is
+    raised, also where the descriptors are not a grid of the image."""
     with torch.device('meta'):
         model = PooledModel(name, 'avg', num_classes=7).eval()
         image = torch.empty(1, *timm.models.get_model_input_config(model.backbone)['input_size'])

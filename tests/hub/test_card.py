@@ -197,8 +197,8 @@ def test_arguments_of_a_head_stay_in_their_row(tmp_path):
     """They may come from the config.json of a model that was downloaded."""
     model = create('gem')
     model._given['head_kwargs'] = {'exponent': 'x |\n\n<script>\x1b[31m\ud800'}
-    config = {'pretrained_cfg': {'input_size': [3, 64, 64]}}
-    text = make_card(model, 1, config, {})
+    config = {'model_args': model._model_args, 'pretrained_cfg': {'input_size': [3, 64, 64]}}
+    text = make_card(model, config, {})
     assert '| head | `gem`, exponent x \\| &lt;script&gt;\ufffd\\[31m\ufffd |\n' in text
 
 

@@ -92,7 +92,7 @@ def of_images(size):
 ATTACKS = {
     'empty tensors': (many_empty_tensors, 'blocks from 0 to'),
     'length of the header': (huge_header, 'header has 8589934592 bytes'),
-    'backbone of seven billion': (seven_billion, "'timm/vit_7b_patch16_dinov3.lvd1689m' cannot be"),
+    'backbone of seven billion': (seven_billion, 'not of this model'),
     'head': (of_arguments(head_kwargs={'code_dim': 900_000}), '900000'),
     'head of another shape': (of_arguments(head_kwargs={'code_dim': 5000}), 'not of this model'),
     'heads': (
@@ -128,7 +128,7 @@ ATTACKS = {
         of_arguments(head=[{'name': 'gsnmf', 'updates': 1000}] * 8, head_kwargs=None),
         'not of this model',
     ),
-    'images': (of_images(7000), 'img_size is 7000'),
+    'images': (of_images(7000), 'images of 7000 pixels'),
     'images of a transformer': (
         lambda folder: [of_arguments(backbone='vit_base_patch16_224')(folder),
                         of_images(2048)(folder)],
@@ -175,6 +175,27 @@ def test_size_of_what_weights_do_not_prove(saved):
     with torch.device('meta'):
         model = timm.create_model(f'local-dir:{saved}', num_classes=30_000_000)
     assert model.num_classes == 30_000_000
+
+
+@pytest.mark.parametrize(
+    'arguments',
+    [
+        {'num_classes': 1_000_000},
+        {'backbone': 'test_vit', 'backbone_kwargs': {'embed_dim': 4096, 'num_heads': 64}},
+        {'backbone': 'vit_giant_patch14_224', 'in_chans': 1024},
+    ],
+    ids=['classifier', 'backbone', 'channels'],
+)
+def test_size_that_no_weights_prove(saved, arguments):
+    """Beside timm's architecture itself, of whatever size, little may be asked for."""
+
+    def change(config):
+        config.update(num_classes=arguments.get('num_classes', 5), label_names=None)
+        config['model_args'].update(arguments)
+
+    edit(saved, change)
+    with pytest.raises(LoadError, match=r'without weights it asks for \d{9,} values beside'):
+        LOADERS['without weights'](saved)
 
 
 def test_nothing_global_is_touched(saved):
@@ -305,7 +326,7 @@ def test_weights_are_copied(saved):
         ('../x', 'the network was touched|repo_id'),
         ('a@b@c', 'cannot be loaded'),
         ('x' * 190, 'the network was touched'),
-        ('x' * 900, 'backbone_weights does not consist'),
+        ('x' * 900, 'backbone_weights is .* not a table of hf_hub'),
     ],
 )
 def test_adapter_of_anything(saved, repo_id, error):

@@ -8,6 +8,7 @@ from limits import within
 
 import timm_fisher
 from timm_fisher.hub.metrics import check_metrics, read_metrics
+from timm_fisher.hub.text import hide_paths
 
 METRICS = {
     'test': {'accuracy': 0.51234, 'balanced_accuracy': 0.4, 'samples': 10},
@@ -107,11 +108,22 @@ PATHS = [  # what a run was given, and what is published
     ('D:/me/data.npz', 'data.npz'),
     ('\\\\server\\me\\data', 'data'),
     ('file:///home/me/data', 'file://data'),
+    ('./me/data', 'data'),
+    ('../me/data', 'data'),
+    ('hfds//home/me/data', 'hfds/data'),
+    ('hfds/~/me/data', 'hfds/data'),
+    ('hfds/../me/data', 'hfds/data'),
+    ('hfds/a/me/data/', 'hfds/data'),
+    ('hfds/C:\\me\\data', 'hfds/data'),
+    ('hfids/./data', 'hfids/data'),
 ]
 OTHERS = [
     'hf-hub:timm/resnet',
     'https://huggingface.co/home/me',
     'torch/cifar10',
+    'hfds/user/na.me',
+    'hfds/name',
+    'avg + sparse_fisher@-2',
     'a / b',
     '/',
     '1/2',
@@ -147,7 +159,24 @@ def test_paths_with_spaces(given, published):
     assert read_metrics({'dataset': given}) == {'dataset': published}
 
 
-@pytest.mark.parametrize('text', ["'", '"\'', '"/', "'/", '~', 'a', '/', 'a=', '-a', '--'])
+@pytest.mark.parametrize('path', ['weights/me/x.pth', '/home/me/x.pth', 'x.pth', 'me\\x.pth'])
+def test_checkpoints(path):
+    """Relative paths that nothing tells apart from other texts, but for their name."""
+    for form in (
+        '--backbone_kwargs.checkpoint_path {}', '--checkpoint-path={} -x', "--checkpoint_path '{}'",
+        """--backbone_kwargs '{{"checkpoint_path": "{}", "depth": 3}}'""", 'f(checkpoint_path={})',
+    ):  # fmt: skip
+        assert command(form.format(path)) == form.format('x.pth')
+    head = [{'name': 'avg', 'checkpoint_path': path, 'n': 3}]
+    assert hide_paths({'head': head}) == {'head': [{**head[0], 'checkpoint_path': 'x.pth'}]}
+    spaces = '{{"checkpoint_path": "{}", "x": "b/c"}}'
+    assert command(spaces.format(f'my {path}')).count('x.pth", "x": "b/c"}') == 1
+    assert 'me' not in command(spaces.format(f'my {path}'))
+
+
+@pytest.mark.parametrize(
+    'text', ["'", '"\'', '"/', "'/", '~', 'a', '/', 'a=', '-a', '--', 'hfds/', 'checkpoint_path=']
+)
 def test_hostile_text_takes_no_time(text):
     with within(10):
         for form in (text * 200_000, f'"{text * 200_000}', f' {text * 200_000} '):

@@ -168,13 +168,29 @@ def test_adapter_of_a_backbone_from_a_folder(tmp_path):
     assert loaded.data.base_model == 'timm/test_resnet.x'
     assert loaded.data.base_model_relation == 'finetune'
     again = timm_fisher.from_pretrained(tmp_path / 'grey')
-    assert again.backbone_weights == grey.backbone_weights
+    assert again.backbone_weights == {'hf_hub_id': 'timm/test_resnet.x', 'sha256': None}
+    assert grey.backbone_weights['hf_hub_id'] is None, 'saving changed the model'
     with pytest.raises(ValueError, match='a b/c'):
         timm_fisher.save_pretrained(model, tmp_path / 'x', backbone_id='a b/c')
+    with pytest.raises(TypeError, match='data_set'):
+        timm_fisher.save_pretrained(model, tmp_path / 'x', backbone_id='a/b', card={'data_set': 1})
+    assert model.backbone_weights['hf_hub_id'] is None
     for path in (tmp_path / name / file for name in ('whole', 'adapter', 'grey') for file in FILES):
         assert str(tmp_path).encode() not in path.read_bytes(), 'a local path is published'
     bare = timm.create_model(f'local-dir:{tmp_path}/adapter')  # random weights
     assert bare.backbone_weights is None
+
+
+def test_file_of_a_backbones_weights_is_not_recorded(tmp_path):
+    """The saved model has the weights, and must not tell where they were."""
+    path = tmp_path / 'secret' / 'weights.pth'
+    path.parent.mkdir()
+    torch.save(timm.create_model('test_resnet', num_classes=0).state_dict(), path)
+    model = create('avg', backbone_kwargs={'checkpoint_path': str(path), 'output_stride': 16})
+    timm_fisher.save_pretrained(model, tmp_path / 'model')
+    path.unlink()
+    assert not any(b'secret' in file.read_bytes() for file in (tmp_path / 'model').iterdir())
+    assert torch.equal(load(tmp_path / 'model')(images()), model(images()))
 
 
 # Hostile text
@@ -281,7 +297,9 @@ def test_labels_that_are_not(tmp_path):
 
 def test_more_labels_than_can_be_loaded(tmp_path):
     model = create('avg', num_classes=50_000)
-    with pytest.raises(ValueError, match=r'config\.json would have \d+ bytes, more than 8388608'):
+    with pytest.raises(
+        ValueError, match=r'config\.json is refused: it has \d+ bytes; at most 8388608'
+    ):
         timm_fisher.save_model(model, tmp_path, label_names=['x' * LONGEST_LABEL] * 50_000)
     assert not list(tmp_path.iterdir())
 

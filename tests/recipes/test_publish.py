@@ -68,8 +68,8 @@ def test_one_row_for_each(publish, tmp_path, monkeypatch, capsys):
     assert stopped.value.code == 1
     assert asked == [('me/trashnet-3g', True), 'local-dir:mine']
     *_, failed, pushed = capsys.readouterr().out.splitlines()
-    assert re.fullmatch(r"trashnet-gsnmf +failed +'trashnet-gsnmf' lacks config\.json\.", failed)
-    assert re.fullmatch('trashnet-3g +same +URL/me/trashnet-3g', pushed)
+    assert failed == "| trashnet-gsnmf | failed | 'trashnet-gsnmf' lacks config.json. |"
+    assert pushed == '| trashnet-3g | same | URL/me/trashnet-3g |'
 
 
 def test_all_by_default(publish):
@@ -104,14 +104,14 @@ def test_publish(tmp_path):
     with HubServer({'hf_secret': 'me'}) as hub:
         done = run('--private', 'true')
         assert done.returncode == 0, done.stderr
-        assert re.search(r'trashnet-3g +same +http', done.stdout)
+        assert re.search(r'\| trashnet-3g \| same \| http', done.stdout)
         card = hub.files('me/trashnet-3g')['README.md'].decode()
         assert 'hf-hub:me/trashnet-3g' in card
         assert f'{HUB_USER}/' not in card
         again = run('--private', 'true')
-        assert re.search(r'trashnet-3g +same +http', again.stdout)
+        assert re.search(r'\| trashnet-3g \| same \| http', again.stdout)
         assert len(hub.history('me/trashnet-3g')) == 2
         hub.fail('GET', r'/storage/.*model\.safetensors', 'damage')
         broken = run()
         assert broken.returncode == 1
-        assert re.search(r'trashnet-3g +1 tensors differ +http', broken.stdout)
+        assert re.search(r'\| trashnet-3g \| 1 tensors differ \| http', broken.stdout)

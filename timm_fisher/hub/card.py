@@ -26,7 +26,6 @@ MOST_LABELS_SHOWN = 1000
 
 def make_card(
     model: Any,
-    stored_parameters: int,
     config: Mapping[str, Any],
     metrics: Mapping[str, Any],
     *,
@@ -47,11 +46,9 @@ def make_card(
 
     Args:
         model: `PooledModel`.
-        stored_parameters: numbers in model.safetensors.
         config: content of config.json.
-        metrics: content of metrics.json, as training leaves it, checked by `check_metrics`: a
-            result (`accuracy`, ...) for 'test' or 'val', the `command`, `seed` and `versions` of
-            the run, and `seeds`, the test accuracy of each seed, where several were run.
+        metrics: content of metrics.json, checked by `check_metrics`: a result (`accuracy`, ...) for
+            'test' or 'val', the run's `command`, `seed`, `versions`, and the accuracy of `seeds`.
         repo_id: the Hub's repository.
         adapter: head and classifier alone are stored.
         description: what the model is, in a sentence or two.
@@ -69,15 +66,16 @@ def make_card(
     for name, texts in (('commands', commands), ('limits', limits)):
         if isinstance(texts, str):
             raise TypeError(f"The card's {name} must be a list of texts, not {texts!r:.200}.")
-    base = ((model.backbone_weights or {}).get('hf_hub_id') or '').partition('@')[0]
+    arguments = config['model_args']
+    weights = arguments.get('backbone_weights') or {}
+    base = (weights.get('hf_hub_id') or '').partition('@')[0]
     for repository in filter(None, (repo_id, dataset_id, base)):
         validate_repo_id(repository)
     split = next((key for key in ('test', 'val') if 'accuracy' in metrics.get(key, {})), '')
     result = metrics.get(split, {})
     dataset = dataset or metrics.get('dataset') or ''
-    if model.backbone_weights is not None:
+    if weights:
         license = license or model.backbone.pretrained_cfg.get('license') or ''
-    arguments = model._model_args
     asked = arguments['head']
     if isinstance(asked, str):
         asked = [{'name': asked, **(arguments.get('head_kwargs') or {})}]
@@ -116,6 +114,7 @@ def make_card(
         adapter=adapter,
         model=model,
         base=base,
+        weights=weights,
         arguments=arguments,
         heads=[
             # What the file of a head says of it: formulas, source, and where the paper is silent.
@@ -126,7 +125,11 @@ def make_card(
         shown=MOST_LABELS_SHOWN,
         input_size=' x '.join(map(str, size)),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
-        stored_parameters=stored_parameters,
+        stored_parameters=sum(
+            value.numel()
+            for key, value in model.state_dict().items()
+            if not (adapter and key.startswith('backbone.'))
+        ),
         macs=count_macs(model, size),
         dataset=dataset,
         split=split,
@@ -148,16 +151,10 @@ def _plain(value: Any) -> str:
 
 def count_macs(model: Any, input_size: Sequence[int]) -> int | None:
     """Multiplications and additions, in pairs, of the matrix products and convolutions of a forward
-    pass of one image.
+    pass of one image of `input_size` (channels, height, width); None for a model whose pass depends
+    on the values of its descriptors.
 
     It runs on the meta device, where an image of any size costs neither memory nor time.
-
-    Args:
-        model: `PooledModel`.
-        input_size: channels, height and width of the image.
-
-    Returns:
-        None for a model whose forward pass depends on the values of its descriptors.
     """
     dtype = next((value.dtype for value in model.parameters()), torch.float32)
     image = torch.empty(1, *input_size, device='meta', dtype=dtype)

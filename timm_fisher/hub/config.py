@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import timm
+from timm.layers.helpers import to_2tuple
 
 from timm_fisher.errors import LoadError
 from timm_fisher.hub.text import LONGEST_LABEL, problem
 from timm_fisher.hub.weights import find_file
-from timm_fisher.registry import nearest
 
 ARCHITECTURE = 'timm_fisher'
 MOST_BYTES = 2**23  # of the file
@@ -35,12 +35,8 @@ TRUST = 'If you trust it, give trust_config=True'
 
 @dataclass(frozen=True)
 class SavedConfig:
-    """A checked config.json.
-
-    Attributes:
-        arguments: of `PooledModel`.
-        images: what timm's pretrained configuration says about images and classes.
-        backbone_weights: `hf_hub_id` and `sha256` of the weights that the backbone had, or None.
+    """A checked config.json: arguments of `PooledModel`, what timm's pretrained configuration says
+    about images and classes, and `hf_hub_id` and `sha256` of the backbone's weights, if it had any.
     """
 
     arguments: dict[str, Any]
@@ -54,68 +50,55 @@ def read_config(
     """Read and check the config.json of a saved model.
 
     Args:
-        source: 'hf-hub' or 'local-dir'.
-        place: repository, with its revision after '@' if there is one; or folder.
-        cache_dir: of downloads.
+        source, place, cache_dir: as `timm_fisher.hub.weights.find_file` takes them.
         trust_config: take any of the backbone's arguments, and images of any size.
 
     Raises:
         LoadError: no such file, too large, not JSON, or it says what it may not.
     """
     path = find_file('config.json', source, place, cache_dir)
-    size = path.stat().st_size
-    if size > MOST_BYTES:
-        raise LoadError(
-            f"The config.json of '{place}' is refused: it has {size} bytes; at most {MOST_BYTES} "
-            'are allowed.'
-        )
     try:
-        config = json.loads(path.read_bytes())
+        if (size := path.stat().st_size) > MOST_BYTES:
+            raise ValueError(f'it has {size} bytes; at most {MOST_BYTES} are allowed')
+        return check_config(json.loads(path.read_bytes()), trust_config=trust_config)
     except (ValueError, RecursionError) as error:
-        raise LoadError(f"The config.json of '{place}' is not readable JSON: {error}.") from error
+        raise LoadError(f"The config.json of '{place}' is refused: {error}.") from error
+
+
+def check_config(config: Any, *, trust_config: bool = False) -> SavedConfig:
+    """Check the content of a config.json; ValueError if it is refused."""
     architecture = config.get('architecture') if isinstance(config, dict) else None
     if architecture != ARCHITECTURE:
-        raise LoadError(
-            f"'{place}' is not a timm_fisher model: the architecture in its config.json is "
-            f'{_shown(architecture)}.'
-        )
-    try:
-        return check_config(config, trust_config=trust_config)
-    except ValueError as error:
-        raise LoadError(f"The config.json of '{place}' is refused: {error}.") from None
-
-
-def check_config(config: Mapping[str, Any], *, trust_config: bool = False) -> SavedConfig:
-    """Check the content of a config.json of this architecture; ValueError if it is refused."""
+        raise ValueError(f'its architecture is {_shown(architecture)}, not {ARCHITECTURE}')
     for name in ('model_args', 'pretrained_cfg'):
         if not isinstance(config.get(name), dict):
             raise ValueError(f'{name} is {_shown(config.get(name))}, not a table')
     arguments = {key: value for key, value in config['model_args'].items() if value is not None}
-    weights = arguments.pop('backbone_weights', None)
-    for key, value in arguments.items():
-        if key not in _ARGUMENTS:
-            raise ValueError(f"model_args holds '{key[:100]}', which no saved model has")
-        wanted, is_valid = _ARGUMENTS[key]
-        if not is_valid(value):
-            raise ValueError(f'{key} is {_shown(value)}, not {wanted}')
+    _check_values('model_args', arguments, _ARGUMENTS)
     for key in ('backbone', 'head'):
         if key not in arguments:
             raise ValueError(f'model_args has no {key}')
     _check_heads(arguments)
-    if weights is not None and not _is_provenance(weights):
-        raise ValueError('backbone_weights does not consist of hf_hub_id and sha256')
     if not trust_config:
-        _check_backbone_kwargs(arguments.get('backbone_kwargs', {}))
-        if 'img_size' in arguments and not _is_size(1, 2, LARGEST_IMAGE)(arguments['img_size']):
-            raise ValueError(
-                f'img_size is {_shown(arguments["img_size"])}; at most {LARGEST_IMAGE} is allowed. '
-                f'{TRUST}'
-            )
-    root = {key: config[key] for key in _ROOT_KEYS if config.get(key) is not None}
-    images = _check_images(
-        {**config['pretrained_cfg'], **root}, arguments.get('num_classes', 1000), trust_config
-    )
+        options = arguments.get('backbone_kwargs', {})
+        _check_values('backbone_kwargs', options, _BACKBONE_ARGUMENTS, f'. {TRUST}')
+    images = _check_images(config, arguments, trust_config)
+    weights = arguments.pop('backbone_weights', None)
     return SavedConfig(arguments, images, weights)
+
+
+def _check_values(
+    place: str, values: Mapping[str, Any], allowed: Mapping[str, _Check], advice: str = ''
+) -> None:
+    for key, value in values.items():
+        if key not in allowed:
+            raise ValueError(
+                f"{place} holds '{key[:100]}', which is not among the arguments that a saved model "
+                f'may set{advice}'
+            )
+        wanted, is_valid = allowed[key]
+        if not is_valid(value):
+            raise ValueError(f'{key} is {_shown(value)}, not {wanted}{advice}')
 
 
 def _shown(value: Any) -> str:
@@ -157,6 +140,10 @@ def _is_text(longest: int) -> Callable[[Any], bool]:
     return lambda value: not problem(value, longest)
 
 
+def _is_one_or_list(is_valid: Callable[[Any], bool], longest: int) -> Callable[[Any], bool]:
+    return lambda value: is_valid(value) or _is_list(is_valid, longest)(value)
+
+
 def _is_architecture(value: Any) -> bool:
     return _is_text(100)(value) and timm.is_model(timm.models.get_arch_name(value))
 
@@ -165,12 +152,9 @@ def _is_table(value: Any) -> bool:
     return isinstance(value, dict)
 
 
-def _is_provenance(value: Any) -> bool:
-    return (
-        isinstance(value, dict)
-        and set(value) == {'hf_hub_id', 'sha256'}
-        and all(text is None or _is_text(200)(text) for text in value.values())
-    )
+def _is_weights(value: Any) -> bool:
+    texts = value.values() if _is_table(value) and set(value) == {'hf_hub_id', 'sha256'} else [0]
+    return all(text is None or _is_text(200)(text) for text in texts)
 
 
 _ARGUMENTS: dict[str, _Check] = {
@@ -192,61 +176,40 @@ _ARGUMENTS: dict[str, _Check] = {
     'stage': ('a whole number from -64 to -1', _is_whole(-64, -1)),
     'class_token': ('drop, keep or append', _is_one_of('drop', 'keep', 'append')),
     'last_stride': ('1', _is_one_of(1)),
+    'backbone_weights': ('a table of hf_hub_id and sha256', _is_weights),
 }  # fmt: skip
 
 # Arguments of timm's backbones that change shapes in known ways.
-_SMALL = ('whole numbers from 1 to 64', _is_whole(1, 64))
 MOST_LAYERS = 160  # of all stages together
 
 
-def _several(value: Any) -> bool:
+def _is_layers(value: Any) -> bool:
     return _is_list(_is_whole(1, 64), 8)(value) and sum(value) <= MOST_LAYERS
 
 
-_wide = _is_list(_is_whole(1, 4096), 8)
 _FLAG = ('true or false', lambda value: isinstance(value, bool))
-
-
-def _is_window(value: Any) -> bool:
-    """Of all stages, or one for each."""
-    single = _is_size(1, 2, 64)
-    return single(value) or _is_list(single, 8)(value)
-
-
 _BACKBONE_ARGUMENTS: dict[str, _Check] = {
     'output_stride': ('8, 16 or 32', _is_one_of(8, 16, 32)),
     'global_pool': ('a short text', _is_text(20)),
     'img_size': ('one or two whole numbers up to 2048', _is_size(1, 2, LARGEST_IMAGE)),
     'patch_size': ('one or two whole numbers from 1 to 64', _is_size(1, 2, 64)),
-    'window_size': ('whole numbers from 1 to 64', _is_window),
-    'embed_dim': ('whole numbers from 1 to 4096', lambda v: _is_whole(1, 4096)(v) or _wide(v)),
-    'channels': ('up to 8 whole numbers from 1 to 4096', _wide),
-    **dict.fromkeys(('depth', 'reg_tokens'), _SMALL),
-    'num_heads': ('whole numbers from 1 to 64', lambda v: _is_whole(1, 64)(v) or _several(v)),
-    **dict.fromkeys(('depths', 'layers'), (f'whole numbers, {MOST_LAYERS} together', _several)),
+    'window_size': ('whole numbers from 1 to 64', _is_one_or_list(_is_size(1, 2, 64), 8)),
+    'embed_dim': ('whole numbers from 1 to 4096', _is_one_or_list(_is_whole(1, 4096), 8)),
+    'channels': ('up to 8 whole numbers from 1 to 4096', _is_list(_is_whole(1, 4096), 8)),
+    **dict.fromkeys(('depth', 'reg_tokens'), ('a whole number from 1 to 64', _is_whole(1, 64))),
+    'num_heads': ('whole numbers from 1 to 64', _is_one_or_list(_is_whole(1, 64), 8)),
+    **dict.fromkeys(('depths', 'layers'), (f'whole numbers, {MOST_LAYERS} together', _is_layers)),
     **dict.fromkeys(
         ('dynamic_img_size', 'dynamic_img_pad', 'strict_img_size', 'always_partition',
          'class_token', 'no_embed_class', 'use_fc_norm'),
         _FLAG,
     ),
     **dict.fromkeys(
-        ('drop_rate', 'drop_block_rate', 'proj_drop_rate', 'attn_drop_rate', 'init_values'),
+        ('drop_rate', 'drop_block_rate', 'proj_drop_rate', 'attn_drop_rate', 'init_values',
+         'threshold'),
         ('a number from 0 to 1', _is_number(0, 1)),
     ),
-    'threshold': ('a number from 0 to 1', _is_number(0, 1)),  # of pixels
 }  # fmt: skip
-
-
-def _check_backbone_kwargs(options: Mapping[str, Any]) -> None:
-    for key, value in options.items():
-        if key not in _BACKBONE_ARGUMENTS:
-            raise ValueError(
-                f"backbone_kwargs holds '{key[:100]}', which is not among the arguments that a "
-                f'saved model may set.{nearest(key[:100], _BACKBONE_ARGUMENTS)} {TRUST}'
-            )
-        wanted, is_valid = _BACKBONE_ARGUMENTS[key]
-        if not is_valid(value):
-            raise ValueError(f'{key} in backbone_kwargs is {_shown(value)}, not {wanted}. {TRUST}')
 
 
 def _check_heads(arguments: Mapping[str, Any]) -> None:
@@ -266,8 +229,6 @@ def _check_heads(arguments: Mapping[str, Any]) -> None:
             raise ValueError(f'a number among the arguments of the heads is {_shown(value)}')
 
 
-_ROOT_KEYS = ('num_classes', 'label_names', 'label_descriptions')  # which timm takes first
-_CROP = ('a number from 0.1 to 2.0', _is_number(0.1, 2.0))
 _IMAGE_SIZE = (
     'three whole numbers: up to 1024 channels, height and width',
     lambda value: isinstance(value, list) and _is_size(1, 3, 2**31)(value) and value[0] <= 1024,
@@ -276,7 +237,9 @@ _IMAGES: dict[str, _Check] = {
     **dict.fromkeys(('input_size', 'test_input_size', 'min_input_size'), _IMAGE_SIZE),
     'mean': ('numbers from -1000 to 1000', _is_list(_is_number(-1000, 1000), 1024)),
     'std': ('numbers from 1e-6 to 1000', _is_list(_is_number(1e-6, 1000), 1024)),
-    **dict.fromkeys(('crop_pct', 'test_crop_pct'), _CROP),
+    **dict.fromkeys(
+        ('crop_pct', 'test_crop_pct'), ('a number from 0.1 to 2.0', _is_number(0.1, 2.0))
+    ),
     'interpolation': (f'one of {", ".join(INTERPOLATIONS)}', _is_one_of(*INTERPOLATIONS)),
     'crop_mode': (f'one of {", ".join(CROP_MODES)}', _is_one_of(*CROP_MODES)),
     'license': ('a text of up to 200 characters', _is_text(200)),
@@ -291,14 +254,16 @@ _IMAGES: dict[str, _Check] = {
 }  # fmt: skip
 
 
-def _check_images(cfg: Mapping[str, Any], classes: int, trust_config: bool) -> dict[str, Any]:
-    """What timm's pretrained configuration says of images and classes, checked; all else is left
-    out."""
+def _check_images(
+    config: Mapping[str, Any], arguments: Mapping[str, Any], trust_config: bool
+) -> dict[str, Any]:
+    """What timm's pretrained configuration says of images and classes; all else is left out."""
+    # At the top level, timm takes these first.
+    top = {key: config.get(key) for key in ('num_classes', 'label_names', 'label_descriptions')}
+    cfg = config['pretrained_cfg'] | {k: value for k, value in top.items() if value is not None}
     images = {key: cfg[key] for key in _IMAGES if cfg.get(key) is not None}
-    for key, value in images.items():
-        wanted, is_valid = _IMAGES[key]
-        if not is_valid(value):
-            raise ValueError(f'{key} is {_shown(value)}, not {wanted}')
+    _check_values('pretrained_cfg', images, _IMAGES)
+    classes = arguments.get('num_classes', 1000)
     if images.setdefault('num_classes', classes) != classes:
         raise ValueError(f'num_classes is {images["num_classes"]}, but {classes} in model_args')
     names = images.get('label_names')
@@ -308,11 +273,16 @@ def _check_images(cfg: Mapping[str, Any], classes: int, trust_config: bool) -> d
         if problem(name, LONGEST_LABEL):
             raise ValueError(f'label_names[{number}] {problem(name, LONGEST_LABEL)}')
     images.setdefault('input_size', [3, 224, 224])
-    sizes = [images[key] for key in ('input_size', 'test_input_size') if key in images]
+    for key in ('input_size', 'test_input_size', 'min_input_size'):
+        if key in images:
+            images[key] = tuple(images[key])
+    channels, *size = images['input_size']
     for key in ('mean', 'std'):
-        if key in images and len(images[key]) not in (1, 3, sizes[0][0]):
-            raise ValueError(f'{key} has {len(images[key])} values for {sizes[0][0]} channels')
-    side = max(max(size[1:]) for size in sizes)
+        if key in images and len(images[key]) not in (1, 3, channels):
+            raise ValueError(f'{key} has {len(images[key])} values for {channels} channels')
+    side = max(
+        *size, *images.get('test_input_size', ())[1:], *to_2tuple(arguments.get('img_size', 1))
+    )
     crop = min(images.get(key, 1.0) for key in ('crop_pct', 'test_crop_pct'))
     if not trust_config and side > LARGEST_IMAGE:
         raise ValueError(f'images of {side} pixels; at most {LARGEST_IMAGE} are allowed. {TRUST}')
@@ -322,7 +292,4 @@ def _check_images(cfg: Mapping[str, Any], classes: int, trust_config: bool) -> d
             f'images would be resized to {side} / {crop} pixels; at most {LARGEST_RESIZE} are '
             f'allowed. {TRUST}'
         )
-    for key in ('input_size', 'test_input_size', 'min_input_size'):
-        if key in images:
-            images[key] = tuple(images[key])
     return images

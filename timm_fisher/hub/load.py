@@ -3,7 +3,7 @@ on the meta device, compare, then read the weights."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +12,18 @@ import torch
 from timm.models import adapt_input_conv, resolve_pretrained_cfg
 from torch import Tensor, nn
 
-from timm_fisher.backbone import WEIGHTS, can_resize, digest
+from timm_fisher.backbone import can_resize, digest
 from timm_fisher.errors import LoadError
 from timm_fisher.hub.config import TRUST, SavedConfig, read_config
-from timm_fisher.hub.weights import Header, check_tensors, find_file, read_header, read_tensors
+from timm_fisher.hub.weights import Header, check_tensors, read_header, read_tensors
 from timm_fisher.model import PooledModel
 from timm_fisher.registry import check_arguments, nearest
 
-SOURCES = ('hf-hub', 'local-dir')  # where timm finds a saved model by its name
 # Arguments of the factory that no model has.
 LOADING = ('pretrained', 'pretrained_cfg_overlay', 'cache_dir')
 MOST_DERIVED = 2**28  # bytes of tables beside four times the stored weights
-UNPROVEN = 2**26  # values of head and classifier that are made up where no weights are loaded
+UNPROVEN = 2**27  # values beside those of timm's architecture, where no weights are loaded
+COMMON_CHANNELS = 64  # of images; more would make the first layer large
 HUB_USER = 'timm-fisher'
 RELEASED = (
     'mnist-dbm-idfk',
@@ -80,15 +80,16 @@ def find(name: str, revision: str | None) -> tuple[str, str]:
     if name.startswith('hf-hub:'):
         return 'hf-hub', name.removeprefix('hf-hub:') + at
     name = name.removeprefix('local-dir:')
-    folder = CHECKOUT / name if name in RELEASED else Path(name)
+    is_released = name in RELEASED
+    folder = CHECKOUT / name if is_released else Path(name)
     if name and folder.is_dir():
-        if revision is not None and name not in RELEASED:
-            raise ValueError(f"{revision=} is for the Hub, but '{name}' is a folder.")
         if revision is None:
             return 'local-dir', str(folder)
+        if not is_released:
+            raise ValueError(f"{revision=} is for the Hub, but '{name}' is a folder.")
     if folder.is_file():
         raise ValueError(f"'{name}' is a file. Give the folder that holds it.")
-    repo_id = f'{HUB_USER}/{name}' if name in RELEASED else name
+    repo_id = f'{HUB_USER}/{name}' if is_released else name
     if repo_id.count('/') != 1 or repo_id.startswith(('.', '/')):
         raise ValueError(
             f"'{name}' is no released model, no folder, and no USER/NAME on the Hub."
@@ -112,8 +113,7 @@ def load(
     """A saved model.
 
     Args:
-        source: 'hf-hub' or 'local-dir'.
-        place: repository, with its revision after '@' if there is one; or folder.
+        source, place, cache_dir: as `timm_fisher.hub.weights.find_file` takes them.
         pretrained: load the weights; otherwise all values are fresh.
         backbone: where an adapter's backbone comes from instead of the Hub: a name that
             `timm.create_model` takes, such as 'local-dir:FOLDER'.
@@ -121,42 +121,27 @@ def load(
         trust_config: lift the limits on the backbone's arguments, on the size of images, and on
             memory that the weights do not fill.
         pretrained_cfg_overlay: replaces what was saved about images.
-        cache_dir: of downloads.
         **arguments: of `PooledModel`, in place of those that were saved; `head_kwargs` are merged
             as long as the head stays the same.
 
-    Raises:
-        TypeError: an unknown argument.
-        LoadError: what was saved is damaged, not of this model, or refused; or the Hub cannot be
-            reached. Nothing is loaded.
+    Errors as those of `from_pretrained`.
     """
     check_arguments('A saved model', PooledModel, arguments, given=('backbone', *LOADING))
     saved = read_config(source, place, cache_dir, trust_config=trust_config)
     arguments = {key: value for key, value in arguments.items() if value is not None}
-    if (
-        'head_kwargs' in arguments
-        and arguments.get('head', saved.arguments['head']) == (saved.arguments['head'])
-    ):
+    head = saved.arguments['head']
+    if 'head_kwargs' in arguments and arguments.get('head', head) == head:
         arguments['head_kwargs'] = saved.arguments.get('head_kwargs', {}) | arguments['head_kwargs']
-    if pretrained:
-        headers = [read_header(find_file(WEIGHTS, source, place, cache_dir), place)]
-        model = _build(saved, arguments, place)
-        if not trust_config:
-            _check_derived(model, headers[0].path.stat().st_size, place)
-        if is_adapter(saved, headers[0]):
-            headers.append(_find_backbone(saved, backbone, cache_dir, place))
-        elif backbone is not None:
-            raise LoadError(
-                f"'{place}' holds its backbone; backbone='{backbone}' is for a model that holds "
-                'head and classifier alone.'
-            )
-        if torch.get_default_device().type != 'meta':
-            with torch.inference_mode(False):  # whose tensors could not be trained later
-                _fill(model, saved, headers, any_backbone)
-                model.to(torch.get_default_device())
+    header = read_header(source, place, cache_dir) if pretrained else None
+    model = _build(saved, arguments, place)
+    if not trust_config:
+        _check_size(model, saved, header, place)
+    if header is not None:
+        with torch.inference_mode(False):  # whose tensors could not be trained later
+            _fill(model, saved, header, backbone, any_backbone, cache_dir)
         model.backbone_weights = None if any_backbone else saved.backbone_weights
-    else:
-        model = _build_fresh(saved, arguments, place, trust_config)
+    elif torch.get_default_device().type != 'meta':
+        model = PooledModel(**{**saved.arguments, **arguments})
     origin = {'source': source, 'hf_hub_id' if source == 'hf-hub' else 'file': place}
     cfg = resolve_pretrained_cfg(
         'timm_fisher', {**saved.images, **origin, **(pretrained_cfg_overlay or {})}
@@ -174,11 +159,8 @@ def load(
 def _build(saved: SavedConfig, arguments: Mapping[str, Any], where: str) -> PooledModel:
     """The model on the meta device, with the arguments that are asked for, but with the saved
     classes and, if the backbone can be resized later, the saved size of images."""
-    wanted = {**saved.arguments, **arguments}
-    for key in ('num_classes', 'img_size'):
-        wanted.pop(key, None)
-        if key in saved.arguments:
-            wanted[key] = saved.arguments[key]
+    later = ('num_classes', 'img_size')
+    wanted = saved.arguments | {k: v for k, v in arguments.items() if k not in later}
     size = arguments.get('img_size')
     try:
         with torch.device('meta'):
@@ -192,30 +174,6 @@ def _build(saved: SavedConfig, arguments: Mapping[str, Any], where: str) -> Pool
         ) from error
     _check_rebuildable(model)
     return model
-
-
-def _build_fresh(
-    saved: SavedConfig, arguments: Mapping[str, Any], where: str, trust_config: bool
-) -> PooledModel:
-    """The model with fresh values, if it is not larger than a configuration alone may ask for."""
-    model = _build(saved, arguments, where)
-    with torch.device('meta'):
-        plain = timm.create_model(saved.arguments['backbone'], num_classes=0)
-    more = _count(model) - _count(plain)
-    if not trust_config:
-        _check_derived(model, 0, where)
-    if more > UNPROVEN and not trust_config:
-        raise LoadError(
-            f"The config.json of '{where}' is refused: without weights it asks for {more} values "
-            f'beside those of its backbone; at most {UNPROVEN} are allowed. {TRUST}.'
-        )
-    if torch.get_default_device().type == 'meta':
-        return model
-    return PooledModel(**{**saved.arguments, **arguments})
-
-
-def _count(model: nn.Module) -> int:
-    return sum(tensor.numel() for tensor in model.state_dict().values())
 
 
 def is_adapter(saved: SavedConfig, header: Header) -> bool:
@@ -235,9 +193,14 @@ def _find_backbone(
             "is needed. Give it as backbone='local-dir:FOLDER'."
         )
     try:
-        source, place = ('hf-hub', str(repo_id)) if backbone is None else _source_of(backbone)
-        return read_header(find_file(WEIGHTS, source, place, cache_dir), place, 'backbone.')
-    except (LoadError, ValueError) as error:
+        source, place = timm.models.parse_model_name(backbone or f'hf-hub:{repo_id}')
+        if source is None:
+            cfg = timm.get_pretrained_cfg(place) if timm.is_model(place) else None
+            if not cfg or not cfg.hf_hub_id:
+                raise ValueError(f"timm knows no weights of '{backbone}' on the Hub.")
+            source, place = 'hf-hub', cfg.hf_hub_id
+        return read_header(source, place, cache_dir, 'backbone.')
+    except (RuntimeError, ValueError) as error:
         raise LoadError(
             f"The backbone '{backbone or repo_id}' cannot be loaded: {error} '{where}' is an "
             f"adapter: head and classifier alone, for the backbone '{repo_id}'. With its weights "
@@ -245,58 +208,65 @@ def _find_backbone(
         ) from None
 
 
-def _source_of(backbone: str) -> tuple[str, str]:
-    """Source and place of a backbone, by a name that `timm.create_model` takes."""
-    source, place = timm.models.parse_model_name(backbone)
-    if source is None:
-        cfg = timm.get_pretrained_cfg(place) if timm.is_model(place) else None
-        if not cfg or not cfg.hf_hub_id:
-            raise ValueError(f"timm knows no weights of '{backbone}' on the Hub.")
-        return 'hf-hub', cfg.hf_hub_id
-    return source, place
-
-
 def _fill(
-    model: PooledModel, saved: SavedConfig, headers: Sequence[Header], any_backbone: bool
+    model: PooledModel,
+    saved: SavedConfig,
+    header: Header,
+    backbone: str | None,
+    any_backbone: bool,
+    cache_dir: str | Path | None,
 ) -> None:
-    """Give a model on the meta device its tensors, once all headers are exactly of it; of an
-    adapter the second header is that of the backbone."""
-    expected, where = model.state_dict(), headers[0].where
-    channels = saved.arguments.get('in_chans', saved.images['input_size'][0])
-    if channels != model.in_chans:  # look for the stem as it was saved
-        expected = _build(saved, {}, where).state_dict()
-    parts = [expected]
-    if len(headers) > 1:
-        of_backbone = {k: v for k, v in expected.items() if k.startswith('backbone.')}
-        parts = [{k: v for k, v in expected.items() if k not in of_backbone}, of_backbone]
+    """Give a model on the meta device its tensors, once all headers are exactly of it; where the
+    default device is the meta device, the header of the saved model's own file is checked alone."""
+    expected, elsewhere = model.state_dict(), dict[str, Tensor]()
+    tensors = dict[str, Tensor]()
+    if saved.arguments.get('in_chans', saved.images['input_size'][0]) != model.in_chans:
+        expected = _build(saved, {}, header.where).state_dict()  # with the stem as it was saved
+    if is_adapter(saved, header):
+        expected, elsewhere = _split(expected)
+    elif backbone is not None:
+        raise LoadError(
+            f"'{header.where}' holds its backbone; backbone='{backbone}' is for a model that holds "
+            'head and classifier alone.'
+        )
     size = timm.models.get_model_input_config(model.backbone)['input_size']
     what = f'{type(model.backbone).__name__} with {type(model.head).__name__} for images {size}'
-    for header, part in zip(headers, parts, strict=True):
-        check_tensors(header, part, what)
-    tensors: dict[str, Tensor] = {}
-    for header, part in zip(headers, parts, strict=True):
-        tensors |= read_tensors(header, part)
-    if len(headers) > 1 and not any_backbone:
-        _check_digest({k: tensors[k] for k in parts[1]}, saved, headers)
+    check_tensors(header, expected, what)
+    if torch.get_default_device().type == 'meta':
+        return
+    if elsewhere:
+        of_backbone = _find_backbone(saved, backbone, cache_dir, header.where)
+        check_tensors(of_backbone, elsewhere, what)
+        tensors = read_tensors(of_backbone, elsewhere)
+        if not any_backbone:
+            _check_digest(tensors, saved, header.where, of_backbone.where)
+    tensors |= read_tensors(header, expected)
     for name, wanted in model.state_dict().items():
         if tensors[name].shape != wanted.shape:
-            tensors[name] = _adapt_stem(tensors[name], model.in_chans, wanted.shape, where)
+            tensors[name] = _adapt_stem(tensors[name], model.in_chans, wanted.shape, header.where)
     model.load_state_dict(tensors, strict=True, assign=True)
     _rebuild_derived_buffers(model)
+    model.to(torch.get_default_device())
+
+
+def _split(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What an adapter holds, and what comes from elsewhere: its backbone."""
+    of_backbone = {key: value for key, value in tensors.items() if key.startswith('backbone.')}
+    return {key: tensors[key] for key in tensors if key not in of_backbone}, of_backbone
 
 
 def _check_digest(
-    weights: Mapping[str, Tensor], saved: SavedConfig, headers: Sequence[Header]
+    weights: Mapping[str, Tensor], saved: SavedConfig, where: str, place: str
 ) -> None:
     """Refuse other weights of the backbone than an adapter was trained with."""
     expected = saved.backbone_weights or {}
     sha256 = digest({key.removeprefix('backbone.'): value for key, value in weights.items()})
     if sha256 != expected['sha256']:
         raise LoadError(
-            f"The weights of '{headers[1].where}' (digest {sha256[:12]}) are not those that "
-            f"'{headers[0].where}' was trained with ('{expected['hf_hub_id']}', digest "
-            f"{str(expected['sha256'])[:12]}). Give backbone='local-dir:FOLDER' with the right "
-            'ones, or any_backbone=True to take these, with other results than on the card.'
+            f"The weights of '{place}' (digest {sha256[:12]}) are not those that '{where}' was "
+            f"trained with ('{expected['hf_hub_id']}', digest {str(expected['sha256'])[:12]}). "
+            "Give backbone='local-dir:FOLDER' with the right ones, or any_backbone=True to take "
+            'these, with other results than on the card.'
         )
 
 
@@ -314,15 +284,29 @@ def _adapt_stem(weight: Tensor, channels: int, shape: torch.Size, where: str) ->
     return adapted
 
 
-def _check_derived(model: nn.Module, stored: int, where: str) -> None:
+def _check_size(model: nn.Module, saved: SavedConfig, header: Header | None, where: str) -> None:
     """Refuse what would fill memory that no stored tensor accounts for: buffers that are computed
-    from the arguments."""
-    saved = model.state_dict().keys()
-    size = sum(b.numel() * b.element_size() for n, b in model.named_buffers() if n not in saved)
+    from the arguments; and, without weights, tensors that are larger by what config.json says."""
+    tensors = model.state_dict()
+    stored = header.path.stat().st_size if header else 0
+    size = sum(buffer.nbytes for name, buffer in model.named_buffers() if name not in tensors)
     if size > MOST_DERIVED + 4 * stored:
         raise LoadError(
             f"The config.json of '{where}' is refused: tables computed from its arguments would "
             f'take {size} bytes, for {stored} bytes of weights. {TRUST}.'
+        )
+    if header is not None:
+        return
+    if (
+        'backbone_kwargs' not in saved.arguments
+        and saved.arguments.get('in_chans', 3) <= COMMON_CHANNELS
+    ):
+        tensors = _split(tensors)[0]
+    count = sum(tensor.numel() for tensor in tensors.values())
+    if count > UNPROVEN:
+        raise LoadError(
+            f"The config.json of '{where}' is refused: without weights it asks for {count} values "
+            f"beside those of timm's architecture; at most {UNPROVEN} are allowed. {TRUST}."
         )
 
 
@@ -352,18 +336,3 @@ def _check_rebuildable(model: nn.Module) -> None:
                 'not be computed again. Use register_buffer, or write '
                 'init_non_persistent_buffers().'
             )
-
-
-def check_saved(folder: Path) -> None:
-    """Refuse what was written, if it could not be loaded: all of `load` but reading the weights.
-
-    Raises:
-        LoadError: why not.
-    """
-    saved = read_config('local-dir', str(folder), trust_config=True)
-    header = read_header(folder / WEIGHTS, str(folder))
-    model = _build(saved, {}, str(folder))
-    expected = model.state_dict()
-    if is_adapter(saved, header):
-        expected = {k: v for k, v in expected.items() if not k.startswith('backbone.')}
-    check_tensors(header, expected, 'as it would be loaded')

@@ -3,25 +3,16 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from timm_fisher.hub.text import problem
+from timm_fisher.hub.text import hide_paths, problem
 
 MEASURES = {'accuracy': 'Accuracy', 'balanced_accuracy': 'Balanced accuracy'}
 LONGEST_TEXT = 200
 LONGEST_COMMAND = 10_000
 MOST_ENTRIES = 100  # of a table
-# What a local path begins with: ~user/, /, a drive or \\; but not the // of https://.
-_ABSOLUTE = r'(?:~[\w.-]*/|/(?!/)|[A-Za-z]:[\\/](?!/)|\\\\)'
-_BEFORE = rf'((?:--?[\w.-]+=)?(?:local-dir:|file://|(?={_ABSOLUTE})))'
-_WHOLE = re.compile(rf'{_BEFORE}(.+)')
-# As all that a pair of quotes holds; or up to a space, a quote, or what closes a list.
-_INSIDE = re.compile(
-    rf"""(?<=(["'])){_BEFORE}(.+?)(?=\1)|(?<![^\s=,:(\[{{"']){_BEFORE}([^\s'",)\]}}]+)"""
-)
 
 
 def read_metrics(metrics: str | Path | Mapping[str, Any]) -> dict[str, Any]:
@@ -32,45 +23,21 @@ def read_metrics(metrics: str | Path | Mapping[str, Any]) -> dict[str, Any]:
     """
     place = f"'{metrics}'" if isinstance(metrics, str | Path) else 'metrics'
     try:
-        text = (
-            Path(metrics).read_bytes() if isinstance(metrics, str | Path) else json.dumps(metrics)
-        )
-        table = json.loads(text)
+        if isinstance(metrics, str | Path):
+            table = json.loads(Path(metrics).read_bytes())
+        else:
+            table = json.loads(json.dumps(metrics))
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f'{place} is not readable JSON: {error}.') from error
     if not isinstance(table, dict):
         raise ValueError(f'metrics are {str(table)[:200]}, not a table of results.')
-    plain: dict[str, Any] = _hide_paths(table)
+    plain: dict[str, Any] = hide_paths(table)
     return plain
 
 
-def _hide_paths(value: Any, is_command: bool = False) -> Any:
-    if isinstance(value, dict):
-        return {key: _hide_paths(item, key == 'command') for key, item in value.items()}
-    if isinstance(value, list):
-        return [_hide_paths(item) for item in value]
-    if not isinstance(value, str):
-        return value
-    if not is_command and (whole := _WHOLE.fullmatch(value)):
-        return _shorten(whole)
-    return _INSIDE.sub(_shorten, value)
-
-
-def _shorten(match: re.Match[str]) -> str:
-    *_, before, path = (group for group in match.groups() if group is not None)
-    return before + (re.split(r'[\\/]', path.rstrip('\\/'))[-1] or path)
-
-
 def check_metrics(metrics: Mapping[str, Any], model: Any) -> None:
-    """Refuse metrics that a card cannot report, or that are not of this model.
-
-    Args:
-        metrics: as `read_metrics` gives them.
-        model: `PooledModel`.
-
-    Raises:
-        ValueError: a part is not of the form that training writes, or the run was of another model.
-    """
+    """Refuse metrics, as `read_metrics` gives them, that a card cannot report, or that are not of
+    this `PooledModel`, by a ValueError."""
     tables = {name: metrics.get(name, {}) for name in ('test', 'val', 'best', 'seeds', 'versions')}
     for name, table in tables.items():
         if not isinstance(table, dict) or len(table) > MOST_ENTRIES:
@@ -79,8 +46,8 @@ def check_metrics(metrics: Mapping[str, Any], model: Any) -> None:
                 'entries.'
             )
         for key, value in table.items():
-            is_number = isinstance(value, int | float) and not isinstance(value, bool)
-            if (name == 'seeds' or key in MEASURES) and not (is_number and 0 <= value <= 1):
+            is_share = type(value) in (int, float) and 0 <= value <= 1
+            if (name == 'seeds' or key in MEASURES) and not is_share:
                 raise ValueError(
                     f"metrics['{name}'][{key!a:.200}] is {value!r:.200}, not a number from 0 to 1."
                 )

@@ -27,8 +27,7 @@ def push_to_hub(model: PooledModel, repo_id: str, **arguments: Any) -> str:
     Args:
         model: what to push.
         repo_id: USER/NAME; made if it does not exist.
-        **arguments: those of `save_pretrained`, such as `metrics`, and of `push_folder`, such as
-            `private`.
+        **arguments: those of `save_pretrained` and of `push_folder`.
 
     Returns, and errors: as those of both.
     """

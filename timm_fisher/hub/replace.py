@@ -19,12 +19,8 @@ _WRITING, _REPLACING = '.saving-', '.replacing-'
 
 
 def check_whole(folder: Path) -> None:
-    """Refuse a folder whose files may be of two models.
-
-    Raises:
-        LoadError: while the files of one model were replaced by those of another, the process was
-            killed, or is still running.
-    """
+    """Refuse a folder whose files may be of two models, by a LoadError: while they were replaced,
+    the process was killed, or is still running."""
     for beside in folder.glob(f'{_REPLACING}*'):
         raise LoadError(
             f"'{folder}' may hold files of two models: a save was interrupted or is still running. "
@@ -73,10 +69,8 @@ def _exchange(names: list[str], beside: Path, folder: Path) -> None:
     moves: list[tuple[Path, Path]] = []
     try:
         for name in names:
-            for now, then in (
-                (folder / name, marked / f'{name}.old'),
-                (marked / name, folder / name),
-            ):
+            place = folder / name
+            for now, then in ((place, marked / f'{name}.old'), (marked / name, place)):
                 if now.exists():
                     moves.append((now, then))
                     os.replace(now, then)

@@ -9,6 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from safetensors.torch import save_file
 from timm.models._hub import save_config_for_hf
@@ -17,8 +18,8 @@ from timm_fisher.backbone import WEIGHTS, digest
 from timm_fisher.errors import LoadError
 from timm_fisher.hub import readme
 from timm_fisher.hub.card import make_card
-from timm_fisher.hub.config import MOST_BYTES, check_config
-from timm_fisher.hub.load import check_saved
+from timm_fisher.hub.config import check_config
+from timm_fisher.hub.load import load
 from timm_fisher.hub.metrics import check_metrics, read_metrics
 from timm_fisher.hub.replace import replace_files
 from timm_fisher.hub.weights import is_finite
@@ -72,29 +73,24 @@ def save_pretrained(
     check_regular(folder)
     old = folder / 'README.md'
     old_text = readme.read(old, f"'{old}'") if old.exists() else None
+    weights = model.backbone_weights
     if backbone_id is not None:
         validate_repo_id(backbone_id.partition('@')[0])
-        if model.backbone_weights is None:
+        if weights is None:
             raise ValueError(
                 f"backbone_id='{backbone_id}' is for a backbone with pretrained weights; this one "
                 'has none.'
             )
-        model.backbone_weights['hf_hub_id'] = backbone_id
+        weights = {**weights, 'hf_hub_id': backbone_id}
     if adapter is not False:
-        obstacle = _why_no_adapter(model)
+        obstacle = _why_no_adapter(model, weights)
         if obstacle and adapter:
             raise ValueError(f'No adapter can be saved: {obstacle}. Give adapter=False.')
         adapter = not obstacle
 
-    stored = sum(
-        value.numel()
-        for key, value in model.state_dict().items()
-        if not (adapter and key.startswith('backbone.'))
-    )
-
     def write(beside: Path) -> None:
-        config = _write_model(model, beside, label_names, data_config, bool(adapter), float16)
-        text = make_card(model, stored, config, reported, adapter=bool(adapter), **(card or {}))
+        config = _write_model(model, beside, label_names, data_config, weights, adapter, float16)
+        text = make_card(model, config, reported, adapter=adapter, **(card or {}))
         if old_text is not None:
             text = readme.update(text, old_text, f"'{old}'")
         (beside / 'README.md').write_bytes(text.encode())
@@ -125,8 +121,8 @@ def save_model(
 
 
 def check_regular(folder: Path) -> None:
-    """Refuse, by a ValueError, symbolic links, which could lead to any file of this machine, and
-    what else is no ordinary file."""
+    """Refuse, by a ValueError, what is no ordinary file, such as a symbolic link, which could lead
+    to any file of this machine."""
     for path in (folder / name for name in FILES):
         if path.is_symlink() or (path.exists() and not path.is_file()):
             raise ValueError(
@@ -135,9 +131,8 @@ def check_regular(folder: Path) -> None:
             )
 
 
-def _why_no_adapter(model: PooledModel) -> str:
+def _why_no_adapter(model: PooledModel, weights: dict[str, str | None] | None) -> str:
     """What stands against storing head and classifier alone, or an empty string."""
-    weights = model.backbone_weights
     if weights is None:
         return 'the backbone was not loaded with pretrained weights'
     if weights['sha256'] is None:
@@ -170,32 +165,25 @@ def _write_model(
     folder: Path,
     label_names: Sequence[str] | None,
     data_config: dict[str, Any] | None,
+    weights: dict[str, str | None] | None = None,
     adapter: bool = False,
     float16: Collection[str] = (),
 ) -> dict[str, Any]:
     """config.json and model.safetensors, in timm's own form; gives the content of the first."""
-    config = {} if label_names is None else {'label_names': list(label_names)}
     path = folder / 'config.json'
-    save_config_for_hf(model, str(path), config, data_config=data_config)
-    text = path.read_text()
-    written: dict[str, Any] = json.loads(text)
-    try:
-        if len(text) > MOST_BYTES:
-            raise ValueError(f'config.json would have {len(text)} bytes, more than {MOST_BYTES}')
-        check_config(written, trust_config=True)
-    except ValueError as error:  # what cannot be loaded is not saved
-        raise ValueError(f'The model cannot be saved: {error}.') from None
-    try:
-        check_config(written)
-    except ValueError as error:
-        warnings.warn(f'To load this model, trust_config=True is needed: {error}.', stacklevel=4)
+    save_config_for_hf(
+        model,
+        str(path),
+        None if label_names is None else {'label_names': list(label_names)},
+        {'backbone_weights': weights} if weights else None,
+        data_config,
+    )
     state = model.state_dict()
     if unknown := sorted(set(float16) - set(state)):
         raise ValueError(f"The model has no tensor '{unknown[0]}' to be stored in float16.")
-    for key, value in list(state.items()):
-        if adapter and key.startswith('backbone.'):
-            del state[key]
-            continue
+    if adapter:
+        state = {key: state[key] for key in state if not key.startswith('backbone.')}
+    for key, value in state.items():
         # safetensors refuses other memory formats, such as that of a channels-last model.
         state[key] = (value.half() if key in float16 else value).contiguous()
         if not is_finite(state[key]):
@@ -213,9 +201,16 @@ def _write_model(
             'safetensors cannot store. Choose another backbone for a model that is saved.'
         ) from None
     try:
-        check_saved(folder)
-    except LoadError as error:
-        raise ValueError(f'The model cannot be saved: {error}') from error
+        with torch.device('meta'):
+            load('local-dir', str(folder), trust_config=True)
+    except LoadError as error:  # what cannot be loaded is not saved
+        reason = str(error).replace(f" of '{folder}'", '')
+        raise ValueError(f'The model cannot be saved: {reason}') from error
+    written: dict[str, Any] = json.loads(path.read_text())
+    try:
+        check_config(written)
+    except ValueError as error:
+        warnings.warn(f'To load this model, trust_config=True is needed: {error}.', stacklevel=4)
     # safetensors makes its file private; the umask of the config is what the user wants.
     shutil.copymode(path, folder / WEIGHTS)
     return written

@@ -11,16 +11,28 @@ LONGEST_LABEL = 200  # characters of the name of a class
 _ALLOWED = {'\u00a0', '\u200c', '\u200d'}
 # What means something anywhere in a line; between words; and at its beginning.
 _MARKDOWN = re.compile(r'[\\`*\[\]|~]|(?<!\w)_|_(?!\w)|^[#+=-]|(?<=\d)[.)](?=\s|$)')
+# What a local path begins with: ~user/, ./, ../, /, a drive or \\; but not the // of https://.
+_LOCAL = r'(?:~[\w.-]*[\\/]|\.\.?[\\/]|/(?!/)|[A-Za-z]:[\\/](?!/)|\\\\)'
+_REPOSITORY = r'\w[\w.-]*(?:/\w[\w.-]*)?'
+# What stands before a local path: END is what ends it.
+_BEFORE = (
+    r'((?:--?[\w.-]+=)?'
+    rf'(?:local-dir:|file://|hfi?ds/(?!{_REPOSITORY}END)|(?={_LOCAL})))'
+)
+_WHOLE = re.compile(_BEFORE.replace('END', '$') + '(.+)')
+# As all that a pair of quotes holds; or up to a space, a quote, or what closes a list.
+_INSIDE = re.compile(
+    r'(?<=(["\']))' + _BEFORE.replace('END', r'\1') + r'(.+?)(?=\1)'
+    r'|(?<![^\s=,:(\[{"\'])' + _BEFORE.replace('END', r'(?![^\s\'",)\]}])') + r'([^\s\'",)\]}]+)'
+    r'|(checkpoint[-_]path["\'\s:=]+)((?<=["\'])[^"\']+|[^\s\'",)\]}]+)'
+)
 
 
 def problem(text: Any, longest: int) -> str:
-    """What is wrong with a text of one line, to follow its name in a message; empty if nothing is.
+    """What is wrong with a text of one line of at most `longest` characters, to follow its name in
+    a message; empty if nothing is. It need not be a text at all.
 
     Control characters, terminal escapes, changes of direction and lone surrogates are refused.
-
-    Args:
-        text: of somebody else; need not be a text at all.
-        longest: characters that it may have.
     """
     if not isinstance(text, str):
         return f'is {str(text)[:60]!r}, not a text'
@@ -53,3 +65,31 @@ def code_block(text: str, language: str) -> str:
 def csv_cell(text: str) -> str:
     """A cell that no spreadsheet takes for a formula."""
     return f"'{text}" if text.startswith(('=', '+', '-', '@', '\t', '\r')) else text
+
+
+def hide_paths(value: Any, name: str = '') -> Any:
+    """A JSON value whose texts have, of each local path, the last name alone.
+
+    Local are absolute paths and those that begin with a dot or `~`; what follows 'local-dir:',
+    'file://', or 'hfds/' where it is no owner/name; and what is called checkpoint_path. `name` is
+    what the value is called: a 'command' is never a path as a whole.
+    """
+    if isinstance(value, dict):
+        return {key: hide_paths(item, key) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [hide_paths(item, name) for item in value]
+    if not isinstance(value, str):
+        return value
+    if name == 'checkpoint_path':
+        return _last_name(value)
+    whole = None if name == 'command' else _WHOLE.fullmatch(value)
+    return _shorten(whole) if whole else _INSIDE.sub(_shorten, value)
+
+
+def _shorten(match: re.Match[str]) -> str:
+    *_, before, path = (group for group in match.groups() if group is not None)
+    return before + _last_name(path)
+
+
+def _last_name(path: str) -> str:
+    return re.split(r'[\\/]', path.rstrip('\\/'))[-1] or path

@@ -11,7 +11,7 @@ from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from timm_fisher.backbone import is_counter
+from timm_fisher.backbone import WEIGHTS, is_counter
 from timm_fisher.errors import LoadError, explain_errors
 from timm_fisher.hub.replace import check_whole
 
@@ -26,14 +26,8 @@ _OTHERS = {
 
 @dataclass(frozen=True)
 class Header:
-    """What a safetensors file holds.
-
-    Attributes:
-        path: of the file.
-        where: folder or repository, for messages.
-        prefix: that the names of its tensors get in the model.
-        tensors: type and shape of each, by its name in the model.
-    """
+    """What a safetensors file of a folder or repository (`where`) holds: type and shape of each
+    tensor, by its name in the model, which is `prefix` and its name in the file."""
 
     path: Path
     where: str
@@ -70,32 +64,34 @@ def find_file(name: str, source: str, place: str, cache_dir: str | Path | None) 
     return path
 
 
-def read_header(path: Path, where: str, prefix: str = '') -> Header:
-    """Types and shapes of the tensors in a file, without reading them.
+def read_header(
+    source: str, place: str, cache_dir: str | Path | None = None, prefix: str = ''
+) -> Header:
+    """Types and shapes of the stored tensors, without reading them; see `find_file`.
 
     Raises:
-        LoadError: the file is damaged, or its header is too long.
+        LoadError: there is no file, it is damaged, or its header is too long.
     """
+    path = find_file(WEIGHTS, source, place, cache_dir)
     with path.open('rb') as file:
         length = int.from_bytes(file.read(8), 'little')
     if length > LONGEST_HEADER:
         raise LoadError(
-            f"The weights of '{where}' are refused: their header has {length} bytes; at most "
+            f"The weights of '{place}' are refused: their header has {length} bytes; at most "
             f'{LONGEST_HEADER} are allowed.'
         )
+    tensors = {}
     try:
         with safe_open(path, framework='pt') as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-            tensors = {
-                f'{prefix}{name}': (s.get_dtype(), tuple(s.get_shape()))
-                for name, s in slices.items()
-            }
+            for name in file.keys():  # noqa: SIM118
+                stored = file.get_slice(name)
+                tensors[f'{prefix}{name}'] = (stored.get_dtype(), tuple(stored.get_shape()))
     except SafetensorError as error:
         raise LoadError(
-            f"The weights of '{where}' are damaged or cut short, nothing was loaded: {error}. "
+            f"The weights of '{place}' are damaged or cut short, nothing was loaded: {error}. "
             'Copy or download them again.'
         ) from error
-    return Header(path, where, prefix, tensors)
+    return Header(path, place, prefix, tensors)
 
 
 def check_tensors(header: Header, expected: Mapping[str, Tensor], what: str) -> None:
@@ -136,15 +132,12 @@ def check_tensors(header: Header, expected: Mapping[str, Tensor], what: str) -> 
 
 
 def read_tensors(header: Header, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a file that has been checked, in the types of the model.
-
-    Raises:
-        LoadError: a value is NaN or infinite.
-    """
+    """The tensors of a file that has been checked, in the types of the model; a LoadError if a
+    value is NaN or infinite."""
     tensors = {}
     with safe_open(header.path, framework='pt') as file:
         for name, wanted in expected.items():
-            if name not in header.tensors and is_counter(name):
+            if name not in header.tensors:  # a counter
                 tensors[name] = torch.zeros(wanted.shape, dtype=wanted.dtype)
                 continue
             # A copy: the file may change while the model lives.

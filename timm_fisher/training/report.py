@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import re
 import shlex
 from dataclasses import asdict
 from pathlib import Path
@@ -19,6 +17,7 @@ from matplotlib.figure import Figure
 from timm_fisher import PooledModel
 from timm_fisher.files import save_png
 from timm_fisher.hub.card import installed_versions
+from timm_fisher.hub.text import hide_paths
 from timm_fisher.training.config import Config, Stage
 from timm_fisher.training.measure import peak_resident
 
@@ -34,7 +33,7 @@ def describe(config: Config, model: PooledModel, accelerator: Accelerator) -> di
     if config.dataset == 'npz':  # as of a folder: its name need not be the data set's
         settings['dataset'] = ''
     return {
-        **without_paths(settings),
+        **hide_paths(settings),
         'out_features': model.head_hidden_size,
         'parameters': total,
         'head_parameters': total - backbone,
@@ -68,7 +67,7 @@ def command(config: Config, accelerator: Accelerator) -> str:
     processes = accelerator.num_processes
     option = f' --num_processes {processes}' if processes > 1 else ''
     parts = [f'accelerate launch{option} recipes/train.py']
-    for name, value in without_paths(settings).items():
+    for name, value in hide_paths(settings).items():
         text = value if isinstance(value, str) else json.dumps(value)
         parts.append(f'--{name.replace("data_dir", "data-dir")} {shlex.quote(text)}')
     return ' \\\n    '.join(parts)
@@ -77,21 +76,6 @@ def command(config: Config, accelerator: Accelerator) -> str:
 def _changed(settings: Config | Stage) -> dict[str, Any]:
     default = asdict(type(settings)())
     return {key: value for key, value in asdict(settings).items() if value != default[key]}
-
-
-def without_paths(value: Any) -> Any:
-    """The same, with the last name alone of each folder or file: of what follows 'local-dir:', and
-    of all texts that are absolute paths, or relative ones that begin with a dot or `~`."""
-    if isinstance(value, dict):
-        return {key: without_paths(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [without_paths(item) for item in value]
-    if not isinstance(value, str):
-        return value
-    source = next((kind for kind in ('local-dir:', 'hfds/') if value.startswith(kind)), '')
-    path = value.removeprefix(source)
-    is_path = source == 'local-dir:' or os.path.isabs(path) or re.match(r'(\.\.?|~)[\\/]', path)
-    return source + os.path.basename(os.path.abspath(path)) if is_path else value
 
 
 def draw_curve(history: list[dict[str, Any]], path: Path) -> None:
