@@ -216,10 +216,7 @@ def _from_features(
         channels = features.shape[3 if layout == 'NHWC' else 1]
         return Descriptors(stage=-1, layout=layout, num_features=channels)
     prefix = getattr(backbone, 'num_prefix_tokens', 0)
-    strides = to_2tuple(backbone.feature_info[-1]['reduction'])
-    sides = [size / stride for size, stride in zip(image.shape[2:], strides, strict=True)]
-    grids = [math.prod(map(rounded, sides)) for rounded in (math.floor, math.ceil)]
-    if features.shape[1] - prefix not in grids:
+    if token_grid(backbone, image.shape[2:], features.shape[1] - prefix) is None:
         return None
     return Descriptors(
         stage=-1,
@@ -228,6 +225,15 @@ def _from_features(
         num_prefix_tokens=prefix,
         class_token=class_token,
     )
+
+
+def token_grid(backbone: Any, size: Sequence[int], number: int) -> tuple[int, int] | None:
+    """Rows and columns of so many tokens of images of a height and width; None if they do not fill
+    a grid of the backbone's stride."""
+    strides = to_2tuple(backbone.feature_info[-1]['reduction'])
+    height, width = (side / stride for side, stride in zip(size, strides, strict=True))
+    grids = ((rounded(height), rounded(width)) for rounded in (math.floor, math.ceil))
+    return next((grid for grid in grids if math.prod(grid) == number), None)
 
 
 @contextmanager

@@ -25,9 +25,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from timm.data.config import resolve_model_data_config
-from timm.layers.helpers import to_2tuple
 from torch import Tensor
 
+from timm_fisher.descriptors import token_grid
 from timm_fisher.model import PooledModel
 
 if TYPE_CHECKING:
@@ -75,13 +75,10 @@ def grids(
             places.append((rows, columns))
             continue
         number = tensor.shape[1] - stage.num_prefix_tokens
-        strides = to_2tuple(model.backbone.feature_info[-1]['reduction'])
-        height, width = (side / stride for side, stride in zip(size, strides, strict=True))
-        patches = [(rounded(height), rounded(width)) for rounded in (math.floor, math.ceil)]
-        matches = [grid for grid in patches if math.prod(grid) == number]
-        if not matches:
+        grid = token_grid(model.backbone, size, number)
+        if grid is None:
             raise ValueError(f'the places of the {number} tokens of this backbone are unknown.')
-        places.append(matches[0])
+        places.append(grid)
     return places
 
 
