@@ -176,7 +176,8 @@ class Run:
         self.progress = before
         load_weights(self.model, checkpoint / 'model')
         self.accelerator.load_state(str(checkpoint))  # the scaler of fp16
-        self._keep_best()
+        if not (self.output / 'metrics.json').exists():  # later model/ is its user's
+            self._keep_best()
 
     def train_stage(self, name: str, stage: Stage) -> None:
         """Train one stage, or what is left of it after a checkpoint."""
