@@ -10,8 +10,7 @@ Parts, one at a time, because each takes minutes:
   `np.savez('features.npz', x=backbone.forward_features(images).relu().mean((2, 3)).numpy())`;
 - fisher_information: the fit of dbm_idfk, hidden layers of 40 and 80 units, with its peak memory;
   and the leading axes of its Fisher information F, which it takes without forming F, against
-  forming F and decomposing it. That is measured at smaller sizes and extrapolated by its growth
-  between the two largest of them; --full measures it at the full size too.
+  forming F and decomposing it, for smaller layers; --full does so for the full ones too.
 
 Everything is timed once. Peak memory is that of the whole process as the system counts it
 (ru_maxrss), with all libraries. Leaves in OUTPUT benchmark_fits.md, the tables that it prints, and
@@ -20,9 +19,8 @@ benchmark_fits.json, the numbers.
 
 from __future__ import annotations
 
-import math
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -67,7 +65,7 @@ class Settings:
         threads: of PyTorch on the CPU; null for as many as it chooses.
         device: of nmf: cpu, cuda, cuda:1, ...; scikit-learn has the CPU.
         epochs: of fisher_information: of training each layer, and all.
-        full: of fisher_information: form and decompose F at the full size too.
+        full: of fisher_information: form and decompose F of the full layers too.
     """
 
     part: Literal['nmf', 'fisher_information']
@@ -154,43 +152,24 @@ def measure_fisher_information(settings: Settings) -> Sections:
         small.fit(ListStream([x]))
         rows.append(against_forming(small, x))
     rows.append(against_forming(head, x, forming=settings.full))
-    axes = rows[-1]['leading_axes s']
     fitted: Row = {
-        'what': 'fit', 'hidden': full, 'd': head.score_features, 'r': head.out_features,
-        'seconds': taken, 'leading_axes s': axes, 'peak GB': peak / 1e9, 'GB before': before / 1e9,
+        'hidden': full, 'd': head.score_features, 'r': head.out_features, 'seconds': taken,
+        'peak GB': peak / 1e9, 'GB before': before / 1e9,
     }  # fmt: skip
     text = (
-        f'{records([fitted], list(fitted)[1:])}\n\nSeconds are those of the whole fit, and of the '
-        'leading axes alone. Memory is that of the whole process, in 10^9 bytes: its peak, and '
-        'before the fit, images loaded.'
+        f'{records([fitted], list(fitted)[1:])}\n\nMemory is that of the whole process, in 10^9 '
+        'bytes: its peak, and before the fit, images loaded.'
     )
     images = f'{len(x)} images of {x.shape[1]} pixels'
     yield f"dbm_idfk's fit: {images}, {settings.epochs} epochs, float32", text, [fitted]
 
-    estimate: Row = {'what': 'extrapolation', 'd': head.score_features, 'leading_axes s': axes}
-    estimate['growth'] = growth = {}
-    for key in ('product s', 'decomposition s'):
-        points = [(row['d'], row[key]) for row in rows[:-1]]
-        growth[key], estimate[key] = extrapolate(points, head.score_features)
-    compared = [*(row for row in rows if 'product s' in row), estimate]
-    for row in compared:
-        row['both s'] = row['product s'] + row['decomposition s']
-        row['times faster'] = row['both s'] / row['leading_axes s']
-
-    d = estimate['d']
-    lines = [*compared[:-1], {**estimate, 'd': f'{d}, extrapolated'}]
-    times = ('product s', 'decomposition s', 'both s', 'leading_axes s')
     text = (
-        f'{records(lines, ["d", *times, "times faster", "difference"])}\n\n'
-        'The product makes F in one pass over the scores, which are computed anew in each pass; '
-        f'the leading axes take four. Between d = {rows[-3]["d"]} and {rows[-2]["d"]} the product '
-        f'grows as d^{growth["product s"]:.2f} and the decomposition as '
-        f'd^{growth["decomposition s"]:.2f}. The last line continues this to d = {d}: there only '
-        'the leading axes are measured. The difference is the largest, relative one of '
-        f'{min(COMPARED, RANK)} eigenvalues.'
+        f'{records(rows, list(rows[0])[1:])}\n\nThe product makes F in one pass over the scores, '
+        'which are computed anew in each pass; the leading axes take four. The difference is the '
+        f'largest, relative one of {min(COMPARED, RANK)} eigenvalues.'
     )
     title = f'{RANK} leading axes, against forming F (d x d) and decomposing it, float32'
-    yield title, text, [*rows, estimate]
+    yield title, text, rows
 
 
 def binary_images(path: Path | None) -> Tensor:
@@ -216,7 +195,7 @@ def against_forming(head: DBMFisher, x: Tensor, *, forming: bool = True) -> Row:
     def chunks() -> Iterable[Tensor]:
         return (head.normalized_score(rows[:, None]) for rows in x.split(CHUNK))
 
-    row: Row = {'what': 'axes', 'hidden': head.hidden, 'd': head.score_features}
+    row: Row = {'hidden': head.hidden, 'd': head.score_features}
     rank = min(RANK, head.score_features)
     row['leading_axes s'], (_, variances) = timed(partial(leading_axes, chunks, rank))
     if forming:
@@ -224,6 +203,8 @@ def against_forming(head: DBMFisher, x: Tensor, *, forming: bool = True) -> Row:
         row['decomposition s'], eigen = timed(partial(torch.linalg.eigh, covariance))
         ours = variances[:COMPARED]
         theirs = eigen.eigenvalues.flip(0)[: len(ours)].double()
+        formed = row['product s'] + row['decomposition s']
+        row['times faster'] = formed / row['leading_axes s']
         row['difference'] = ((ours - theirs).abs() / theirs).max().item()
     return row
 
@@ -240,13 +221,6 @@ def form(chunks: Iterable[Tensor]) -> Tensor:
         total += rows.sum(0)
         count += len(rows)
     return covariance.addr_(total, total, alpha=-1 / count).div_(count)
-
-
-def extrapolate(points: Sequence[tuple[int, float]], size: int) -> tuple[float, float]:
-    """Exponent of a power law through the last two (size, seconds), and its seconds at `size`."""
-    (small, before), (large, after) = points[-2:]
-    exponent = math.log(after / before) / math.log(large / small)
-    return exponent, after * (size / large) ** exponent
 
 
 PARTS: dict[str, Callable[[Settings], Sections]] = {
