@@ -40,7 +40,7 @@ from timm_fisher.numerics.linalg import unit_length
 from timm_fisher.training import command_line, embeddings, tables
 from timm_fisher.training import deep_fisher_svm as algorithm
 from timm_fisher.training.config import Config
-from timm_fisher.training.data import load_splits
+from timm_fisher.training.data import load_splits, preprocessing
 
 
 @dataclass
@@ -101,7 +101,7 @@ def main(config: DeepFisher) -> None:
 
     # Data, backbone, PCA and EM; C
     model, data = prepare(config)
-    data_config = embeddings.preprocessing(model, config)
+    data_config = preprocessing(model, config)
     classes = data.classes
     kernel = algorithm.FisherKernel(cast(GMMFisher, model.head), bias=config.bias)
     em = kernel.get()

@@ -45,7 +45,7 @@ from timm_fisher.training import command_line, embeddings
 from timm_fisher.training.boltzmann_kernels import BoltzmannKernel
 from timm_fisher.training.classifiers import nearest_labels, stack
 from timm_fisher.training.config import Config
-from timm_fisher.training.data import load_splits
+from timm_fisher.training.data import load_splits, preprocessing
 from timm_fisher.training.tables import percent, records
 from timm_fisher.training.tsne import plot_tsne
 
@@ -115,7 +115,7 @@ def main(kernels: Kernels) -> None:
             if (seed, fold) == (kernels.seeds[0], 0):
                 setting = chosen['IDFK']['svm']
                 model = vectors.machines['DFK'].truncated(setting['rank'], setting['ridge'])
-                data_config = embeddings.preprocessing(model, vectors.config)
+                data_config = preprocessing(model, vectors.config)
                 timm_fisher.save_model(model, output / 'model', data_config=data_config)
                 figures(vectors, chosen, output)
             write(path, json.dumps(measure(vectors, chosen), indent=2) + '\n')

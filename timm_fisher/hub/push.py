@@ -27,9 +27,8 @@ def push_to_hub(model: PooledModel, repo_id: str, **arguments: Any) -> str:
     Args:
         model: what to push.
         repo_id: USER/NAME; made if it does not exist.
-        **arguments: those of `save_pretrained` and of `push_folder`.
-
-    Returns, and errors: as those of both.
+        **arguments: of `save_pretrained` and `push_folder`, which also say what it returns and
+            raises.
     """
     pushing = inspect.signature(push_folder).parameters
     options = {name: arguments.pop(name) for name in [*arguments] if name in pushing}

@@ -35,12 +35,8 @@ def replace_files(
     """Write files into a folder beside, then move all of them into place.
 
     An error leaves what was there. A process that is killed while files are moved leaves a folder
-    that `check_whole` refuses, until the next call succeeds.
-
-    Args:
-        folder: made if it does not exist.
-        write: gets an empty folder, and writes the new files there.
-        remove: names of files that the new ones make obsolete.
+    that `check_whole` refuses, until the next call succeeds. `write` gets an empty folder for the
+    new files; `remove` names those that they make obsolete.
     """
     folder.mkdir(parents=True, exist_ok=True)
     interrupted = list(folder.glob(f'{_REPLACING}*'))

@@ -104,10 +104,7 @@ def check_tensors(header: Header, expected: Mapping[str, Tensor], what: str) -> 
     Args:
         header: of the file.
         expected: what the model reads from it, by name, on the meta device.
-        what: describes the model, for the error.
-
-    Raises:
-        LoadError: a tensor is missing, unexpected, or of another shape or type.
+        what: describes the model, for the LoadError.
     """
     given, problems = header.tensors, []
     for name, wanted in expected.items():

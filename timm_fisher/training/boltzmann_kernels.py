@@ -24,12 +24,8 @@ SATURATION_IMAGES = 1024
 
 
 class BoltzmannKernel:
-    """A `dbm_idfk` model, fitted to the split 'train', and the Fisher vectors of several splits.
-
-    Args:
-        config: of the model.
-        features: of the images of each split.
-        folder: where the fitted model is kept, or found; None does not save it.
+    """A `dbm_idfk` model, fitted to features of the split 'train' and kept in a folder, if there is
+    one; and the Fisher vectors of several splits.
 
     Attributes:
         model: the fitted model, without classifier.

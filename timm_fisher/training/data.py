@@ -18,7 +18,7 @@ import timm
 from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from timm_fisher.registry import check_arguments
@@ -116,6 +116,12 @@ class Images(Dataset[tuple[Tensor, int]]):
         except (OSError, SyntaxError) as error:
             raise ValueError(f"Image '{name}' cannot be decoded ({error}). Remove it.") from error
         return self.transform(image), int(self.split.labels[i])
+
+
+def preprocessing(model: nn.Module, config: Config) -> dict[str, Any]:
+    """timm's data configuration for a model and the image size and crop of a configuration."""
+    requested = {'img_size': config.img_size, 'crop_pct': config.crop_pct}
+    return dict(timm.data.resolve_input_data_config(model, requested))
 
 
 def create_datasets(

@@ -18,7 +18,6 @@ import yaml
 from accelerate import Accelerator
 from accelerate.utils import send_to_device, set_seed
 from sklearn.preprocessing import normalize
-from timm.data.config import resolve_data_config
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -27,7 +26,7 @@ from timm_fisher import PooledModel
 from timm_fisher.files import write
 from timm_fisher.training.command_line import parse
 from timm_fisher.training.config import Config
-from timm_fisher.training.data import Split, create_datasets
+from timm_fisher.training.data import Split, create_datasets, preprocessing
 from timm_fisher.training.features import Cached, cache_features
 from timm_fisher.training.measure import timed
 from timm_fisher.training.run import create_model, load_weights
@@ -48,12 +47,6 @@ def create_embedder(config: Config, **head_kwargs: Any) -> PooledModel:
     return model.to(Accelerator().device).eval()
 
 
-def preprocessing(model: PooledModel, config: Config) -> dict[str, Any]:
-    """timm's data configuration for a model and the image size and crop of a configuration."""
-    requested = {'img_size': config.img_size, 'crop_pct': config.crop_pct}
-    return dict(resolve_data_config(requested, model=model))
-
-
 def cache_splits(model: PooledModel, splits: dict[str, Split], config: Config) -> dict[str, Cached]:
     """Features of the model's backbone for the images of each split, in `config.cache_dir`."""
     datasets = create_datasets(config, splits, preprocessing(model, config))
@@ -61,16 +54,8 @@ def cache_splits(model: PooledModel, splits: dict[str, Split], config: Config) -
 
 
 def fit_once(model: PooledModel, features: Cached, folder: Path | None, config: Config) -> float:
-    """Fit a model's head to cached features and save the model, or load what was saved before.
-
-    Args:
-        model: one that fits the features.
-        features: of the training images.
-        folder: of the saved model and seconds.json; None does not save.
-        config: for batch size and preprocessing.
-
-    Returns:
-        The seconds that the fit took, now or then.
+    """Fit a model's head to cached features of training images and save the model in a folder, if
+    there is one, or load what was saved there before; the seconds that the fit took, then or now.
     """
     if folder is not None and (folder / 'seconds.json').exists():
         load_weights(model, folder)

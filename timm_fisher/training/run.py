@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-import timm
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.utils import DistributedDataParallelKwargs, broadcast, send_to_device, set_seed
@@ -38,7 +37,7 @@ from timm_fisher.training.checkpoint import (
     save_checkpoint,
 )
 from timm_fisher.training.config import Config, Stage
-from timm_fisher.training.data import Images, create_datasets, load_splits
+from timm_fisher.training.data import Images, create_datasets, load_splits, preprocessing
 from timm_fisher.training.features import Cached, cache_features, cache_pooled, create_loader
 from timm_fisher.training.report import describe, draw_curve, head_names
 from timm_fisher.training.stages import (
@@ -76,8 +75,7 @@ def train(config: Config) -> dict[str, Any]:
         for name, stage in config.stages.items():
             freeze(model, name, stage)  # refuses what does not fit before anything is computed
         model.requires_grad_(True)
-        requested = {'img_size': config.img_size, 'crop_pct': config.crop_pct}
-        data_config = timm.data.resolve_input_data_config(model, requested)
+        data_config = preprocessing(model, config)
         images = create_datasets(config, splits, data_config)
         sizes = ', '.join(f'{len(split.indices)} {name}' for name, split in splits.items())
         say(f'{len(classes)} classes; {sizes} images at {data_config["input_size"]}')
@@ -377,9 +375,11 @@ class Run:
 
 
 def _text(results: dict[str, Any]) -> str:
-    """`val loss 0.1234, val accuracy 0.9876`."""
-    values = {k: f'{v:.4g}' if isinstance(v, float) else v for k, v in results.items()}
-    return ', '.join(f'{key.replace("_", " ")} {value}' for key, value in values.items())
+    """`val loss 0.1234, val accuracy 98.76%`."""
+    forms = {
+        k: '.2%' if 'accuracy' in k else '.4g' * isinstance(v, float) for k, v in results.items()
+    }
+    return ', '.join(f'{k.replace("_", " ")} {v:{forms[k]}}' for k, v in results.items())
 
 
 def _create_accelerator(config: Config) -> Accelerator:
