@@ -12,11 +12,10 @@ and the runs; a comparison that was interrupted goes on where it stopped.
 
 from __future__ import annotations
 
-import copy
 import itertools
 import json
 import statistics
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -76,9 +75,8 @@ class Comparison:
 def main(comparison: Comparison) -> None:
     """Run all variants, writing the results so far after each of them."""
     for name, variant in comparison.variants.items():
-        options = {**comparison.train, **variant}
-        options.pop('search', None)
-        if parse_options(options).unsupervised:
+        options, grid = split_options(variant, comparison)
+        if parse_options(options, {key: values[0] for key, values in grid.items()}).unsupervised:
             raise ValueError(
                 f"All stages of '{name}' are unsupervised; heads are compared by the accuracy of a "
                 'classifier. Add a stage that trains it.'
@@ -97,8 +95,7 @@ def compare_variant(
     name: str, variant: dict[str, Any], comparison: Comparison, output: Path
 ) -> dict[str, Any]:
     """Choose the settings of one head, run them with all seeds; a row of the table."""
-    options = {**comparison.train, **variant}  # `stages` as a whole, too
-    grid = options.pop('search', comparison.search)
+    options, grid = split_options(variant, comparison)
     folder = output / name.replace(' ', '').replace('/', '-')
     tried = []
     for values in itertools.product(*grid.values()):
@@ -127,21 +124,24 @@ def compare_variant(
     }
 
 
+def split_options(
+    variant: dict[str, Any], comparison: Comparison
+) -> tuple[dict[str, Any], dict[str, list[Any]]]:
+    """Options of the runs of a variant, and the grid that its settings are chosen from."""
+    options = {**comparison.train, **variant}  # `stages` as a whole, too
+    grid = options.pop('search', comparison.search)
+    return options, grid
+
+
 def run(
     options: dict[str, Any], settings: dict[str, Any], folder: Path, *, seed: int
 ) -> dict[str, Any]:
-    """Metrics of a run with some options replaced, dotted ones in nested tables; its folder is
-    named after them, its output goes to a .log beside."""
-    options = {**copy.deepcopy(options), 'seed': seed}
-    for dotted, value in settings.items():
-        *path, last = dotted.split('.')
-        place = options
-        for key in path:
-            place = place.setdefault(key, {})
-        place[last] = value
+    """Metrics of a run with some options replaced; its folder is named after them, its output goes
+    to a .log beside."""
+    config = asdict(parse_options({**options, 'seed': seed}, settings))
     words = [f'{key.split(".")[-1]}{value}' for key, value in settings.items()]
     output = folder / '-'.join([*words, f's{seed}'])
-    return launch(options, output, log=Path(f'{output}.log'))
+    return launch(config, output, log=Path(f'{output}.log'))
 
 
 def write_results(rows: list[dict[str, Any]], comparison: Comparison, output: Path) -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import asdict
 
 import pytest
 import yaml
 from conftest import ROOT, load_script
 from PIL import Image
 
-from timm_fisher.training.config import Config
+from timm_fisher.training.config import Config, Stage
 from timm_fisher.training.run import create_model
 
 
@@ -58,10 +59,9 @@ def test_options_of_a_run(compare, tmp_path, monkeypatch):
     options = {'batch_size': 8, 'stages': {'a': {'lr': 1.0, 'epochs': 3}}}
     settings = {'stages.a.lr': 0.5, 'head_kwargs.dim': 7}
     changed, output, log = compare.run(options, settings, tmp_path, seed=3)
-    assert changed == {
-        'batch_size': 8, 'seed': 3, 'stages': {'a': {'lr': 0.5, 'epochs': 3}},
-        'head_kwargs': {'dim': 7},
-    }  # fmt: skip
+    config = Config(batch_size=8, seed=3, head_kwargs={'dim': 7})
+    config.stages = {'a': Stage(lr=0.5, epochs=3)}
+    assert changed == asdict(config)
     assert (output, log) == (tmp_path / 'lr0.5-dim7-s3', tmp_path / 'lr0.5-dim7-s3.log')
     assert options['stages']['a']['lr'] == 1.0
 
@@ -158,6 +158,19 @@ def test_unsupervised_stages_are_refused(compare, tmp_path):
     comparison = compare.Comparison(output=str(tmp_path / 'out'), variants=variants)
     with pytest.raises(ValueError, match="All stages of 'x' are unsupervised"):
         compare.main(comparison)
+    assert not (tmp_path / 'out').exists()
+
+
+def test_mistyped_stage_of_a_search_is_refused(compare, tmp_path, capsys):
+    """It would be a stage of its own, with default settings."""
+    stages = {'only': {'train': 'classifier'}}
+    search = {'stages.onyl.lr': [0.1]}
+    comparison = compare.Comparison(
+        output=str(tmp_path / 'out'), train={'stages': stages}, search=search
+    )
+    with pytest.raises(SystemExit):
+        compare.main(comparison)
+    assert "stages has no 'onyl', only ['only']" in capsys.readouterr().err
     assert not (tmp_path / 'out').exists()
 
 

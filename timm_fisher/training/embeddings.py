@@ -32,10 +32,11 @@ from timm_fisher.training.measure import timed
 from timm_fisher.training.run import create_model, load_weights
 
 
-def parse_options(options: Mapping[str, Any]) -> Config:
-    """Options of `timm_fisher.training`, checked and converted as its command line does: exits with
-    a message on an error."""
-    return parse(Config, arguments=['--config', yaml.safe_dump(dict(options))])
+def parse_options(options: Mapping[str, Any], changes: Mapping[str, Any] | None = None) -> Config:
+    """Options of `timm_fisher.training`, and dotted ones that change some of them, checked and
+    converted as its command line does: exits with a message on an error."""
+    words = [f'--{dotted}={json.dumps(value)}' for dotted, value in (changes or {}).items()]
+    return parse(Config, arguments=['--config', yaml.safe_dump(dict(options)), *words])
 
 
 def create_embedder(config: Config, **head_kwargs: Any) -> PooledModel:
