@@ -64,7 +64,7 @@ def fitted(head: str) -> dict[str, Tensor]:
 def gradients(model: nn.Module, rank: int = 0, world_size: int = 1) -> dict[str, Tensor]:
     """Of cross-entropy plus the head's unsupervised loss on this rank's share of 12 images."""
     images, labels = (tensor[rank::world_size] for tensor in create_images(12))
-    logits, loss = model(images, head_loss=True)
+    logits, loss = model.forward_with_loss(images)
     (F.cross_entropy(logits, labels) + loss).backward()
     return {
         name.removeprefix('module.'): parameter.grad

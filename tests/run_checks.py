@@ -97,7 +97,7 @@ def cross_entropy_by_plain_timm(folder, images, split):
 def unsupervised_loss_by_plain_timm(folder, images, split):
     model, dataset = by_plain_timm(folder, images, split)
     with torch.no_grad():
-        losses = [model(x[None], head_loss=True)[1] for x, _ in dataset]
+        losses = [model.forward_with_loss(x[None])[1] for x, _ in dataset]
     return torch.stack(losses).double().mean().item()
 
 

@@ -53,9 +53,9 @@ def test_output_is_that_of_the_heads_side_by_side(backbone):
 
 def test_unsupervised_loss_is_the_sum():
     model, x = create(), images()
-    logits, loss = model(x, head_loss=True)
+    logits, loss = model.forward_with_loss(x)
     torch.testing.assert_close(logits, model(x))
-    expected = sum(single(model, i)(x, head_loss=True)[1] for i in range(len(HEADS)))
+    expected = sum(single(model, i).forward_with_loss(x)[1] for i in range(len(HEADS)))
     torch.testing.assert_close(loss, expected)
     assert loss > 0
 

@@ -33,9 +33,9 @@ def test_forward_is_features_then_head(backbone):
     assert torch.equal(model(x), model.get_classifier()(pooled))
 
 
-def test_head_loss_is_a_second_result_on_request():
+def test_forward_with_loss_gives_the_unsupervised_loss_too():
     model, x = create(head='sparse_fisher', code_dim=4), images()
-    logits, loss = model(x, head_loss=True)
+    logits, loss = model.forward_with_loss(x)
     assert torch.equal(logits, model(x))
     (descriptors,) = model.descriptors([model.forward_features(x)])
     assert torch.equal(loss, model.head.forward_with_loss(descriptors)[1])

@@ -26,12 +26,13 @@ WEIGHTS = 'model.safetensors'
 @dataclass
 class Backbone:
     """A timm model without classifier, what reads its stages in ascending order, the size of an
-    image (channels, height, width), and those of its arguments that its folder or repository has,
-    beside size, channels and classes."""
+    image (channels, height, width), rows and columns of the last stage's descriptors, and those of
+    the model's arguments that its folder or repository has, beside size, channels and classes."""
 
     module: Any
     descriptors: StageDescriptors
     input_size: tuple[int, int, int]
+    pool_size: tuple[int, int] | None
     arguments: dict[str, Any]
 
 
@@ -85,6 +86,7 @@ def create_backbone(
         descriptors, idle, dead = find_descriptors(
             seen.eval(), torch.empty(1, *input_size), stages=stages, class_token=class_token
         )
+        pool_size = descriptors.grid(seen, input_size)
         seen.train()
     if torch.get_default_device().type == 'meta':
         module = seen
@@ -96,7 +98,34 @@ def create_backbone(
     recorded = ('num_classes', 'in_chans', 'img_size')  # by the model itself
     stored = getattr(module, 'pretrained_model_args', {})
     given = {key: value for key, value in stored.items() if key not in recorded}
-    return Backbone(module, descriptors, input_size, given)
+    return Backbone(module, descriptors, input_size, pool_size, given)
+
+
+def create_features(
+    name: str,
+    arguments: Mapping[str, Any],
+    *,
+    img_size: int | tuple[int, int] | None,
+    last_stride: int | None,
+    pretrained: bool,
+) -> nn.Module:
+    """A backbone as timm's `features_only=True` gives it, on the default device.
+
+    Args:
+        name, img_size, last_stride, pretrained: as `create_backbone` takes them.
+        arguments: of `timm.create_model`, `out_indices` and `feature_cls` among them.
+    """
+    arguments = {**arguments, 'features_only': True}
+    if img_size is not None:
+        with torch.device('meta'):
+            seen = timm.create_model(name, **arguments)
+        if get_model_input_config(seen)['fixed_input_size']:
+            arguments['img_size'] = img_size
+    features: nn.Module = timm.create_model(name, pretrained=pretrained, **arguments)
+    backbone = getattr(features, 'model', features)
+    if last_stride is not None and getattr(backbone, 'layer4', None):  # else it is not asked for
+        _keep_last_stride(backbone, last_stride)
+    return features
 
 
 def is_ours(architecture: str) -> bool:

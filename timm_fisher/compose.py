@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
+from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
-from timm_fisher.head import PoolingHead
+from timm_fisher.head import EXAMPLE, PoolingHead, like, trace
 from timm_fisher.numerics.linalg import at_least_float32, unit_length
 
 
+@register_notrace_module
 class ConcatHeads(nn.ModuleList):
     """Heads whose outputs are L2-normalised, so that none drowns the others, and concatenated.
 
@@ -48,5 +51,57 @@ class ConcatHeads(nn.ModuleList):
         parts = [z[:, None].to(at_least_float32(dtype)) for z in pooled]
         return torch.cat([unit_length(z)[:, 0] for z in parts], 1).to(dtype)
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        """See `PoolingHead`."""
+        channels = {place: head.in_features for head, place in self.placed()}
+        example = [torch.zeros(2, EXAMPLE, c, **like(self)) for _, c in sorted(channels.items())]
+        return TracedHeads(trace(self, example))
+
     def extra_repr(self) -> str:
         return f'places={self.places}'
+
+
+class TracedHeads(nn.Module):
+    """`ConcatHeads`, traced, for `torch.jit.script`."""
+
+    def __init__(self, heads: torch.jit.ScriptModule) -> None:
+        super().__init__()
+        self.heads = heads
+
+    def forward(self, x: list[Tensor]) -> Tensor:
+        """As `ConcatHeads`."""
+        pooled: Tensor = self.heads(x)
+        return pooled
+
+
+def parse_heads(
+    head: str | Sequence[dict[str, Any]], head_kwargs: dict[str, Any] | None, stage: int
+) -> list[tuple[str, int, dict[str, Any]]]:
+    """Name, stage and arguments of each head of a model.
+
+    Raises:
+        TypeError: several heads that are not a list of dicts with names, or `head_kwargs` for them.
+        ValueError: an empty list.
+    """
+    if isinstance(head, str):
+        return [(head, stage, head_kwargs or {})]
+    if head_kwargs:
+        raise TypeError(
+            f'{head_kwargs=} is for a single head. Of several, each takes its arguments in its own '
+            "dict: head=[dict(name='avg', normalize=True), ...]."
+        )
+    heads = []
+    for given in head if isinstance(head, list | tuple) else [None]:
+        if not isinstance(given, dict) or not isinstance(given.get('name'), str):
+            raise TypeError(
+                f'Several heads are given as a list of dicts with a name, such as [dict(name='
+                f"'gmm_fisher', stage=-2, components=64), ...]; got {head!r:.200}."
+            )
+        arguments = dict(given)
+        name, own_stage = arguments.pop('name'), arguments.pop('stage', stage)
+        if not isinstance(own_stage, int):
+            raise TypeError(f"stage={own_stage!r} of the head '{name}' is not a number like -2.")
+        heads.append((name, own_stage, arguments))
+    if not heads:
+        raise ValueError('head is an empty list; give one head or more.')
+    return heads

@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -19,6 +20,8 @@ from typing import Any, cast
 import torch
 from timm.layers.helpers import to_2tuple
 from torch import Tensor, nn
+
+from timm_fisher.head import like
 
 CLASS_TOKEN_MODES = ('drop', 'keep', 'append')
 
@@ -70,6 +73,14 @@ class Descriptors(nn.Module):
             return features.flatten(1, 2)
         return features if self.class_token == 'keep' else features[:, self.num_prefix_tokens :]
 
+    def grid(self, backbone: Any, features: Tensor, size: Sequence[int]) -> tuple[int, int] | None:
+        """Rows and columns of what `features` gives for images of a height and width, None if they
+        are no grid."""
+        if self.layout == 'NLC':
+            return token_grid(backbone, size, features.shape[1] - self.num_prefix_tokens)
+        rows, columns = features.shape[2:] if self.layout == 'NCHW' else features.shape[1:3]
+        return rows, columns
+
     def extra_repr(self) -> str:
         rule = 'forward_intermediates' if self.intermediate else 'forward_features'
         text = f'{rule}, stage={self.stage}, {self.layout}, {self.num_features} channels'
@@ -111,6 +122,42 @@ class StageDescriptors(nn.ModuleList):
     def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
         """Descriptors `[B, N, C]` of each stage; N and C are its own."""
         return [read(tensor) for read, tensor in zip(self, features, strict=True)]
+
+    @torch.no_grad()
+    def grid(self, backbone: Any, input_size: Sequence[int]) -> tuple[int, int] | None:
+        """Rows and columns of the last stage for an image (channels, height, width), None if they
+        are no grid. Looks at a copy on the meta device, which takes neither time nor memory."""
+        tensors = [*backbone.parameters(), *backbone.buffers()]
+        meta = copy.deepcopy(backbone, {id(tensor): tensor.to('meta') for tensor in tensors}).eval()
+        image = torch.empty(1, *input_size, device='meta', dtype=like(backbone)['dtype'])
+        last = cast(Descriptors, self[-1])
+        return last.grid(backbone, self.features(meta, image)[-1], input_size[1:])
+
+
+def read_last(
+    before: StageDescriptors, backbone: Any, stage: int, channels: int
+) -> StageDescriptors:
+    """What reads a backbone that now ends at a stage, counted from the first.
+
+    Args:
+        before: what read it.
+        backbone: a timm model that was pruned.
+        stage: its last one, of so many `channels`.
+    """
+    was = cast(Descriptors, before[-1])
+    if was.intermediate:
+        last = Descriptors(stage=stage, layout='NCHW', num_features=channels, intermediate=True)
+    else:
+        prefix = getattr(backbone, 'num_prefix_tokens', 0) if was.layout == 'NLC' else 0
+        mode = 'keep' if was.class_token == 'keep' else 'drop'
+        last = Descriptors(
+            stage=-1,
+            layout=was.layout,
+            num_features=channels,
+            num_prefix_tokens=prefix,
+            class_token=mode,
+        )
+    return StageDescriptors([last], one_pass=False)
 
 
 def _intermediates(backbone: Any, x: Tensor, stages: list[int], **options: Any) -> list[Tensor]:

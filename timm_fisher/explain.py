@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -104,7 +104,7 @@ def contributions(model: PooledModel, images: Tensor) -> tuple[Tensor, list[Tens
         raise ValueError('this model pools one descriptor of the whole image.')
     with torch.enable_grad():
         stages = [tensor.detach().requires_grad_() for tensor in stages]
-        logits = cast(Tensor, model.forward_head(stages))
+        logits = model.forward_head(stages)
         slopes = torch.autograd.grad(logits.max(1).values.sum(), stages)
     products = [slope * tensor.detach() for slope, tensor in zip(slopes, stages, strict=True)]
     maps = [

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import inspect
 import reprlib
+import warnings
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
+from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
@@ -14,8 +18,10 @@ if TYPE_CHECKING:
 MOST_FEATURES = 65_536  # of a size that an argument sets: dimensions, components, units
 MOST_ITERATIONS = 1000
 MOST_STEPS = 20  # of Newton-Schulz: more blow up what rounding makes of zero eigenvalues in float32
+EXAMPLE = 100  # descriptors of an image that a head is tried on
 
 
+@register_notrace_module  # a leaf of torch.fx's graphs, as timm makes them
 class PoolingHead(nn.Module):
     """A set of local descriptors `[B, N, C]` -> one vector `[B, out_features]`.
 
@@ -76,11 +82,35 @@ class PoolingHead(nn.Module):
     def project_(self) -> None:
         """Bring the parameters back to their feasible set, in place, after an optimizer step."""
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What `torch.jit.script` takes in the head's place: the head traced, for TorchScript does
+        not know all of Python. It keeps the mode, training or not, that the head is in now."""
+        return nn.Sequential(trace(self, torch.zeros(2, EXAMPLE, self.in_features, **like(self))))
+
     def extra_repr(self) -> str:
         """Sizes, and the arguments that the head keeps under their names."""
         names = [name for name in inspect.signature(type(self)).parameters if name in vars(self)]
         settings = [f'{name}={vars(self)[name]!r}' for name in names if name != 'in_features']
         return ', '.join([f'{self.in_features} -> {self.out_features}', *settings])
+
+
+def trace(
+    module: nn.Module, example: Tensor | Sequence[Tensor], method: str = 'forward'
+) -> torch.jit.ScriptModule:
+    """A module as TorchScript, by what a method of one argument does with an example of it. Other
+    numbers of images and descriptors give what the module gives, too."""
+    with warnings.catch_warnings():  # of sizes that become constants, such as C
+        warnings.simplefilter('ignore')
+        traced: torch.jit.ScriptModule = torch.jit.trace_module(
+            module, {method: (example,)}, check_trace=False
+        )
+    return traced
+
+
+def like(module: nn.Module) -> dict[str, Any]:
+    """Device and type of a module's parameters, for a tensor that it takes."""
+    parameter = next(module.parameters(), torch.empty(0))
+    return {'device': parameter.device, 'dtype': parameter.dtype}
 
 
 def check_range(
@@ -106,3 +136,14 @@ def check_range(
                 f'{head} takes {name} from {least:g} to {most:g}{kind}{" or None" * bool(others)}, '
                 f'got {reprlib.repr(value)}.'
             )
+
+
+class Unpooled(PoolingHead):
+    """Stands where the head of a model was taken out: descriptors `[B, N, C]` as they are."""
+
+    def __init__(self, in_features: int) -> None:
+        super().__init__()
+        self.in_features = self.out_features = in_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x

@@ -1,22 +1,25 @@
 """`PooledModel`: a timm backbone whose global pool is a pooling head."""
 
-from __future__ import annotations
+# No future annotations: torch.fx hands those of `forward` to TorchScript, which takes no text.
 
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
 from timm.data.loader import adapt_to_chs
 from timm.layers.helpers import to_2tuple
 from timm.models import get_model_input_config, group_parameters
+from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from timm_fisher.backbone import can_resize, create_backbone, describe_weights
-from timm_fisher.compose import ConcatHeads
-from timm_fisher.descriptors import StageDescriptors
-from timm_fisher.head import PoolingHead
+from timm_fisher.backbone import create_backbone, describe_weights
+from timm_fisher.compose import ConcatHeads, parse_heads
+from timm_fisher.descriptors import StageDescriptors, read_last
+from timm_fisher.head import PoolingHead, Unpooled
 from timm_fisher.registry import check_output, create_head
+from timm_fisher.script import scriptable
 
 # What a pretrained_cfg says about images; the rest of it is about the backbone's own weights.
 _DATA_KEYS = (
@@ -59,9 +62,10 @@ class PooledModel(nn.Module):
         TypeError: an unknown argument of the head.
     """
 
-    backbone: Any  # a timm model
-    descriptors: StageDescriptors
-    head: PoolingHead | ConcatHeads
+    if TYPE_CHECKING:  # for torch.jit reads annotations and takes no union of modules
+        backbone: Any  # a timm model
+        descriptors: StageDescriptors
+        head: PoolingHead | ConcatHeads
 
     def __init__(
         self,
@@ -107,6 +111,7 @@ class PooledModel(nn.Module):
             name for name, p in self.backbone.named_parameters() if not p.requires_grad
         ]
         self.descriptors = built.descriptors
+        self._stages_left = len(getattr(self.backbone, 'feature_info', ())) + 1 + stages[-1]
         places = [stages.index(place) for _, place, _ in heads]
         channels = [reader.num_features for reader in self.descriptors]
         made = []
@@ -124,7 +129,9 @@ class PooledModel(nn.Module):
             self.head_hidden_size += self.num_features
         self.num_classes = num_classes
         self.classifier = _create_classifier(self.head_hidden_size, num_classes)
-        self.pretrained_cfg = _wrap_cfg(self.backbone, built.input_size, num_classes)
+        self.pretrained_cfg = wrap_cfg(
+            self.backbone.pretrained_cfg, built.input_size, built.pool_size, num_classes
+        )
         # What the caller gave, for timm's factory to build this model again. A backbone from a
         # folder or a repository is recorded as what it turned out to be, without that place or a
         # file of weights.
@@ -156,39 +163,72 @@ class PooledModel(nn.Module):
         """Alias of `pretrained_cfg`, as timm has it."""
         return self.pretrained_cfg
 
+    @property
+    def feature_info(self) -> list[dict[str, Any]]:
+        """Those stages of the backbone that are left in it, with module names of this model."""
+        stages = self.backbone.feature_info[: self._stages_left]
+        return [{**stage, 'module': f'backbone.{stage["module"]}'} for stage in stages]
+
     def forward_features(self, x: Tensor) -> Tensor | list[Tensor]:
         """The backbone's plain tensor, as timm gives it, for images `[B, 3, H, W]`; for several
         stages a list of them, from early to late."""
         features = self.descriptors.features(self.backbone, x)
         return features if isinstance(self.head, ConcatHeads) else features[0]
 
-    def forward_head(
-        self, x: Tensor | list[Tensor], pre_logits: bool = False, head_loss: bool = False
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    def forward_intermediates(
+        self, x: Tensor, indices: int | list[int] | None = None, **options: Any
+    ) -> Any:
+        """Maps of some stages of `feature_info`, as timm's backbones give them.
+
+        Args:
+            x: images `[B, 3, H, W]`.
+            indices: stages, or how many of the last ones; None for all.
+            **options: of the backbone's `forward_intermediates`, such as `intermediates_only`.
+        """
+        stages, _ = feature_take_indices(len(self.feature_info), indices)
+        return self.backbone.forward_intermediates(x, indices=stages, **options)
+
+    def forward_head(self, x: Tensor | list[Tensor], pre_logits: bool = False) -> Tensor:
         """Logits `[B, num_classes]` of what `forward_features` gives.
 
         Args:
             x: one tensor, or one for each stage.
             pre_logits: stop before the classifier, at `[B, head_hidden_size]`.
-            head_loss: give the heads' unsupervised loss, a scalar, as a second result.
         """
-        features = [x] if isinstance(x, Tensor) else x
+        features, descriptors = self._read(x)
+        pooled = self._finish(self.head(descriptors), features)
+        return pooled if pre_logits else self.classifier(pooled)
+
+    def forward_head_with_loss(self, x: Tensor | list[Tensor]) -> tuple[Tensor, Tensor]:
+        """As `forward_head`, and the heads' unsupervised loss, a scalar."""
+        features, descriptors = self._read(x)
+        pooled, loss = self.head.forward_with_loss(descriptors)
+        return self.classifier(self._finish(pooled, features)), loss
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits `[B, num_classes]` of images `[B, 3, H, W]`."""
+        return self.forward_head(self.forward_features(x))
+
+    def forward_with_loss(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """As `forward`, and the heads' unsupervised loss, a scalar."""
+        return self.forward_head_with_loss(self.forward_features(x))
+
+    def _read(self, x: Tensor | list[Tensor]) -> tuple[list[Tensor], Any]:
+        """Features of each stage, and the descriptors as the head takes them."""
+        # Not `isinstance(x, Tensor)`: torch.fx traces with a placeholder.
+        features = x if isinstance(x, list) else [x]
         descriptors = self.descriptors(features)
-        asked: Any = descriptors if isinstance(self.head, ConcatHeads) else descriptors[0]
-        if head_loss:
-            pooled, loss = self.head.forward_with_loss(asked)
-        else:
-            pooled = self.head(asked)
+        return features, descriptors if isinstance(self.head, ConcatHeads) else descriptors[0]
+
+    def _finish(self, pooled: Tensor, features: list[Tensor]) -> Tensor:
+        """What the classifier reads."""
         if self.descriptors.class_token == 'append':
             pooled = torch.cat([pooled, features[-1][:, 0]], 1)
-        pooled = self.head_drop(pooled)
-        out = pooled if pre_logits else self.classifier(pooled)
-        return (out, loss) if head_loss else out
+        return cast(Tensor, self.head_drop(pooled))
 
-    def forward(self, x: Tensor, head_loss: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-        """Logits `[B, num_classes]` of images `[B, 3, H, W]`; with `head_loss` the heads'
-        unsupervised loss is a second result, which `DistributedDataParallel` sees thereby."""
-        return self.forward_head(self.forward_features(x), head_loss=head_loss)
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What `torch.jit.script` takes in the model's place, see `scriptable`."""
+        return scriptable(self)
 
     def get_classifier(self) -> nn.Module:
         """The last layer: `nn.Linear`, or `nn.Identity` without classes."""
@@ -209,7 +249,7 @@ class PooledModel(nn.Module):
         self.classifier = _create_classifier(self.head_hidden_size, num_classes)
         self.classifier.to(device=like.device, dtype=like.dtype).train(self.training)
 
-    def train(self, mode: bool = True) -> PooledModel:
+    def train(self, mode: bool = True) -> Self:
         """As `nn.Module.train`, but a backbone or head that is frozen as a whole stays in eval
         mode: its batch-norm statistics would move otherwise."""
         super().train(mode)
@@ -219,7 +259,7 @@ class PooledModel(nn.Module):
                 part.eval()
         return self
 
-    def requires_grad_(self, requires_grad: bool = True) -> PooledModel:
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
         """As `nn.Module.requires_grad_`, but what timm froze in the backbone, or what the
         descriptors do not depend on, stays frozen."""
         super().requires_grad_(requires_grad)
@@ -227,7 +267,7 @@ class PooledModel(nn.Module):
             self.backbone.get_parameter(name).requires_grad_(False)
         return self
 
-    def freeze_backbone(self, frozen: bool = True) -> PooledModel:
+    def freeze_backbone(self, frozen: bool = True) -> Self:
         """Freeze the backbone, which then stays in eval mode, or train it again."""
         for name, parameter in self.backbone.named_parameters():
             parameter.requires_grad_(not frozen and name not in self._always_frozen)
@@ -238,23 +278,70 @@ class PooledModel(nn.Module):
         for head, _ in self.heads:
             head.project_()
 
-    def set_input_size(self, img_size: int | tuple[int, int]) -> None:
-        """Take images of another size, side or (height, width); a backbone that fixes one resamples
-        its position embedding.
+    def set_input_size(
+        self,
+        img_size: int | tuple[int, int] | None = None,
+        patch_size: int | tuple[int, int] | None = None,
+    ) -> None:
+        """Take images of another size, side or (height, width), or patches of another; a backbone
+        that fixes them resamples its position embedding and patch embedding.
 
         Raises:
             ValueError: the backbone can neither take another size nor resample.
         """
         built = get_model_input_config(self.backbone)
-        if built['fixed_input_size'] and to_2tuple(img_size) != built['input_size'][1:]:
-            if not can_resize(self.backbone):
+        size = to_2tuple(img_size or self.pretrained_cfg['input_size'][1:])
+        given: dict[str, Any] = {}
+        if built['fixed_input_size'] and size != built['input_size'][1:]:
+            given['img_size'] = size
+        if patch_size is not None:
+            given['patch_size'] = to_2tuple(patch_size)
+        resize: Any = getattr(self.backbone, 'set_input_size', None)
+        allowed = inspect.signature(resize).parameters if resize else ()
+        for key, value in given.items():
+            if key not in allowed:
                 raise ValueError(
                     f'{type(self.backbone).__name__} was built for images {built["input_size"]} '
-                    f'and cannot change to {img_size=}. Create it for that size.'
+                    f'and cannot change to {key}={value}. Create it so.'
                 )
-            self.backbone.set_input_size(img_size)
-        _set_input_size(self.pretrained_cfg, (self.in_chans, *to_2tuple(img_size)))
-        self._given['img_size'] = img_size
+        if given:
+            resize(**given)
+        input_size = (self.in_chans, *size)
+        pool_size = self.descriptors.grid(self.backbone, input_size)
+        _set_input_size(self.pretrained_cfg, input_size, pool_size)
+        if img_size is not None:
+            self._given['img_size'] = img_size
+
+    def prune_intermediate_layers(
+        self,
+        indices: int | list[int] = 1,
+        prune_norm: bool = False,
+        prune_head: bool = True,
+    ) -> list[int]:
+        """Take out what some stages of `feature_info` do not need, as timm's models do.
+
+        Args:
+            indices: stages to keep, or how many of the last ones.
+            prune_norm: take out the backbone's last norm, too.
+            prune_head: take out head and classifier: `forward` gives local descriptors
+                `[B, N, C]` then. They also go where the stage that they read does.
+
+        Returns:
+            The stages, counted from the first.
+        """
+        number = len(self.feature_info)
+        stages, last = feature_take_indices(number, indices)
+        self.backbone.prune_intermediate_layers(
+            stages, prune_norm=prune_norm, prune_head=prune_head
+        )
+        if prune_head or last < number - 1:
+            self.num_features = self.feature_info[last]['num_chs']
+            self._stages_left = last + 1
+            self.descriptors = read_last(self.descriptors, self.backbone, last, self.num_features)
+            self.head = Unpooled(self.num_features)
+            self.head_hidden_size = self.num_features
+            self.reset_classifier(0)
+        return stages
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Trade the backbone's activations for a second forward pass."""
@@ -297,57 +384,31 @@ class PooledModel(nn.Module):
         """Nothing: timm's factory adds what it was called with, which the model knows."""
 
 
-def parse_heads(
-    head: str | Sequence[dict[str, Any]], head_kwargs: dict[str, Any] | None, stage: int
-) -> list[tuple[str, int, dict[str, Any]]]:
-    """Name, stage and arguments of each head of a model.
-
-    Raises:
-        TypeError: several heads that are not a list of dicts with names, or `head_kwargs` for them.
-        ValueError: an empty list.
-    """
-    if isinstance(head, str):
-        return [(head, stage, head_kwargs or {})]
-    if head_kwargs:
-        raise TypeError(
-            f'{head_kwargs=} is for a single head. Of several, each takes its arguments in its own '
-            "dict: head=[dict(name='avg', normalize=True), ...]."
-        )
-    heads = []
-    for given in head if isinstance(head, list | tuple) else [None]:
-        if not isinstance(given, dict) or not isinstance(given.get('name'), str):
-            raise TypeError(
-                f'Several heads are given as a list of dicts with a name, such as [dict(name='
-                f"'gmm_fisher', stage=-2, components=64), ...]; got {head!r:.200}."
-            )
-        arguments = dict(given)
-        name, own_stage = arguments.pop('name'), arguments.pop('stage', stage)
-        if not isinstance(own_stage, int):
-            raise TypeError(f"stage={own_stage!r} of the head '{name}' is not a number like -2.")
-        heads.append((name, own_stage, arguments))
-    if not heads:
-        raise ValueError('head is an empty list; give one head or more.')
-    return heads
-
-
-def _set_input_size(cfg: dict[str, Any], input_size: tuple[int, ...]) -> None:
-    """Another size of input in an image configuration; what it says of testing goes with the old
-    one."""
+def _set_input_size(
+    cfg: dict[str, Any], input_size: tuple[int, ...], pool_size: tuple[int, int] | None
+) -> None:
+    """Another size of input and of its grid in an image configuration; what it says of testing goes
+    with the old one."""
     if tuple(cfg['input_size']) != input_size:
         for key in ('test_input_size', 'test_crop_pct'):
             cfg.pop(key, None)
-    cfg['input_size'] = input_size
+    cfg |= {'input_size': input_size, 'pool_size': pool_size}
 
 
 def _create_classifier(in_features: int, num_classes: int) -> nn.Module:
     return nn.Linear(in_features, num_classes) if num_classes > 0 else nn.Identity()
 
 
-def _wrap_cfg(backbone: Any, input_size: tuple[int, ...], num_classes: int) -> dict[str, Any]:
-    """The backbone's image configuration, with module names as seen from the wrapped model."""
-    source = backbone.pretrained_cfg
+def wrap_cfg(
+    source: Mapping[str, Any],
+    input_size: tuple[int, ...],
+    pool_size: tuple[int, int] | None,
+    num_classes: int,
+) -> dict[str, Any]:
+    """The image configuration of a model from that of its backbone (`source`): module names as seen
+    from the model, and rows and columns of its descriptors (`pool_size`)."""
     cfg = {key: source[key] for key in _DATA_KEYS if key in source}
-    _set_input_size(cfg, input_size)
+    _set_input_size(cfg, input_size, pool_size)
     # Of grey images timm's loader takes the average, its transform refuses three values.
     cfg |= {key: adapt_to_chs(cfg[key], input_size[0]) for key in ('mean', 'std') if key in cfg}
     stem = source.get('first_conv')

@@ -43,7 +43,7 @@ class Supervised(nn.Module):
     def forward(self, x: Any, y: Tensor) -> Tensor:
         """The loss of images `[B, 3, H, W]`, a list of features or one of pooled vectors, and
         labels `[B]`."""
-        logits, unsupervised = self._logits(x, head_loss=self.stage.head_loss > 0)
+        logits, unsupervised = self._logits(x, with_loss=self.stage.head_loss > 0)
         smoothing = self.stage.label_smoothing
         loss = F.cross_entropy(logits.float(), y, label_smoothing=smoothing)
         return loss + self.stage.head_loss * unsupervised
@@ -60,12 +60,13 @@ class Supervised(nn.Module):
         values, labels, predicted = zip(*gather_object(rows), strict=True)
         return {'loss': statistics.fmean(values), **accuracies(labels, predicted)}
 
-    def _logits(self, x: Any, head_loss: bool = False) -> tuple[Tensor, Tensor | float]:
-        model: Any = self.model
+    def _logits(self, x: Any, with_loss: bool = False) -> tuple[Tensor, Tensor | float]:
+        model = self.model
         if self.gives == 'pooled':
             return model.classifier(model.head_drop(x[0])), 0.0
-        forward = model.forward_head if self.gives == 'features' else model
-        return forward(x, head_loss=True) if head_loss else (forward(x), 0.0)
+        if self.gives == 'features':
+            return model.forward_head_with_loss(x) if with_loss else (model.forward_head(x), 0.0)
+        return model.forward_with_loss(x) if with_loss else (model(x), 0.0)
 
 
 class Unsupervised(nn.Module):

@@ -1,0 +1,54 @@
+"""A model for `torch.jit.script`: the backbone scripted, all that follows it traced."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from timm_fisher.head import like, trace
+
+if TYPE_CHECKING:
+    from timm_fisher.model import PooledModel
+
+
+def scriptable(model: PooledModel) -> nn.Module:
+    """A module that `torch.jit.script` takes as far as it takes the backbone, and that gives a
+    model's logits for any number of images, of the sizes that the backbone takes.
+
+    It shares the model's tensors, and keeps the mode, training or not, that the model is in now.
+    For inference: TorchScript loses some gradients, such as those of the bounds of `torch.clamp`.
+
+    Raises:
+        ValueError: the model reads an earlier stage, by a method of timm's that TorchScript does
+            not know.
+    """
+    if any(reader.intermediate for reader in model.descriptors):
+        raise ValueError(
+            f'torch.jit.script takes no model that reads {type(model.backbone).__name__} by '
+            'forward_intermediates, as stages before the last one are. Use torch.jit.trace or '
+            'torch.export.'
+        )
+    backbone = copy.copy(model.backbone)
+    backbone.forward = backbone.forward_features  # its pool is never called, nor always complete
+    image = torch.zeros(2, *model.pretrained_cfg['input_size'], **like(backbone))
+    with torch.no_grad():
+        (features,) = model.descriptors.features(model.backbone, image)
+    rest = copy.copy(model)
+    rest._modules = {key: part for key, part in model._modules.items() if key != 'backbone'}
+    return Scripted(backbone, trace(rest, features, 'forward_head'))
+
+
+class Scripted(nn.Module):
+    """A scripted backbone, and `PooledModel.forward_head`, traced."""
+
+    def __init__(self, backbone: nn.Module, rest: torch.jit.ScriptModule) -> None:
+        super().__init__()
+        self.backbone, self.rest = backbone, rest
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As `PooledModel.forward`."""
+        logits: Tensor = self.rest.forward_head(self.backbone(x))
+        return logits
