@@ -61,10 +61,21 @@ def fitted(head: str) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in model.head.state_dict().items()}
 
 
+class WithLoss(nn.Module):
+    """A model whose `forward` gives the loss too: what DDP wraps."""
+
+    def __init__(self, model: timm_fisher.PooledModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.model.forward_with_loss(x)
+
+
 def gradients(model: nn.Module, rank: int = 0, world_size: int = 1) -> dict[str, Tensor]:
     """Of cross-entropy plus the head's unsupervised loss on this rank's share of 12 images."""
     images, labels = (tensor[rank::world_size] for tensor in create_images(12))
-    logits, loss = model.forward_with_loss(images)
+    logits, loss = model(images)
     (F.cross_entropy(logits, labels) + loss).backward()
     return {
         name.removeprefix('module.'): parameter.grad
@@ -98,7 +109,7 @@ def main() -> None:
     results = {'world_size': torch.distributed.get_world_size(), 'fit': {}, 'gradients': {}}
     for head in HEADS:
         results['fit'][head] = fitted(head)
-        module = accelerator.prepare_model(create(head))
+        module = accelerator.prepare_model(WithLoss(create(head)))
         results['gradients'][head] = gradients(module, rank, world_size)
     results['updated'] = updated(rank, world_size)
     torch.save(results, output / f'rank{rank}.pt')

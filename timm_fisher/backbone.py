@@ -13,6 +13,7 @@ import timm
 import torch
 from huggingface_hub import try_to_load_from_cache
 from safetensors import safe_open
+from timm.data.loader import adapt_to_chs
 from timm.layers.helpers import to_2tuple
 from timm.models import get_model_input_config, model_entrypoint
 from torch import Tensor, nn
@@ -21,6 +22,11 @@ from timm_fisher.descriptors import StageDescriptors, find_descriptors, remove_u
 from timm_fisher.registry import nearest
 
 WEIGHTS = 'model.safetensors'
+# What a pretrained_cfg says about images; the rest of it is about the backbone's own weights.
+_DATA_KEYS = (
+    'input_size', 'test_input_size', 'min_input_size', 'fixed_input_size', 'interpolation',
+    'crop_pct', 'test_crop_pct', 'crop_mode', 'mean', 'std', 'license',
+)  # fmt: skip
 
 
 @dataclass
@@ -60,14 +66,7 @@ def create_backbone(
     Raises:
         ValueError: an unknown backbone, stage or class-token mode.
     """
-    source, architecture = timm.models.parse_model_name(name)
-    architecture = timm.models.get_arch_name(architecture)
-    if source is None and (not timm.is_model(architecture) or is_ours(architecture)):
-        known = [known for known in timm.list_models() if not is_ours(known)]
-        raise ValueError(
-            f"Unknown backbone '{name}'.{nearest(architecture, known)} "
-            'timm.list_models() lists all of them.'
-        )
+    _check_name(name)
     arguments = {**arguments, 'num_classes': 0}
     with torch.inference_mode(False), torch.device('meta'):
         seen = timm.create_model(name, **arguments)
@@ -102,30 +101,47 @@ def create_backbone(
 
 
 def create_features(
-    name: str,
-    arguments: Mapping[str, Any],
+    options: Mapping[str, Any],
     *,
-    img_size: int | tuple[int, int] | None,
-    last_stride: int | None,
-    pretrained: bool,
+    backbone: str,
+    img_size: int | tuple[int, int] | None = None,
+    last_stride: int | None = None,
+    pretrained: bool = False,
+    **arguments: Any,
 ) -> nn.Module:
-    """A backbone as timm's `features_only=True` gives it, on the default device.
+    """A backbone as timm's `features_only=True` gives it.
 
     Args:
-        name, img_size, last_stride, pretrained: as `create_backbone` takes them.
-        arguments: of `timm.create_model`, `out_indices` and `feature_cls` among them.
+        options: of `timm.create_model`, `out_indices` and `feature_cls` among them.
+        backbone, img_size, last_stride, pretrained: as `PooledModel` takes them.
+        **arguments: others of `PooledModel`, of which those are taken that a backbone has.
     """
-    arguments = {**arguments, 'features_only': True}
+    _check_name(backbone)
+    passed = ('in_chans', 'drop_path_rate', 'pretrained_cfg_overlay', 'cache_dir')
+    given = {key: arguments[key] for key in passed if arguments.get(key) is not None}
+    given = {**options, **given, 'features_only': True}
     if img_size is not None:
         with torch.device('meta'):
-            seen = timm.create_model(name, **arguments)
+            seen = timm.create_model(backbone, **given)
         if get_model_input_config(seen)['fixed_input_size']:
-            arguments['img_size'] = img_size
-    features: nn.Module = timm.create_model(name, pretrained=pretrained, **arguments)
-    backbone = getattr(features, 'model', features)
-    if last_stride is not None and getattr(backbone, 'layer4', None):  # else it is not asked for
-        _keep_last_stride(backbone, last_stride)
+            given['img_size'] = img_size
+    features: nn.Module = timm.create_model(backbone, pretrained=pretrained, **given)
+    inner = getattr(features, 'model', features)
+    if last_stride is not None and getattr(inner, 'layer4', None):  # else it is not asked for
+        _keep_last_stride(inner, last_stride)
     return features
+
+
+def _check_name(name: str) -> None:
+    """Refuse the name of an architecture that is none of timm's backbones."""
+    source, architecture = timm.models.parse_model_name(name)
+    architecture = timm.models.get_arch_name(architecture)
+    if source is None and (not timm.is_model(architecture) or is_ours(architecture)):
+        known = [known for known in timm.list_models() if not is_ours(known)]
+        raise ValueError(
+            f"Unknown backbone '{name}'.{nearest(architecture, known)} "
+            'timm.list_models() lists all of them.'
+        )
 
 
 def is_ours(architecture: str) -> bool:
@@ -155,6 +171,41 @@ def _keep_last_stride(backbone: Any, last_stride: int) -> None:
     for layer in strided:
         layer.stride = (1, 1)
     backbone.feature_info[-1]['reduction'] //= 2
+
+
+def wrap_cfg(
+    source: Mapping[str, Any],
+    input_size: tuple[int, ...],
+    pool_size: tuple[int, int] | None,
+    num_classes: int,
+) -> dict[str, Any]:
+    """The image configuration of a model from that of its backbone (`source`): module names as seen
+    from the model, and rows and columns of its descriptors (`pool_size`)."""
+    cfg = {key: source[key] for key in _DATA_KEYS if key in source}
+    set_size(cfg, input_size, pool_size)
+    # Of grey images timm's loader takes the average, its transform refuses three values.
+    cfg |= {key: adapt_to_chs(cfg[key], input_size[0]) for key in ('mean', 'std') if key in cfg}
+    stem = source.get('first_conv')
+    if stem is not None:
+        names = [f'backbone.{name}' for name in ([stem] if isinstance(stem, str) else stem)]
+        stem = names[0] if isinstance(stem, str) else names
+    return cfg | {
+        'architecture': 'timm_fisher',
+        'num_classes': num_classes,
+        'first_conv': stem,
+        'classifier': 'classifier',
+    }
+
+
+def set_size(
+    cfg: dict[str, Any], input_size: tuple[int, ...], pool_size: tuple[int, int] | None
+) -> None:
+    """Another size of input and of its grid in an image configuration; what it says of testing goes
+    with the old one."""
+    if tuple(cfg['input_size']) != input_size:
+        for key in ('test_input_size', 'test_crop_pct'):
+            cfg.pop(key, None)
+    cfg |= {'input_size': input_size, 'pool_size': pool_size}
 
 
 def describe_weights(backbone: Any, cache_dir: str | Path | None = None) -> dict[str, str | None]:

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+import re
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import timm
+import torch
 from timm.models import register_model
+from timm.models._builder import pretrained_cfg_for_features
+from timm.models._features import FeatureGetterNet
+from torch import nn
 
+from timm_fisher.backbone import create_features
 from timm_fisher.hub.load import LOADING, load
-from timm_fisher.model import PooledModel
+from timm_fisher.model import PooledModel, with_place
 from timm_fisher.registry import check_arguments, get_head, nearest
+
+FEATURES = ('features_only', 'out_indices', 'feature_cls')  # timm's arguments for maps
 
 
 def create_model(
@@ -30,22 +38,17 @@ def create_model(
 
     Args:
         backbone, head, pretrained: as `PooledModel` takes them.
-        **arguments: others of `PooledModel`, and those of a single head.
+        **arguments: others of `timm.create_model('timm_fisher', ...)`, and those of a single head.
 
     Raises:
         ValueError: an unknown backbone, head, stage or class-token mode.
-        TypeError: an argument that neither model nor head has; the nearest ones are named.
+        TypeError: an argument that neither model, head nor backbone has; the nearest ones are
+            named.
     """
     of_model = set(inspect.signature(PooledModel).parameters)
     of_head = set()
     if isinstance(head, str):
         of_head = set(inspect.signature(get_head(head)).parameters) - {'in_features'}
-    for key in arguments:
-        if key not in of_model | of_head:
-            raise TypeError(
-                f"Neither the model nor the head '{head}' has an argument '{key}'."
-                f'{nearest(key, of_model | of_head)}'
-            )
     for key in of_model & of_head & set(arguments):
         raise TypeError(
             f"Both the model and the head '{head}' have an argument '{key}'. Create the model by "
@@ -60,6 +63,7 @@ def create_model(
 
 
 @register_model
+@with_place
 def timm_fisher(
     pretrained: bool = False,
     pretrained_cfg: Any = None,
@@ -67,19 +71,29 @@ def timm_fisher(
     cache_dir: str | Path | None = None,
     pretrained_model_args: dict[str, Any] | None = None,
     **arguments: Any,
-) -> PooledModel:
-    """timm's entry point for a `PooledModel`; the arguments are those of the class.
+) -> nn.Module:
+    """timm's entry point for a `PooledModel`; the arguments are those of the class, and of its
+    backbone, such as `output_stride`, which are `backbone_kwargs` then.
 
     `pretrained=True` on the plain name loads the backbone's weights; on `hf-hub:` or `local-dir:`
     it loads everything that was saved, and takes the arguments of `timm_fisher.from_pretrained`,
-    whose errors are those here.
+    whose errors are those here. `device` and `dtype` are those of all parameters.
+
+    `features_only=True` gives the backbone's maps of several stages instead, as timm does, from
+    which stages `out_indices` says. Of what was saved they are those of the trained backbone.
     """
+    if 'global_pool' in arguments:
+        raise TypeError(
+            f'global_pool={arguments["global_pool"]!r} cannot be set: this model pools by its '
+            'head, which is set by head=.'
+        )
     if isinstance(pretrained_cfg, dict) and pretrained_cfg.get('source') in ('hf-hub', 'local-dir'):
         # timm has merged what config.json says into the caller's arguments.
         saved = pretrained_model_args or {}
         given = {key: arguments[key] for key in arguments if arguments[key] is not saved.get(key)}
+        maps = {key: given.pop(key) for key in FEATURES if key in given}
         source = pretrained_cfg['source']
-        return load(
+        model = load(
             source,
             pretrained_cfg['hf_hub_id' if source == 'hf-hub' else 'file'],
             pretrained=pretrained,
@@ -87,10 +101,73 @@ def timm_fisher(
             cache_dir=cache_dir,
             **given,
         )
-    check_arguments('timm_fisher', PooledModel, arguments, given=LOADING)
-    return PooledModel(
-        **arguments,
-        pretrained=pretrained,
-        pretrained_cfg_overlay=pretrained_cfg_overlay,
-        cache_dir=cache_dir,
+        return _features_of(model, **maps) if maps else model
+    if isinstance(pretrained_cfg, str):
+        raise ValueError(
+            f"There is no tag '{pretrained_cfg}': the models of timm_fisher have none. Weights of "
+            "the backbone are chosen by its own name, as in backbone='resnet50.a1_in1k'."
+        )
+    of_model = set(inspect.signature(PooledModel).parameters)
+    given = {key: arguments[key] for key in arguments if key in of_model}
+    check_arguments('timm_fisher', PooledModel, given, given=LOADING)
+    options = given.pop('backbone_kwargs', None) or {}
+    options = {**options, **{key: arguments[key] for key in arguments if key not in of_model}}
+    given |= {
+        'pretrained': pretrained,
+        'pretrained_cfg_overlay': pretrained_cfg_overlay,
+        'cache_dir': cache_dir,
+    }
+    try:
+        if options.pop('features_only', False):
+            return create_features(options, **given)
+        return PooledModel(**given, backbone_kwargs=options)
+    except TypeError as error:
+        raise _explain_argument(error, options, **given) from error
+
+
+def _features_of(
+    model: PooledModel,
+    *,
+    features_only: bool,
+    out_indices: int | tuple[int, ...] | None = None,
+    feature_cls: str = 'getter',
+) -> nn.Module:
+    """A loaded model, or the maps of its backbone, by default of its last five stages at most."""
+    if not features_only:
+        return model
+    if feature_cls != 'getter':
+        raise ValueError(
+            f"{feature_cls=} cannot be had of a saved model, whose maps feature_cls='getter' gives."
+        )
+    features: Any = FeatureGetterNet(
+        model,
+        out_indices or min(5, len(model.feature_info)),
+        prune=hasattr(model.backbone, 'prune_intermediate_layers'),
+    )
+    features.pretrained_cfg = features.default_cfg = pretrained_cfg_for_features(
+        model.pretrained_cfg
+    )
+    return cast(nn.Module, features)
+
+
+def _explain_argument(
+    error: TypeError,
+    options: Collection[str],
+    *,
+    backbone: str,
+    head: str | Sequence[dict[str, Any]] = 'avg',
+    **_: Any,
+) -> TypeError:
+    """What timm says of an argument that a backbone does not have, with the nearest known ones; any
+    other error as it is."""
+    match = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+    if match is None or match[1] not in options:
+        return error
+    with torch.device('meta'):
+        kinds: list[Any] = [PooledModel, type(timm.create_model(backbone))]
+    kinds += [get_head(head)] if isinstance(head, str) else []
+    known = {key for kind in kinds for key in inspect.signature(kind).parameters}
+    return TypeError(
+        f"Neither the model, its head {head!r:.100} nor its backbone '{backbone}' has an argument "
+        f"'{match[1]}'.{nearest(match[1], known)}"
     )

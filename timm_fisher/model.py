@@ -2,30 +2,27 @@
 
 # No future annotations: torch.fx hands those of `forward` to TorchScript, which takes no text.
 
+import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, cast
+from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
 
 import torch
-from timm.data.loader import adapt_to_chs
 from timm.layers.helpers import to_2tuple
 from timm.models import get_model_input_config, group_parameters
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from timm_fisher.backbone import create_backbone, describe_weights
+from timm_fisher.backbone import create_backbone, describe_weights, set_size, wrap_cfg
 from timm_fisher.compose import ConcatHeads, parse_heads
 from timm_fisher.descriptors import StageDescriptors, read_last
 from timm_fisher.head import PoolingHead, Unpooled
 from timm_fisher.registry import check_output, create_head
 from timm_fisher.script import scriptable
 
-# What a pretrained_cfg says about images; the rest of it is about the backbone's own weights.
-_DATA_KEYS = (
-    'input_size', 'test_input_size', 'min_input_size', 'fixed_input_size', 'interpolation',
-    'crop_pct', 'test_crop_pct', 'crop_mode', 'mean', 'std', 'license',
-)  # fmt: skip
+Model = TypeVar('Model', bound=nn.Module)
 
 
 class PooledModel(nn.Module):
@@ -308,7 +305,7 @@ class PooledModel(nn.Module):
             resize(**given)
         input_size = (self.in_chans, *size)
         pool_size = self.descriptors.grid(self.backbone, input_size)
-        _set_input_size(self.pretrained_cfg, input_size, pool_size)
+        set_size(self.pretrained_cfg, input_size, pool_size)
         if img_size is not None:
             self._given['img_size'] = img_size
 
@@ -384,40 +381,22 @@ class PooledModel(nn.Module):
         """Nothing: timm's factory adds what it was called with, which the model knows."""
 
 
-def _set_input_size(
-    cfg: dict[str, Any], input_size: tuple[int, ...], pool_size: tuple[int, int] | None
-) -> None:
-    """Another size of input and of its grid in an image configuration; what it says of testing goes
-    with the old one."""
-    if tuple(cfg['input_size']) != input_size:
-        for key in ('test_input_size', 'test_crop_pct'):
-            cfg.pop(key, None)
-    cfg |= {'input_size': input_size, 'pool_size': pool_size}
+def with_place(build: Callable[..., Model]) -> Callable[..., Model]:
+    """Give a function that builds a model the arguments `device` and `dtype` of its tensors."""
+
+    @functools.wraps(build)
+    def call(
+        *args: Any,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **arguments: Any,
+    ) -> Model:
+        with nullcontext() if device is None else torch.device(device):
+            model = build(*args, **arguments)
+        return model if dtype is None else model.to(dtype=dtype)
+
+    return call
 
 
 def _create_classifier(in_features: int, num_classes: int) -> nn.Module:
     return nn.Linear(in_features, num_classes) if num_classes > 0 else nn.Identity()
-
-
-def wrap_cfg(
-    source: Mapping[str, Any],
-    input_size: tuple[int, ...],
-    pool_size: tuple[int, int] | None,
-    num_classes: int,
-) -> dict[str, Any]:
-    """The image configuration of a model from that of its backbone (`source`): module names as seen
-    from the model, and rows and columns of its descriptors (`pool_size`)."""
-    cfg = {key: source[key] for key in _DATA_KEYS if key in source}
-    _set_input_size(cfg, input_size, pool_size)
-    # Of grey images timm's loader takes the average, its transform refuses three values.
-    cfg |= {key: adapt_to_chs(cfg[key], input_size[0]) for key in ('mean', 'std') if key in cfg}
-    stem = source.get('first_conv')
-    if stem is not None:
-        names = [f'backbone.{name}' for name in ([stem] if isinstance(stem, str) else stem)]
-        stem = names[0] if isinstance(stem, str) else names
-    return cfg | {
-        'architecture': 'timm_fisher',
-        'num_classes': num_classes,
-        'first_conv': stem,
-        'classifier': 'classifier',
-    }

@@ -15,10 +15,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from timm.models import register_model
+import timm
+from timm.models import PretrainedCfg, generate_default_cfgs, register_model
+from torch import nn
 
+from timm_fisher.backbone import wrap_cfg
 from timm_fisher.factory import timm_fisher
-from timm_fisher.model import PooledModel
 
 # "Deep Global Generalized Gaussian Networks", section 3.3: reduction to 256, no downsampling in the
 # last stage (14 x 14 descriptors of 224 px), 3 blocks, 5 iterations; section 3.2.1: lambda = 1. The
@@ -74,13 +76,28 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+def _image_config(preset: dict[str, Any]) -> PretrainedCfg:
+    """What timm knows of a preset before it is built: images as its backbone's weights want them,
+    at the paper's size, and the rows and columns that its descriptors have then."""
+    source: Any = timm.get_pretrained_cfg(preset['backbone'])
+    size = preset['img_size']
+    side = size // (16 if {'last_stride', 'stage'} & preset.keys() else 32)
+    return PretrainedCfg(**wrap_cfg(source.to_dict(), (3, size, size), (side, side), 1000))
+
+
+# `register_model` looks here for what timm shall know of a name.
+default_cfgs = generate_default_cfgs({name: _image_config(PRESETS[name]) for name in PRESETS})
+
+
 def _register(name: str, preset: dict[str, Any]) -> None:
-    def entry_point(pretrained: bool = False, **arguments: Any) -> PooledModel:
+    def entry_point(pretrained: bool = False, **arguments: Any) -> nn.Module:
         head_kwargs = arguments.get('head_kwargs')
         if arguments.get('head', preset['head']) == preset['head']:
             head_kwargs = {**preset['head_kwargs'], **(head_kwargs or {})}
+        if 'output_stride' in arguments:  # the stride of the last stage, said in another way
+            arguments.setdefault('last_stride', None)
         arguments = {**preset, **arguments, 'head_kwargs': head_kwargs}
-        model: PooledModel = timm_fisher(pretrained, **arguments)
+        model: nn.Module = timm_fisher(pretrained, **arguments)
         return model
 
     # timm takes name and module of a model from its function.

@@ -99,7 +99,9 @@ def test_fit_on_two_ranks_equals_the_fit_on_one(ranks, head):
 
 @pytest.mark.parametrize('head', distributed_checks.HEADS)
 def test_gradients_on_two_ranks_equal_those_on_one(ranks, head):
-    expected = distributed_checks.gradients(distributed_checks.create(head))
+    expected = distributed_checks.gradients(
+        distributed_checks.WithLoss(distributed_checks.create(head))
+    )
     assert {'classifier.weight', 'backbone.conv1.0.weight'} <= set(expected)
     for rank in ranks:
         torch.testing.assert_close(rank['gradients'][head], expected, atol=1e-5, rtol=1e-5)

@@ -16,7 +16,7 @@ from timm_fisher.backbone import can_resize, digest
 from timm_fisher.errors import LoadError
 from timm_fisher.hub.config import TRUST, SavedConfig, read_config
 from timm_fisher.hub.weights import Header, check_tensors, read_header, read_tensors
-from timm_fisher.model import PooledModel
+from timm_fisher.model import PooledModel, with_place
 from timm_fisher.registry import check_arguments, nearest
 
 # Arguments of the factory that no model has.
@@ -57,7 +57,7 @@ def from_pretrained(
             USER/NAME on the Hub, or 'hf-hub:USER/NAME'.
         revision: branch, tag or commit on the Hub.
         pretrained: load the weights; otherwise the architecture alone, with fresh values.
-        **arguments: those of `load`, such as `num_classes`, `backbone` or `cache_dir`.
+        **arguments: those of `load`, such as `num_classes`, `backbone`, `device` or `dtype`.
 
     Raises:
         ValueError: a name that is none of these.
@@ -98,6 +98,7 @@ def find(name: str, revision: str | None) -> tuple[str, str]:
     return 'hf-hub', repo_id + at
 
 
+@with_place
 def load(
     source: str,
     place: str,
@@ -146,7 +147,7 @@ def load(
     cfg = resolve_pretrained_cfg(
         'timm_fisher', {**saved.images, **origin, **(pretrained_cfg_overlay or {})}
     ).to_dict()
-    own = {key: model.pretrained_cfg[key] for key in ('classifier', 'first_conv')}
+    own = {key: model.pretrained_cfg[key] for key in ('classifier', 'first_conv', 'pool_size')}
     model.pretrained_cfg = {**cfg, **own}
     num_classes, size = arguments.get('num_classes'), arguments.get('img_size')
     if num_classes not in (None, model.num_classes):
