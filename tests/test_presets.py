@@ -75,6 +75,10 @@ def test_shapes(name):
     size, side, length = SHAPES[name]
     model = preset(name)
     assert model.pretrained_cfg['input_size'] == (3, size, size)
+    assert model.pretrained_cfg['pool_size'] == (side, side)
+    known = timm.get_pretrained_cfg(name).to_dict()  # without building it
+    ignored = {'architecture': name, 'num_classes': 1000, 'custom_load': False}
+    assert known == model.pretrained_cfg | ignored
     features = model.forward_features(torch.empty(2, 3, size, size, device='meta'))
     assert features.shape == (2, model.num_features, side, side)
     assert model.forward_head(features, pre_logits=True).shape == (2, length)
@@ -127,7 +131,7 @@ def test_arguments_take_the_place_of_the_presets():
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [
-        ({'num_clases': 3}, "no argument 'num_clases'.* Did you mean 'num_classes'"),
+        ({'num_clases': 3}, "has an argument 'num_clases'.* Did you mean 'num_classes'"),
         ({'head_kwargs': {'block': 1}}, "'3g' has no argument 'block'.* Did you mean 'blocks'"),
     ],
     ids=['model', 'head'],
@@ -135,6 +139,11 @@ def test_arguments_take_the_place_of_the_presets():
 def test_unknown_argument(arguments, message):
     with pytest.raises(TypeError, match=message):
         on_meta('resnet18_3g', **arguments)
+
+
+def test_unknown_tag():
+    with pytest.raises(ValueError, match=r"no tag 'nonsense'.* as in backbone='resnet50"):
+        on_meta('resnet18_3g.nonsense')
 
 
 def test_is_no_backbone():

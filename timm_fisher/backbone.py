@@ -4,6 +4,7 @@ its weights come from."""
 from __future__ import annotations
 
 import hashlib
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -154,6 +155,32 @@ def can_resize(backbone: Any) -> bool:
     """Whether a backbone that is built takes images of another size."""
     fixed = get_model_input_config(backbone)['fixed_input_size']
     return not fixed or hasattr(backbone, 'set_input_size')
+
+
+def resize(backbone: Any, size: tuple[int, int], patch_size: tuple[int, int] | None) -> None:
+    """Have a backbone take images of another height and width, and patches of another, in place.
+
+    Raises:
+        ValueError: it can neither take another size nor resample.
+    """
+    built = get_model_input_config(backbone)
+    given = {'patch_size': patch_size} if patch_size else {}
+    if built['fixed_input_size'] and size != built['input_size'][1:]:
+        given['img_size'] = size
+    change: Any = getattr(backbone, 'set_input_size', None)
+    allowed = inspect.signature(change).parameters if change else ()
+    for key, value in given.items():
+        if key not in allowed:
+            raise ValueError(
+                f'{type(backbone).__name__} was built for images {built["input_size"]} and cannot '
+                f'change to {key}={value}. Create it so.'
+            )
+    if patch_size:  # timm leaves these as they were
+        before = max(to_2tuple(backbone.patch_embed.patch_size))
+        for stage in backbone.feature_info:
+            stage['reduction'] = stage['reduction'] * max(patch_size) // before
+    if given:
+        change(**given)
 
 
 def _keep_last_stride(backbone: Any, last_stride: int) -> None:

@@ -3,7 +3,6 @@
 # No future annotations: torch.fx hands those of `forward` to TorchScript, which takes no text.
 
 import functools
-import inspect
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -11,11 +10,11 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
 
 import torch
 from timm.layers.helpers import to_2tuple
-from timm.models import get_model_input_config, group_parameters
+from timm.models import group_parameters
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from timm_fisher.backbone import create_backbone, describe_weights, set_size, wrap_cfg
+from timm_fisher.backbone import create_backbone, describe_weights, resize, set_size, wrap_cfg
 from timm_fisher.compose import ConcatHeads, parse_heads
 from timm_fisher.descriptors import StageDescriptors, read_last
 from timm_fisher.head import PoolingHead, Unpooled
@@ -286,23 +285,8 @@ class PooledModel(nn.Module):
         Raises:
             ValueError: the backbone can neither take another size nor resample.
         """
-        built = get_model_input_config(self.backbone)
         size = to_2tuple(img_size or self.pretrained_cfg['input_size'][1:])
-        given: dict[str, Any] = {}
-        if built['fixed_input_size'] and size != built['input_size'][1:]:
-            given['img_size'] = size
-        if patch_size is not None:
-            given['patch_size'] = to_2tuple(patch_size)
-        resize: Any = getattr(self.backbone, 'set_input_size', None)
-        allowed = inspect.signature(resize).parameters if resize else ()
-        for key, value in given.items():
-            if key not in allowed:
-                raise ValueError(
-                    f'{type(self.backbone).__name__} was built for images {built["input_size"]} '
-                    f'and cannot change to {key}={value}. Create it so.'
-                )
-        if given:
-            resize(**given)
+        resize(self.backbone, size, None if patch_size is None else to_2tuple(patch_size))
         input_size = (self.in_chans, *size)
         pool_size = self.descriptors.grid(self.backbone, input_size)
         set_size(self.pretrained_cfg, input_size, pool_size)
