@@ -1,12 +1,14 @@
 """What timm's own tools ask of a model beside `forward`: .github/timm_tests.md has the outcome of
 timm's tests."""
 
+import json
 import warnings
 
 import pytest
 import timm
 import torch
 from distributed_checks import COMPOSED, HEADS, SMALL
+from safetensors.torch import load_file
 from small_models import create, images
 from timm.data import resolve_input_data_config
 from timm.models import create_feature_extractor, get_graph_node_names
@@ -118,6 +120,22 @@ def test_built_on_meta_then_filled(head):
         if hasattr(module, 'init_non_persistent_buffers'):
             module.init_non_persistent_buffers()
     assert torch.equal(filled(x), model(x))
+
+
+def test_steps_of_transformers(tmp_path):
+    """What `AutoModelForImageClassification` does with a saved folder."""
+    model, x = small('bilinear'), images()
+    model.backbone_weights = {'hf_hub_id': 'USER/NAME', 'sha256': '0' * 64}  # as if it had some
+    timm_fisher.save_model(model, tmp_path)
+    config = json.loads((tmp_path / 'config.json').read_text())
+    with torch.device('meta'):
+        built = timm.create_model(
+            config['architecture'], num_classes=config['num_classes'], **config['model_args']
+        )
+    built.load_state_dict(load_file(tmp_path / 'model.safetensors'), assign=True)
+    built.head.triangle.to_empty(device='cpu').init_non_persistent_buffers()
+    assert torch.equal(built.eval()(x), model(x))
+    assert torch.equal(timm_fisher.from_pretrained(tmp_path).eval()(x), model(x))
 
 
 @pytest.mark.parametrize('name', ['timm_fisher', 'resnet18_3g', 'saved'])

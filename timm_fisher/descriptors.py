@@ -344,6 +344,9 @@ class Unused(nn.Identity):
     def set_input_size(self, *args: Any, **kwargs: Any) -> None:
         """Nothing to resize: a backbone tells each of its stages."""
 
+    def reset(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing to take out: a backbone tells its old head."""
+
 
 def remove_unused(backbone: Any, idle: set[str], dead: set[str]) -> None:
     """Take what `find_descriptors` found unused out of a backbone, in place: idle modules reach

@@ -70,6 +70,7 @@ def timm_fisher(
     pretrained_cfg_overlay: dict[str, Any] | None = None,
     cache_dir: str | Path | None = None,
     pretrained_model_args: dict[str, Any] | None = None,
+    backbone_weights: dict[str, str | None] | None = None,
     **arguments: Any,
 ) -> nn.Module:
     """timm's entry point for a `PooledModel`; the arguments are those of the class, and of its
@@ -81,6 +82,9 @@ def timm_fisher(
 
     `features_only=True` gives the backbone's maps of several stages instead, as timm does, from
     which stages `out_indices` says. Of what was saved they are those of the trained backbone.
+
+    `backbone_weights` stands in a config.json; transformers, which loads the weights by itself,
+    gives it to the factory, where nothing depends on it.
     """
     if 'global_pool' in arguments:
         raise TypeError(

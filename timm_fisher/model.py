@@ -160,6 +160,11 @@ class PooledModel(nn.Module):
         return self.pretrained_cfg
 
     @property
+    def output_fmt(self) -> str:
+        """Layout of the last of what `forward_features` gives: NCHW, NHWC or NLC."""
+        return cast(str, self.descriptors[-1].layout)
+
+    @property
     def feature_info(self) -> list[dict[str, Any]]:
         """Those stages of the backbone that are left in it, with module names of this model."""
         stages = self.backbone.feature_info[: self._stages_left]

@@ -358,7 +358,6 @@ def test_only_what_the_caller_gave_is_recorded(tmp_path):
         'head': 'gem',
         'stage': -2,
         'backbone_kwargs': {'output_stride': 16},
-        'num_classes': 3,
         'in_chans': 3,
     }
     loaded = timm_fisher.from_pretrained(tmp_path)

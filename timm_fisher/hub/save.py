@@ -178,6 +178,10 @@ def _write_model(
         {'backbone_weights': weights} if weights else None,
         data_config,
     )
+    written: dict[str, Any] = json.loads(path.read_text())
+    # It stands at the top, too, and transformers gives it to the factory beside these.
+    del written['model_args']['num_classes']
+    path.write_text(json.dumps(written, indent=2))
     state = model.state_dict()
     if unknown := sorted(set(float16) - set(state)):
         raise ValueError(f"The model has no tensor '{unknown[0]}' to be stored in float16.")
@@ -206,7 +210,6 @@ def _write_model(
     except LoadError as error:  # what cannot be loaded is not saved
         reason = str(error).replace(f" of '{folder}'", '')
         raise ValueError(f'The model cannot be saved: {reason}') from error
-    written: dict[str, Any] = json.loads(path.read_text())
     try:
         check_config(written)
     except ValueError as error:
