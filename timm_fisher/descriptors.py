@@ -126,38 +126,35 @@ class StageDescriptors(nn.ModuleList):
     @torch.no_grad()
     def grid(self, backbone: Any, input_size: Sequence[int]) -> tuple[int, int] | None:
         """Rows and columns of the last stage for an image (channels, height, width), None if they
-        are no grid. Looks at a copy on the meta device, which takes neither time nor memory."""
-        tensors = [*backbone.parameters(), *backbone.buffers()]
-        meta = copy.deepcopy(backbone, {id(tensor): tensor.to('meta') for tensor in tensors}).eval()
-        image = torch.empty(1, *input_size, device='meta', dtype=like(backbone)['dtype'])
+        are no grid."""
+        meta, image = _on_meta(backbone, input_size)
         last = cast(Descriptors, self[-1])
         return last.grid(backbone, self.features(meta, image)[-1], input_size[1:])
 
 
 def read_last(
-    before: StageDescriptors, backbone: Any, stage: int, channels: int
+    backbone: Any, stage: int, channels: int, input_size: Sequence[int]
 ) -> StageDescriptors:
-    """What reads a backbone that now ends at a stage, counted from the first.
-
-    Args:
-        before: what read it.
-        backbone: a timm model that was pruned.
-        stage: its last one, of so many `channels`.
-    """
-    was = cast(Descriptors, before[-1])
-    if was.intermediate:
+    """What reads a backbone that was pruned, and ends at a stage, counted from the first, of so
+    many channels, for an image (channels, height, width)."""
+    meta, image = _on_meta(backbone, input_size)
+    last = _from_features(meta, meta.forward_features(image), image, 'drop')
+    if last is None or last.num_features != channels:
         last = Descriptors(stage=stage, layout='NCHW', num_features=channels, intermediate=True)
-    else:
-        prefix = getattr(backbone, 'num_prefix_tokens', 0) if was.layout == 'NLC' else 0
-        mode = 'keep' if was.class_token == 'keep' else 'drop'
-        last = Descriptors(
-            stage=-1,
-            layout=was.layout,
-            num_features=channels,
-            num_prefix_tokens=prefix,
-            class_token=mode,
-        )
     return StageDescriptors([last], one_pass=False)
+
+
+def _on_meta(backbone: Any, input_size: Sequence[int]) -> tuple[Any, Tensor]:
+    """A copy on the meta device, which takes neither time nor memory, and an image for it."""
+    tensors = [*backbone.parameters(), *backbone.buffers()]
+    modes = {module: module.training for module in backbone.modules()}
+    backbone.train()  # empties what timm's attention keeps, which cannot be copied
+    with torch.no_grad():
+        memo = {id(tensor): tensor.to('meta') for tensor in tensors}
+    meta = copy.deepcopy(backbone, memo).eval()
+    for module, mode in modes.items():
+        module.training = mode
+    return meta, torch.empty(1, *input_size, device='meta', dtype=like(backbone)['dtype'])
 
 
 def _intermediates(backbone: Any, x: Tensor, stages: list[int], **options: Any) -> list[Tensor]:
@@ -312,8 +309,10 @@ def _unused_parts(
     idle: set[str] = set()
     for name, module in backbone.named_modules():  # a module comes before its children
         inside = {key for key, _ in module.named_parameters(prefix=name)}
-        # Code that never calls a list of modules may still loop over it: take out what is in it.
+        # Code that never calls a list of modules may still loop over it, and code that prunes a
+        # backbone asks its old head to reset itself: take out what is in them.
         container = isinstance(module, nn.ModuleList | nn.ModuleDict | nn.Sequential)
+        container |= hasattr(module, 'reset')
         if name and inside and inside <= dead and name not in ran and not container:
             idle.add(name)
             dead -= inside
@@ -343,9 +342,6 @@ class Unused(nn.Identity):
 
     def set_input_size(self, *args: Any, **kwargs: Any) -> None:
         """Nothing to resize: a backbone tells each of its stages."""
-
-    def reset(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing to take out: a backbone tells its old head."""
 
 
 def remove_unused(backbone: Any, idle: set[str], dead: set[str]) -> None:

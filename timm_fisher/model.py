@@ -323,7 +323,9 @@ class PooledModel(nn.Module):
         if prune_head or last < number - 1:
             self.num_features = self.feature_info[last]['num_chs']
             self._stages_left = last + 1
-            self.descriptors = read_last(self.descriptors, self.backbone, last, self.num_features)
+            self.descriptors = read_last(
+                self.backbone, last, self.num_features, self.pretrained_cfg['input_size']
+            )
             self.head = Unpooled(self.num_features)
             self.head_hidden_size = self.num_features
             self.reset_classifier(0)
