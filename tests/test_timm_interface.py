@@ -213,7 +213,12 @@ def test_feature_info_is_of_this_model():
 
 @pytest.mark.parametrize(
     ('backbone', 'arguments'),
-    [('test_resnet', {}), ('test_vit', {'class_token': 'append'}), ('test_resnet', {'stage': -2})],
+    [
+        ('test_resnet', {}),
+        ('test_convnext', {}),  # asks its old head, which is not called, to reset itself
+        ('test_vit', {'class_token': 'append'}),
+        ('test_resnet', {'stage': -2}),
+    ],
 )
 def test_prune_intermediate_layers(backbone, arguments):
     model, x = create(backbone, **arguments), images(size=160)
@@ -286,6 +291,15 @@ def test_pool_size_leaves_the_model_as_it_is():
     model.set_input_size(96)
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
     assert all(module.training for module in model.modules())
+
+
+def test_pool_size_where_attention_is_kept():
+    """timm keeps it between calls in eval mode, as a tensor that cannot be copied."""
+    with torch.device('meta'):
+        model = create('levit_128s')
+        model(torch.empty(1, 3, 224, 224))
+        assert model.descriptors.grid(model.backbone, (3, 224, 224)) == (4, 4)
+    assert not any(module.training for module in model.modules())
 
 
 def test_other_patches(tmp_path):
