@@ -133,7 +133,8 @@ class PooledModel(nn.Module):
             backbone = self.backbone.pretrained_cfg['architecture']
             backbone_kwargs = {**built.arguments, **(backbone_kwargs or {})}
             img_size = img_size or self._built_args.get('img_size')
-        options = {k: v for k, v in (backbone_kwargs or {}).items() if k != 'checkpoint_path'}
+        files = ('checkpoint_path', 'pretrained_cfg_overlay')
+        options = {k: v for k, v in (backbone_kwargs or {}).items() if k not in files}
         given: dict[str, Any] = {
             'head_kwargs': head_kwargs or None,
             'backbone_kwargs': options or None,

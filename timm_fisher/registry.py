@@ -83,13 +83,9 @@ def create_head(name: str, in_features: int, /, **arguments: Any) -> PoolingHead
 
 
 def check_output(name: str, in_features: int, arguments: Mapping[str, Any]) -> None:
-    """Refuse a head whose `forward` returns no tensor `[B, out_features]` on the meta device, where
-    trying costs next to nothing; one that does not run there fails where it is used.
-
-    Raises:
-        TypeError: it returns no tensor.
-        ValueError: it returns a tensor of another shape.
-    """
+    """Refuse a head whose `forward` returns no tensor (TypeError), or one that is not
+    `[B, out_features]` (ValueError), on the meta device, where trying costs next to nothing; one
+    that does not run there fails where it is used."""
     try:
         with torch.device('meta'), torch.no_grad():
             head = create_head(name, in_features, **arguments).eval()

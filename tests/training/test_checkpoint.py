@@ -37,7 +37,7 @@ def test_run_is_neither_overwritten_nor_resumed_with_other_settings(recipe, few)
     before = {path: path.read_bytes() for path in run.rglob('*') if path.is_file()}
     with pytest.raises(ValueError, match=r"run' holds a run already.*--resume true"):
         recipe(data_dir=few, **NO_TEST)
-    with pytest.raises(ValueError, match=r'must keep the settings.*batch_size was 16, is 8'):
+    with pytest.raises(ValueError, match=r'with other settings: .*batch_size was 16, is 8'):
         recipe(data_dir=few, resume=True, **{**NO_TEST, 'batch_size': 8})
     assert before == {path: path.read_bytes() for path in run.rglob('*') if path.is_file()}
 

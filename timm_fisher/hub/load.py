@@ -23,7 +23,6 @@ from timm_fisher.registry import check_arguments, nearest
 LOADING = ('pretrained', 'pretrained_cfg_overlay', 'cache_dir')
 MOST_DERIVED = 2**28  # bytes of tables beside four times the stored weights
 UNPROVEN = 2**27  # values beside those of timm's architecture, where no weights are loaded
-COMMON_CHANNELS = 64  # of images; more would make the first layer large
 HUB_USER = 'timm-fisher'
 RELEASED = (
     'mnist-dbm-idfk',
@@ -297,12 +296,10 @@ def _check_size(model: nn.Module, saved: SavedConfig, header: Header | None, whe
         )
     if header is not None:
         return
-    if (
-        'backbone_kwargs' not in saved.arguments
-        and saved.arguments.get('in_chans', 3) <= COMMON_CHANNELS
-    ):
-        tensors = _split(tensors)[0]
-    count = sum(tensor.numel() for tensor in tensors.values())
+    with torch.device('meta'):
+        plain = timm.create_model(saved.arguments['backbone'], num_classes=0).state_dict()
+    counts = [sum(value.numel() for value in state.values()) for state in (tensors, plain)]
+    count = counts[0] - counts[1]
     if count > UNPROVEN:
         raise LoadError(
             f"The config.json of '{where}' is refused: without weights it asks for {count} values "

@@ -46,6 +46,7 @@ def open_folder(config: Config, accelerator: Accelerator) -> Iterator[Path]:
             if latest_checkpoint(output):
                 check_settings(output, config)
             elif accelerator.is_main_process:
+                (output / 'metrics.json').unlink(missing_ok=True)  # of a run that was deleted
                 write(output / 'config.yaml', config.to_yaml())
         yield output
     finally:
@@ -65,13 +66,17 @@ def check_settings(output: Path, config: Config) -> None:
     changed = [key for key in new if key not in free and new[key] != old.get(key)]
     if changed:
         text = '; '.join(f'{key} was {old.get(key)!r}, is {new[key]!r}' for key in changed)
-        raise ValueError(f"--resume must keep the settings of '{output}': {text}.")
+        raise ValueError(
+            f"'{output}' holds a run with other settings: {text}. Keep them to continue it, or "
+            'give another --output.'
+        )
 
 
 def latest_checkpoint(output: Path) -> Path | None:
     """The newest complete checkpoint in the folder of a run, if there is one."""
-    complete = output.glob('checkpoint-*[0-9]')
-    return max(complete, key=lambda path: int(path.name.partition('-')[2]), default=None)
+    numbers = {path.name.removeprefix('checkpoint-'): path for path in output.glob('checkpoint-*')}
+    newest = max(filter(str.isdigit, numbers), key=int, default='')
+    return numbers.get(newest)
 
 
 @dataclass

@@ -87,8 +87,8 @@ class Config:
             stratified by class and always the same.
         folds: number of parts, stratified by class, to cut such an .npz into instead; 0 for none.
         fold: which of them, from 0, is the test split.
-        max_train: at most this many training images, at random but always the same, validation
-            images that are carved off among them; null for all.
+        max_train: at most this many training images, at random but always the same, before
+            validation images are carved off; null for all.
         max_test: at most this many test images, likewise.
         backbone: any name that timm.create_model takes, local-dir:FOLDER included.
         pretrained: load the backbone's pretrained weights.

@@ -61,8 +61,9 @@ class Split:
         source = getattr(self.dataset, 'reader', self.dataset)
         digest = hashlib.sha256(self.indices.tobytes() + self.labels.tobytes())
         if isinstance(source, ArrayImages):
-            pixels = source.pixels[self.indices]
-            digest.update(f'{pixels.shape}'.encode() + pixels.tobytes())
+            digest.update(repr(source.pixels.shape[1:]).encode())
+            for i in self.indices:  # one by one: a copy of all could fill the memory
+                digest.update(source.pixels[i].tobytes())
         elif hasattr(source, 'samples'):
             for path, _ in (source.samples[i] for i in self.indices):
                 stat = os.stat(path)

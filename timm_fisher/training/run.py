@@ -376,9 +376,8 @@ class Run:
 
 def _text(results: dict[str, Any]) -> str:
     """`val loss 0.1234, val accuracy 98.76%`."""
-    forms = {
-        k: '.2%' if 'accuracy' in k else '.4g' * isinstance(v, float) for k, v in results.items()
-    }
+    forms = {k: '.4g' if isinstance(v, float) else '' for k, v in results.items()}
+    forms |= {k: '.2%' for k in forms if 'accuracy' in k}
     return ', '.join(f'{k.replace("_", " ")} {v:{forms[k]}}' for k, v in results.items())
 
 
