@@ -3,6 +3,7 @@ on the meta device, compare, then read the weights."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ RELEASED = (
     'trashnet-isqrt-cov',
     'trashnet-sparse-fisher',
 )
+BACKBONE_VARIABLE = 'TIMM_FISHER_BACKBONE'  # for scripts that hand no arguments to a model
 CHECKOUT = Path(__file__).parents[2] / 'hub_cards'
 
 
@@ -115,7 +117,8 @@ def load(
         source, place, cache_dir: as `timm_fisher.hub.weights.find_file` takes them.
         pretrained: load the weights; otherwise all values are fresh.
         backbone: where an adapter's backbone comes from instead of the Hub: a name that
-            `timm.create_model` takes, such as 'local-dir:FOLDER'.
+            `timm.create_model` takes, such as 'local-dir:FOLDER'. None for what the environment
+            variable TIMM_FISHER_BACKBONE says, if it is set.
         any_backbone: take other weights of the backbone than an adapter was trained with.
         trust_config: lift the limits on the backbone's arguments, on the size of images, and on
             memory that the weights do not fill.
@@ -186,6 +189,7 @@ def _find_backbone(
 ) -> Header:
     """The header of the weights of an adapter's backbone."""
     repo_id = (saved.backbone_weights or {})['hf_hub_id']
+    backbone = backbone or os.environ.get(BACKBONE_VARIABLE)
     if backbone is None and repo_id is None:
         raise LoadError(
             f"'{where}' is an adapter, head and classifier alone, and does not say which backbone "
