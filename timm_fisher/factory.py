@@ -12,7 +12,8 @@ from timm.models import register_model
 
 from timm_fisher.hub.load import LOADING, load
 from timm_fisher.model import PooledModel
-from timm_fisher.registry import check_arguments, get_head, nearest
+from timm_fisher.registry import check_arguments, nearest
+from timm_fisher.specification import argument_names
 
 
 def create_model(
@@ -25,21 +26,19 @@ def create_model(
     """`timm.create_model('timm_fisher', ...)` with the head's arguments beside the model's.
 
     ```python
-    create_model('resnet50', head='sparse_fisher', code_dim=100, num_classes=67)
+    create_model('resnet50', head='avg + sparse_fisher@-2', code_dim=100, num_classes=67)
     ```
 
     Args:
         backbone, head, pretrained: as `PooledModel` takes them.
-        **arguments: others of `PooledModel`, and those of a single head.
+        **arguments: others of `PooledModel`, and of its `head_kwargs`.
 
     Raises:
         ValueError: an unknown backbone, head, stage or class-token mode.
         TypeError: an argument that neither model nor head has; the nearest ones are named.
     """
     of_model = set(inspect.signature(PooledModel).parameters)
-    of_head = set()
-    if isinstance(head, str):
-        of_head = set(inspect.signature(get_head(head)).parameters) - {'in_features'}
+    of_head = argument_names(head)
     for key in arguments:
         if key not in of_model | of_head:
             raise TypeError(

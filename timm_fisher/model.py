@@ -17,6 +17,7 @@ from timm_fisher.compose import ConcatHeads
 from timm_fisher.descriptors import StageDescriptors
 from timm_fisher.head import PoolingHead
 from timm_fisher.registry import check_output, create_head
+from timm_fisher.specification import parse_heads
 
 # What a pretrained_cfg says about images; the rest of it is about the backbone's own weights.
 _DATA_KEYS = (
@@ -34,10 +35,12 @@ class PooledModel(nn.Module):
 
     Args:
         backbone: any name that `timm.create_model` takes, `hf-hub:` and `local-dir:` included.
-        head: name of an installed head; see `timm_fisher.list_heads()`. Or several heads, each a
-            dict of its `name`, its `stage` (by default the model's) and its arguments: their
-            outputs are L2-normalised and concatenated.
-        head_kwargs: arguments of a single head.
+        head: name of an installed head; see `timm_fisher.list_heads()`. Or several heads, whose
+            outputs are L2-normalised and concatenated: `'avg + sparse_fisher@-2'`, where stage -2
+            is that of the second one, and `avg` takes its form `normalize=True`; or a list of
+            dicts, each of a `name`, its `stage` (by default the model's) and its arguments.
+        head_kwargs: arguments of a head that is named; of several, each goes to the only one that
+            has it.
         backbone_kwargs: further arguments of the backbone, as `timm.create_model` takes them.
         num_classes: outputs of the classifier; 0 gives embeddings.
         in_chans: channels of the image; None for the backbone's own.
@@ -114,7 +117,8 @@ class PooledModel(nn.Module):
             made.append(create_head(name, channels[place], **options))
             if torch.get_default_device().type != 'meta':  # where a saved model is built again
                 check_output(name, channels[place], options)
-        self.head = made[0] if isinstance(head, str) else ConcatHeads(made, places)
+        single = isinstance(head, str) and len(made) == 1
+        self.head = made[0] if single else ConcatHeads(made, places)
         self.head_drop = nn.Dropout(drop_rate)
 
         self.in_chans = built.input_size[0]
@@ -296,39 +300,6 @@ class PooledModel(nn.Module):
     @_model_args.setter
     def _model_args(self, arguments: dict[str, Any]) -> None:
         """Nothing: timm's factory adds what it was called with, which the model knows."""
-
-
-def parse_heads(
-    head: str | Sequence[dict[str, Any]], head_kwargs: dict[str, Any] | None, stage: int
-) -> list[tuple[str, int, dict[str, Any]]]:
-    """Name, stage and arguments of each head of a model.
-
-    Raises:
-        TypeError: several heads that are not a list of dicts with names, or `head_kwargs` for them.
-        ValueError: an empty list.
-    """
-    if isinstance(head, str):
-        return [(head, stage, head_kwargs or {})]
-    if head_kwargs:
-        raise TypeError(
-            f'{head_kwargs=} is for a single head. Of several, each takes its arguments in its own '
-            "dict: head=[dict(name='avg', normalize=True), ...]."
-        )
-    heads = []
-    for given in head if isinstance(head, list | tuple) else [None]:
-        if not isinstance(given, dict) or not isinstance(given.get('name'), str):
-            raise TypeError(
-                f'Several heads are given as a list of dicts with a name, such as [dict(name='
-                f"'gmm_fisher', stage=-2, components=64), ...]; got {head!r:.200}."
-            )
-        arguments = dict(given)
-        name, own_stage = arguments.pop('name'), arguments.pop('stage', stage)
-        if not isinstance(own_stage, int):
-            raise TypeError(f"stage={own_stage!r} of the head '{name}' is not a number like -2.")
-        heads.append((name, own_stage, arguments))
-    if not heads:
-        raise ValueError('head is an empty list; give one head or more.')
-    return heads
 
 
 def _set_input_size(cfg: dict[str, Any], input_size: tuple[int, ...]) -> None:

@@ -162,9 +162,9 @@ def _is_weights(value: Any) -> bool:
 _ARGUMENTS: dict[str, _Check] = {
     'backbone': ("one of timm's architectures", _is_architecture),
     'head': (
-        f'the name of a head, or a list of 1 to {MOST_HEADS} heads',
+        f'the names of 1 to {MOST_HEADS} heads, or a list of them',
         lambda value: (
-            _is_text(100)(value)
+            (_is_text(100 * MOST_HEADS)(value) and value.count('+') < MOST_HEADS)
             or (_is_list(_is_table, MOST_HEADS)(value) and len(value) > 0)
         ),
     ),

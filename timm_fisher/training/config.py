@@ -96,8 +96,10 @@ class Config:
         backbone_stage: -1 pools the backbone's output, -2, -3, ... an earlier stage.
         class_token: drop, keep or append it, where the backbone has one.
         last_stride: 1 keeps stride 1 in the last stage of a ResNet, without dilation.
-        head: name of an installed head; or several, each with its name, stage and arguments.
-        head_kwargs: arguments of a single head.
+        head: names of installed heads, as in 'avg + sparse_fisher@-2', where @-2 is an earlier
+            stage; or a list of heads, each with its name, stage and arguments.
+        head_kwargs: arguments of a head that is named; of several, each goes to the only one that
+            has it.
         drop_rate: dropout before the classifier.
         img_size: side of the input image; null for the backbone's own.
         crop_pct: share of the resized image that evaluation crops; null for the backbone's own.
