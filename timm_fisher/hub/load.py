@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from timm_fisher.backbone import can_resize, digest
 from timm_fisher.errors import LoadError
 from timm_fisher.hub.config import TRUST, SavedConfig, read_config
+from timm_fisher.hub.state import check_rebuildable, rebuild_derived_buffers
 from timm_fisher.hub.weights import Header, check_tensors, read_header, read_tensors
 from timm_fisher.model import PooledModel
 from timm_fisher.registry import check_arguments, nearest
@@ -174,7 +175,7 @@ def _build(saved: SavedConfig, arguments: Mapping[str, Any], where: str) -> Pool
             f"No model can be built from the config.json of '{where}': "
             f'{type(error).__name__}: {error}'
         ) from error
-    _check_rebuildable(model)
+    check_rebuildable(model)
     return model
 
 
@@ -248,7 +249,7 @@ def _fill(
         if tensors[name].shape != wanted.shape:
             tensors[name] = _adapt_stem(tensors[name], model.in_chans, wanted.shape, header.where)
     model.load_state_dict(tensors, strict=True, assign=True)
-    _rebuild_derived_buffers(model)
+    rebuild_derived_buffers(model)
     model.to(torch.get_default_device())
 
 
@@ -309,31 +310,3 @@ def _check_size(model: nn.Module, saved: SavedConfig, header: Header | None, whe
             f"The config.json of '{where}' is refused: without weights it asks for {count} values "
             f"beside those of timm's architecture; at most {UNPROVEN} are allowed. {TRUST}."
         )
-
-
-def _rebuild_derived_buffers(model: nn.Module) -> None:
-    """Give buffers that are not saved their values, as timm's layers do."""
-    for module in model.modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            if buffer.is_meta:
-                setattr(module, name, torch.empty_like(buffer, device='cpu'))
-        rebuild: Any = getattr(module, 'init_non_persistent_buffers', None)
-        if rebuild is not None:
-            rebuild()
-
-
-def _check_rebuildable(model: nn.Module) -> None:
-    """Refuse a model with tensors that neither its weights nor its modules bring back."""
-    saved = model.state_dict().keys()
-    for place, module in model.named_modules():
-        names = [name for name, _ in module.named_buffers(recurse=False)]
-        lost = [name for name in names if f'{place}.{name}'.lstrip('.') not in saved]
-        if hasattr(module, 'init_non_persistent_buffers'):
-            lost = []
-        lost += [name for name, value in vars(module).items() if isinstance(value, Tensor)]
-        if lost:
-            raise LoadError(
-                f"{type(module).__name__} has the tensor '{lost[0]}', which is not saved and could "
-                'not be computed again. Use register_buffer, or write '
-                'init_non_persistent_buffers().'
-            )
