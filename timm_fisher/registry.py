@@ -82,9 +82,9 @@ def create_head(name: str, in_features: int, /, **arguments: Any) -> PoolingHead
 
 
 def check_output(name: str, in_features: int, arguments: Mapping[str, Any]) -> None:
-    """Refuse a head whose `forward` returns no tensor `[B, out_features]`: on the meta device, where
-    trying costs next to nothing, or, if the head does not run there, on the CPU. One that runs on
-    neither fails where it is used.
+    """Refuse a head whose `forward` returns no tensor `[B, out_features]`. It is tried on the meta
+    device, where that costs next to nothing, or, if it does not run there, on the CPU; a head that
+    runs on neither fails where it is used.
 
     Raises:
         TypeError: it returns no tensor.

@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import shutil
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
@@ -29,7 +31,7 @@ def open_folder(config: Config, accelerator: Accelerator) -> Iterator[Path]:
     ValueError if one does, or if `config.resume` and the settings do not fit what is there."""
     output = Path(config.output)
     # The system takes it back when the process ends, however it does.
-    lock = FileLock(output / '.lock', timeout=0)
+    lock, owner = FileLock(output / '.lock', timeout=0), output / '.owner'
     try:
         with accelerator.main_process_first():
             if config.resume and not (output / 'config.yaml').exists():
@@ -40,9 +42,11 @@ def open_folder(config: Config, accelerator: Accelerator) -> Iterator[Path]:
                     lock.acquire()
                 except Timeout as error:
                     raise ValueError(
-                        f"Another run is writing to '{output}'. Wait for its end, or give another "
-                        '--output.'
+                        f"Another run is writing to '{output}'{_read(owner)}. Wait for its end, or "
+                        'give another --output.'
                     ) from error
+                started = time.strftime('%Y-%m-%d %H:%M:%S')
+                write(owner, f': process {os.getpid()} on {platform.node()}, since {started}')
             if latest_checkpoint(output):
                 check_settings(output, config)
             elif accelerator.is_main_process:
@@ -50,7 +54,14 @@ def open_folder(config: Config, accelerator: Accelerator) -> Iterator[Path]:
                 write(output / 'config.yaml', config.to_yaml())
         yield output
     finally:
+        if lock.is_locked:
+            owner.unlink(missing_ok=True)
         lock.release()
+
+
+def _read(path: Path) -> str:
+    # Another run makes it right after the lock.
+    return path.read_text() if path.exists() else ''
 
 
 def check_settings(output: Path, config: Config) -> None:
