@@ -58,6 +58,24 @@ def test_interrupted_run_is_resumed(started, tmp_path):
     assert started[0][1] == ['--resume', 'true']
 
 
+@pytest.mark.parametrize('error', [KeyboardInterrupt, MemoryError])
+def test_run_ends_with_who_waits_for_it(started, tmp_path, monkeypatch, error):
+    """No run goes on alone."""
+    calls = []
+
+    def join(process):
+        calls.append('join')
+        if len(calls) == 1:
+            raise error
+
+    process = launching._PROCESSES.Process
+    monkeypatch.setattr(process, 'join', join)
+    monkeypatch.setattr(process, 'terminate', lambda _: calls.append('terminate'), raising=False)
+    with pytest.raises(error):
+        launch({}, tmp_path / 'run')
+    assert calls == ['join', 'terminate', 'join']
+
+
 def test_log_of_a_resumed_run_goes_on(tmp_path, monkeypatch):
     """A line of the interrupted run stays; a run with other options changes nothing."""
     for key, value in ENVIRONMENT.items():
