@@ -8,7 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pytest
+import torch
 from PIL import Image
+
+from timm_fisher.descriptors import StageDescriptors
 
 # How each is made, and what the error says.
 NO_IMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
@@ -28,3 +32,14 @@ def write_nan(path: Path, value: float = np.nan) -> None:
     pixels = np.full((32, 32), 99, np.float32)
     pixels[3, 4] = value
     Image.fromarray(pixels).save(path, format='TIFF')
+
+
+def make_black_nan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Backbones give NaN for images that are black."""
+    features = StageDescriptors.features
+
+    def nan_for_black(self: StageDescriptors, backbone: object, images: torch.Tensor) -> object:
+        black = (images.flatten(1).amax(1) < -1)[:, None, None, None]  # preprocessed
+        return [x.where(~black, torch.nan) for x in features(self, backbone, images)]
+
+    monkeypatch.setattr(StageDescriptors, 'features', nan_for_black)

@@ -82,10 +82,7 @@ def test_signal_outside_of_training(
         at_call(patch, owner, name, call, send(number))
         with pytest.raises(KeyboardInterrupt, match=f'With --resume true it {place}'):
             recipe(data_dir=few_images, **OPTIONS)
-    left = [
-        path for path in tmp_path.rglob('*') if 'partial' in path.name or '.saving' in path.name
-    ]
-    assert not left
+    assert not [*tmp_path.rglob('*partial*'), *tmp_path.rglob('.saving*')]
     assert (recipe(data_dir=few_images, resume=True, **OPTIONS) / 'metrics.json').exists()
 
 
