@@ -39,7 +39,7 @@ def make_black_nan(monkeypatch: pytest.MonkeyPatch) -> None:
     features = StageDescriptors.features
 
     def nan_for_black(self: StageDescriptors, backbone: object, images: torch.Tensor) -> object:
-        black = (images.flatten(1).amax(1) < -1)[:, None, None, None]  # preprocessed
+        black = (images.flatten(1).amax(1) <= -1)[:, None, None, None]  # preprocessed
         return [x.where(~black, torch.nan) for x in features(self, backbone, images)]
 
     monkeypatch.setattr(StageDescriptors, 'features', nan_for_black)

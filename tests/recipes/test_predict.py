@@ -13,6 +13,8 @@ import pytest
 import timm
 import torch
 from conftest import ROOT, load_script
+from hostile_files import NO_IMAGES, make_black_nan, write_nan
+from limits import within
 from PIL import Image
 from torch import nn
 
