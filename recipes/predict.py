@@ -130,8 +130,11 @@ def find_images(given: Sequence[Path], overlays: Path) -> dict[Path, Path]:
         files = [path]
         if path.is_dir():
             files = [p for p in sorted(path.rglob('*')) if p.suffix.lower() in endings]
-            drawn = overlays.resolve()
-            files = [p for p in files if not p.is_dir() and drawn not in p.resolve().parents]
+            drawn = Path(os.path.realpath(overlays))
+            # Unlike Path.resolve(), realpath takes a link to itself.
+            real = [Path(os.path.realpath(p)) for p in files]
+            pairs = zip(files, real, strict=True)
+            files = [p for p, place in pairs if not p.is_dir() and drawn not in place.parents]
             if not files:
                 raise ValueError(f"'{shown(path)}' holds no image ({' '.join(endings)}).")
         images += files
