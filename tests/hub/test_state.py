@@ -104,8 +104,7 @@ def test_tensor_that_is_not_saved(create, tmp_path, persistent):
 def test_argument_that_is_no_json(create, tmp_path, scale, several):
     if several:
         create()
-        heads = [{'name': 'avg'}, {'name': 'odd', 'scale': scale}]
-        model = timm_fisher.create_model('test_resnet', heads, num_classes=3)
+        model = timm_fisher.create_model('test_resnet', 'avg + odd@-2', scale=scale, num_classes=3)
     else:
         model = create(scale=scale)
     with pytest.raises(TypeError, match=f'^{MAKER} was given scale=.*cannot be saved as JSON'):

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from timm_fisher.errors import LoadError
 from timm_fisher.head import PoolingHead
-from timm_fisher.model import PooledModel, parse_heads
+from timm_fisher.model import PooledModel
 from timm_fisher.registry import title
+from timm_fisher.specification import HeadSpec, parse_heads
 
 
 def rebuild_derived_buffers(model: nn.Module) -> None:
@@ -100,9 +101,9 @@ def _close(a: Tensor, b: Tensor) -> bool:
     return torch.allclose(a, b, rtol=1e-2, atol=1e-2 * scale, equal_nan=True)
 
 
-def _specifications(model: PooledModel) -> list[tuple[str, int, dict[str, Any]]]:
+def _specifications(model: PooledModel) -> list[HeadSpec]:
     given = model._model_args
-    return parse_heads(given['head'], given.get('head_kwargs'), -1)
+    return parse_heads(given['head'], given.get('head_kwargs'))
 
 
 def _owner(model: PooledModel, module: nn.Module) -> str:
