@@ -4,7 +4,8 @@
 
 Prints the top classes and leaves them in `--output`, in predictions.csv; and, where the model pools
 local descriptors, overlays/IMAGE.png: the image as the model sees it, and over it what each of its
-parts adds to the logit of the winning class. The exit status is 1 if an image cannot be read.
+parts adds to the logit of the winning class. The exit status is 1 if an image cannot be read, or
+the output for it is NaN.
 
 Images are read as training and evaluation read them, by timm: not turned upright by their EXIF.
 Cells of predictions.csv that a spreadsheet would take for a formula begin with an apostrophe.
@@ -24,10 +25,11 @@ import timm
 import torch
 from tqdm.auto import tqdm
 
-from timm_fisher.explain import class_names, explain, overlay, read_image
+from timm_fisher.explain import class_names, explain, overlay
 from timm_fisher.files import save_png, write
 from timm_fisher.hub.pypi import from_pretrained_or_pypi
 from timm_fisher.hub.text import csv_cell
+from timm_fisher.images import read_image
 from timm_fisher.training.command_line import run
 
 BATCH = 8  # images
@@ -93,6 +95,11 @@ def main(settings: Settings) -> None:
                 logits = model(x)
         top = logits.float().softmax(1).cpu().topk(min(settings.topk, len(names)))
         for i, path in enumerate(images):
+            if not logits[i].isfinite().all():
+                reason = f"the model's output is NaN or infinite for '{path}'."
+                tqdm.write(f'Skipped: {shown(reason)}', file=sys.stderr)
+                unreadable = True
+                continue
             best = [(names[k], p) for k, p in zip(top.indices[i], top.values[i], strict=True)]
             lines += [shown(path), *(f'  {p:7.2%}  {name}' for name, p in best)]
             for rank, (name, p) in enumerate(best, 1):
@@ -123,8 +130,11 @@ def find_images(given: Sequence[Path], overlays: Path) -> dict[Path, Path]:
         files = [path]
         if path.is_dir():
             files = [p for p in sorted(path.rglob('*')) if p.suffix.lower() in endings]
-            drawn = overlays.resolve()
-            files = [p for p in files if not p.is_dir() and drawn not in p.resolve().parents]
+            drawn = Path(os.path.realpath(overlays))
+            # Unlike Path.resolve(), realpath takes a link to itself.
+            real = [Path(os.path.realpath(p)) for p in files]
+            pairs = zip(files, real, strict=True)
+            files = [p for p, place in pairs if not p.is_dir() and drawn not in place.parents]
             if not files:
                 raise ValueError(f"'{shown(path)}' holds no image ({' '.join(endings)}).")
         images += files

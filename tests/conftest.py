@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -134,6 +135,26 @@ def launch() -> Iterator[Callable[..., subprocess.Popen[str]]]:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+
+
+@pytest.fixture
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Installs a fake distribution with one head: metadata as pip leaves it, and a module."""
+
+    def install_distribution(distribution: str, head: str, value: str, source: str = '') -> None:
+        site = tmp_path / distribution
+        metadata = site / f'{distribution}-1.0.dist-info'
+        metadata.mkdir(parents=True)
+        (metadata / 'METADATA').write_text(
+            f'Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.0\n'
+        )
+        (metadata / 'entry_points.txt').write_text(f'[timm_fisher.heads]\n{head} = {value}\n')
+        module = value.partition(':')[0]
+        (site / f'{module}.py').write_text(textwrap.dedent(source))
+        monkeypatch.syspath_prepend(site)
+        monkeypatch.delitem(sys.modules, module, raising=False)
+
+    return install_distribution
 
 
 # What is tested without training, saving or a launcher: the first of three tiers of tests.

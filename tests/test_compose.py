@@ -171,7 +171,7 @@ def test_class_token_goes_behind_all_heads():
         ({'head': [{'name': 'agv'}]}, ValueError, "Unknown head 'agv'. Did you mean .*'avg'"),
         ({'head': [{'name': 'avg', 'normalise': True}]}, TypeError, "Did you mean 'normalize'"),
         ({'head': [{'name': 'avg', 'stage': -9}]}, ValueError, 'stage=-9 does not exist'),
-        ({'head_kwargs': {'p': 2}}, TypeError, 'is for a single head'),
+        ({'head_kwargs': {'p': 2}}, TypeError, 'is for heads that are named'),
         ({'code_dim': 3}, TypeError, "has an argument 'code_dim'"),
     ],
 )

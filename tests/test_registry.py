@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-import textwrap
 import tomllib
 from pathlib import Path
 
@@ -79,26 +78,6 @@ def test_plugin_trains_and_comes_back_from_a_saved_model(plugin):
     assert {'backbone.conv1.0.weight', 'classifier.weight'} <= set(plugin['moved'])
     assert plugin['loaded'] == ['plugin_max', 2]
     assert plugin['equal']
-
-
-@pytest.fixture
-def install(tmp_path, monkeypatch):
-    """Installs a fake distribution with one head: metadata as pip leaves it, and a module."""
-
-    def install_distribution(distribution, head, value, source=''):
-        site = tmp_path / distribution
-        metadata = site / f'{distribution}-1.0.dist-info'
-        metadata.mkdir(parents=True)
-        (metadata / 'METADATA').write_text(
-            f'Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.0\n'
-        )
-        (metadata / 'entry_points.txt').write_text(f'[{GROUP}]\n{head} = {value}\n')
-        module = value.partition(':')[0]
-        (site / f'{module}.py').write_text(textwrap.dedent(source))
-        monkeypatch.syspath_prepend(site)
-        monkeypatch.delitem(sys.modules, module, raising=False)
-
-    return install_distribution
 
 
 def test_two_distributions_with_one_name(install):
@@ -219,15 +198,22 @@ def test_a_head_that_cannot_be_built_is_named(install, init, error, message):
 @pytest.mark.parametrize(
     ('forward', 'error', 'message'),
     [
-        ('(x.mean(1)[:, :2], None)', TypeError, r'returns a tuple, not a tensor \[B, 2\]'),
-        ('x.mean(1)', ValueError, r'returns a tensor \[2, 8\], not a tensor \[B, 2\]'),
+        ('(x.mean(1)[:, :2], None)', TypeError, r'returns a tuple, not a tensor \[2, 2\] of desc'),
+        ('x.mean(1)', ValueError, r'returns a tensor \[2, 8\], not a tensor \[2, 2\]'),
         ('x[..., :2]', ValueError, r'returns a tensor \[2, 100, 2\], not'),
+        ('x.mean((0, 1))[None, :2]', ValueError, r'returns a tensor \[1, 2\], not'),
+        # What does not run on the meta device.
+        ('x.mean(1)[:, : 3 + int(x.sum() < 0)]', ValueError, r'returns a tensor \[2, 3\], not'),
     ],
 )
 def test_a_head_that_returns_something_else_is_named(install, forward, error, message):
-    install('maker', 'odd', 'maker_odd:Pool', POOL.format(init='', forward=forward))
+    install('maker', 'odd', 'maker_odd:Pool', POOL.format(init='torch.rand(1)', forward=forward))
+    state = torch.get_rng_state()
     with pytest.raises(error, match=f"^Head 'odd' of the distribution 'maker' {message}"):
         check_output('odd', 8, {})
+    assert torch.equal(torch.get_rng_state(), state)
+    with pytest.raises(error, match="'odd' of the distribution 'maker' returns a"):
+        timm_fisher.create_model('test_resnet', 'odd')
 
 
 @pytest.mark.parametrize('name', BUILT_IN)

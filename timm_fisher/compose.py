@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from timm.layers import register_notrace_module
@@ -72,36 +71,3 @@ class TracedHeads(nn.Module):
         """As `ConcatHeads`."""
         pooled: Tensor = self.heads(x)
         return pooled
-
-
-def parse_heads(
-    head: str | Sequence[dict[str, Any]], head_kwargs: dict[str, Any] | None, stage: int
-) -> list[tuple[str, int, dict[str, Any]]]:
-    """Name, stage and arguments of each head of a model.
-
-    Raises:
-        TypeError: several heads that are not a list of dicts with names, or `head_kwargs` for them.
-        ValueError: an empty list.
-    """
-    if isinstance(head, str):
-        return [(head, stage, head_kwargs or {})]
-    if head_kwargs:
-        raise TypeError(
-            f'{head_kwargs=} is for a single head. Of several, each takes its arguments in its own '
-            "dict: head=[dict(name='avg', normalize=True), ...]."
-        )
-    heads = []
-    for given in head if isinstance(head, list | tuple) else [None]:
-        if not isinstance(given, dict) or not isinstance(given.get('name'), str):
-            raise TypeError(
-                f'Several heads are given as a list of dicts with a name, such as [dict(name='
-                f"'gmm_fisher', stage=-2, components=64), ...]; got {head!r:.200}."
-            )
-        arguments = dict(given)
-        name, own_stage = arguments.pop('name'), arguments.pop('stage', stage)
-        if not isinstance(own_stage, int):
-            raise TypeError(f"stage={own_stage!r} of the head '{name}' is not a number like -2.")
-        heads.append((name, own_stage, arguments))
-    if not heads:
-        raise ValueError('head is an empty list; give one head or more.')
-    return heads

@@ -18,30 +18,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from timm.data.config import resolve_model_data_config
 from torch import Tensor
 
 from timm_fisher.descriptors import token_grid
+from timm_fisher.images import read_image as read_image  # one of these functions, to users
 from timm_fisher.model import PooledModel
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-
-def read_image(path: str | Path, channels: int = 3) -> Image.Image:
-    """An image file, in colour or of one channel in grey; as timm reads it, which does not turn a
-    photograph upright by its EXIF. ValueError if it cannot be read as an image."""
-    try:
-        with Image.open(path) as image:
-            return image.convert('L' if channels == 1 else 'RGB')
-    except Exception as error:  # Pillow's decoders raise what they like
-        raise ValueError(f"'{path}' cannot be read as an image: {error}") from error
 
 
 def class_names(model: PooledModel) -> list[str]:

@@ -18,7 +18,8 @@ from torch import nn
 from timm_fisher.backbone import create_features
 from timm_fisher.hub.load import LOADING, load
 from timm_fisher.model import PooledModel, with_place
-from timm_fisher.registry import check_arguments, get_head, nearest
+from timm_fisher.registry import check_arguments, nearest
+from timm_fisher.specification import argument_names
 
 FEATURES = ('features_only', 'out_indices', 'feature_cls')  # timm's arguments for maps
 
@@ -33,12 +34,12 @@ def create_model(
     """`timm.create_model('timm_fisher', ...)` with the head's arguments beside the model's.
 
     ```python
-    create_model('resnet50', head='sparse_fisher', code_dim=100, num_classes=67)
+    create_model('resnet50', head='avg + sparse_fisher@-2', code_dim=100, num_classes=67)
     ```
 
     Args:
         backbone, head, pretrained: as `PooledModel` takes them.
-        **arguments: others of `timm.create_model('timm_fisher', ...)`, and those of a single head.
+        **arguments: others of `timm.create_model('timm_fisher', ...)`, and of its `head_kwargs`.
 
     Raises:
         ValueError: an unknown backbone, head, stage or class-token mode.
@@ -46,9 +47,7 @@ def create_model(
             named.
     """
     of_model = set(inspect.signature(PooledModel).parameters)
-    of_head = set()
-    if isinstance(head, str):
-        of_head = set(inspect.signature(get_head(head)).parameters) - {'in_features'}
+    of_head = argument_names(head)
     for key in of_model & of_head & set(arguments):
         raise TypeError(
             f"Both the model and the head '{head}' have an argument '{key}'. Create the model by "
@@ -169,8 +168,8 @@ def _explain_argument(
         return error
     with torch.device('meta'):
         kinds: list[Any] = [PooledModel, type(timm.create_model(backbone))]
-    kinds += [get_head(head)] if isinstance(head, str) else []
     known = {key for kind in kinds for key in inspect.signature(kind).parameters}
+    known |= argument_names(head)
     return TypeError(
         f"Neither the model, its head {head!r:.100} nor its backbone '{backbone}' has an argument "
         f"'{match[1]}'.{nearest(match[1], known)}"

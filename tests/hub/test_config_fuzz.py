@@ -98,7 +98,7 @@ def often(valid):
 ARGUMENTS = st.fixed_dictionaries(
     {
         'backbone': st.sampled_from(BACKBONES),
-        'head': often(st.sampled_from(['avg', 'gem', 'netvlad', *HEADS])),
+        'head': often(st.sampled_from(['avg', 'avg + gem@-2', 'netvlad', *HEADS])),
     },
     optional={
         'head_kwargs': often(st.dictionaries(KEYS, MILD, max_size=1)),

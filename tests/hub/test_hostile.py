@@ -60,9 +60,13 @@ def huge_header(folder):
 
 
 def seven_billion(folder):
-    """An adapter over a backbone that is nowhere to be found."""
+    """An adapter, right in itself, over a backbone that is nowhere to be found."""
     without_backbone(folder, hf_hub_id='timm/vit_7b_patch16_dinov3.lvd1689m', sha256='0' * 64)
-    edit(folder, argument('backbone', 'vit_7b_patch16_dinov3'))
+    arguments = {'backbone': 'vit_7b_patch16_dinov3', 'head': 'avg', 'head_kwargs': {}}
+    edit(folder, lambda config: config['model_args'].update(arguments))
+    shapes = {'weight': (5, 4096), 'bias': (5,)}
+    state = {f'classifier.{name}': torch.zeros(shape) for name, shape in shapes.items()}
+    save_file(state, folder / 'model.safetensors')
 
 
 def derived_tables(folder):
@@ -92,7 +96,7 @@ def of_images(size):
 ATTACKS = {
     'empty tensors': (many_empty_tensors, 'blocks from 0 to'),
     'length of the header': (huge_header, 'header has 8589934592 bytes'),
-    'backbone of seven billion': (seven_billion, 'not of this model'),
+    'backbone of seven billion': (seven_billion, 'cannot be loaded'),
     'head': (of_arguments(head_kwargs={'code_dim': 900_000}), '900000'),
     'head of another shape': (of_arguments(head_kwargs={'code_dim': 5000}), 'not of this model'),
     'heads': (
@@ -183,8 +187,9 @@ def test_size_of_what_weights_do_not_prove(saved):
         {'num_classes': 1_000_000},
         {'backbone': 'test_vit', 'backbone_kwargs': {'embed_dim': 4096, 'num_heads': 64}},
         {'backbone': 'vit_giant_patch14_224', 'in_chans': 1024},
+        {'backbone': 'gmlp_s16_224', 'img_size': 2048},
     ],
-    ids=['classifier', 'backbone', 'channels'],
+    ids=['classifier', 'backbone', 'channels', 'image'],
 )
 def test_size_that_no_weights_prove(saved, arguments):
     """Beside timm's architecture itself, of whatever size, little may be asked for."""
@@ -196,6 +201,17 @@ def test_size_that_no_weights_prove(saved, arguments):
     edit(saved, change)
     with pytest.raises(LoadError, match=r'without weights it asks for \d{9,} values beside'):
         LOADERS['without weights'](saved)
+
+
+def test_size_of_the_architecture_itself_is_allowed(saved):
+    """303 million values are what timm gives, and nothing that config.json asks for beside them."""
+    arguments = {
+        'backbone': 'vit_large_patch16_224', 'backbone_kwargs': {'dynamic_img_size': True},
+        'head': 'avg', 'head_kwargs': {}, 'img_size': 224, 'in_chans': 3,
+    }  # fmt: skip
+    edit(saved, lambda config: config['model_args'].update(arguments))
+    with torch.device('meta'):
+        timm_fisher.from_pretrained(saved, pretrained=False)
 
 
 def test_nothing_global_is_touched(saved):

@@ -101,7 +101,7 @@ def test_damaged_files_and_pipes(tmp_path, written, file, content):
     path = Path(model_folder(tmp_path / 'mine'), file)
     path.unlink()
     os.mkfifo(path) if content is None else path.write_bytes(content)
-    with pytest.raises(timm_fisher.LoadError, match=r'(is|are) (refused|damaged)|holds no'):
+    with pytest.raises(timm_fisher.LoadError, match=r'JSON|are (damaged|refused)|holds no'):
         pypi.from_pretrained_or_pypi(str(tmp_path / 'mine'))
     assert not written
 

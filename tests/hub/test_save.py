@@ -186,7 +186,8 @@ def test_file_of_a_backbones_weights_is_not_recorded(tmp_path):
     path = tmp_path / 'secret' / 'weights.pth'
     path.parent.mkdir()
     torch.save(timm.create_model('test_resnet', num_classes=0).state_dict(), path)
-    model = create('avg', backbone_kwargs={'checkpoint_path': str(path), 'output_stride': 16})
+    places = {'checkpoint_path': str(path), 'pretrained_cfg_overlay': {'file': str(path)}}
+    model = create('avg', backbone_kwargs={**places, 'output_stride': 16})
     timm_fisher.save_pretrained(model, tmp_path / 'model')
     path.unlink()
     assert not any(b'secret' in file.read_bytes() for file in (tmp_path / 'model').iterdir())

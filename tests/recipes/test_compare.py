@@ -57,12 +57,13 @@ def test_options_of_a_run(compare, tmp_path, monkeypatch):
     """Those of all, then what is tried; the folder is named after it."""
     monkeypatch.setattr(compare, 'launch', lambda options, output, log: (options, output, log))
     options = {'batch_size': 8, 'stages': {'a': {'lr': 1.0, 'epochs': 3}}}
-    settings = {'stages.a.lr': 0.5, 'head_kwargs.dim': 7}
+    settings = {'stages.a.lr': 0.5, 'head_kwargs.dim': 7, 'class_token': 'keep'}
     changed, output, log = compare.run(options, settings, tmp_path, seed=3)
-    config = Config(batch_size=8, seed=3, head_kwargs={'dim': 7})
+    config = Config(batch_size=8, seed=3, head_kwargs={'dim': 7}, class_token='keep')
     config.stages = {'a': Stage(lr=0.5, epochs=3)}
     assert changed == asdict(config)
-    assert (output, log) == (tmp_path / 'lr0.5-dim7-s3', tmp_path / 'lr0.5-dim7-s3.log')
+    name = 'lr0.5-dim7-class_tokenkeep-s3'
+    assert (output, log) == (tmp_path / name, tmp_path / f'{name}.log')
     assert options['stages']['a']['lr'] == 1.0
 
 

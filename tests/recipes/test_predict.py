@@ -13,6 +13,8 @@ import pytest
 import timm
 import torch
 from conftest import ROOT, load_script
+from hostile_files import NO_IMAGES, make_black_nan, write_nan
+from limits import within
 from PIL import Image
 from torch import nn
 
@@ -222,6 +224,33 @@ def test_unreadable_images(command, tmp_path):
     assert [row['image'] for row in rows] == ['photos/b.png'] * 3
     for i in range(9):
         assert f"Skipped: 'photos/c{i}.png' cannot be read as an image: " in stderr
+
+
+@pytest.mark.parametrize('kind', NO_IMAGES)
+def test_files_that_hang_or_burst(command, tmp_path, kind):
+    photo(tmp_path / 'photos/a.png')
+    write, reason = NO_IMAGES[kind]
+    write(tmp_path / 'photos/b.png')
+    with within(20):
+        status, rows, _, stderr = command('photos', '--overlay=false')
+    assert (status, len(rows)) == (1, 3)
+    assert re.search(f"Skipped: 'photos/b.png' cannot be read as an image: .*{reason}", stderr)
+
+
+@pytest.mark.parametrize('overlay', ['true', 'false'])
+def test_output_that_is_nan(command, tmp_path, monkeypatch, overlay):
+    """That image is skipped, with its name; so is one with pixels that are NaN."""
+    make_black_nan(monkeypatch)
+    photo(tmp_path / 'photos/c.png')
+    Image.new('RGB', (50, 50)).save(tmp_path / 'photos/b.png')
+    write_nan(tmp_path / 'photos/a.png')
+    status, rows, _, stderr = command('photos', f'--overlay={overlay}')
+    assert status == 1
+    assert [row['image'] for row in rows] == ['photos/c.png'] * 3
+    assert "Skipped: the model's output is NaN or infinite for 'photos/b.png'." in stderr
+    assert "Skipped: 'photos/a.png' cannot be read as an image: it has NaN or infinite" in stderr
+    overlays = [path.name for path in (tmp_path / 'out').rglob('*.png')]
+    assert overlays == ['c.png.png'] * (overlay == 'true')
 
 
 @pytest.mark.parametrize(

@@ -135,9 +135,11 @@ def test_options_of_a_run(release, tmp_path, monkeypatch):
     runs = []
     monkeypatch.setattr(release, 'launch', lambda options, output: runs.append(options))
     release.train({'head': 'dbm_idfk', 'head_kwargs': {'rank': 3}}, 2, tmp_path)
+    release.train({'head': 'avg + dbm_idfk@-2'}, 2, tmp_path)
     release.train({'head': 'avg'}, 1, tmp_path)
     assert runs == [
         {'head': 'dbm_idfk', 'head_kwargs': {'rank': 3, 'seed': 2}, 'seed': 2},
+        {'head': 'avg + dbm_idfk@-2', 'head_kwargs': {'seed': 2}, 'seed': 2},
         {'head': 'avg', 'seed': 1},
     ]
 

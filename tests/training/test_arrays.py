@@ -138,7 +138,9 @@ def bad_arrays():
         },
         'is float64 from 0 to 25': {'x': x * 1.0, 'y': y},
         'is float64 from -0.5 to 0.5': {'x': x / 255 - 0.5, 'y': y},
-        'is float64 from nan': {'x': np.where(x > 99, np.nan, 0.5), 'y': y},
+        "'x' in .* has NaN .* in 2 of 60 images, the first of them number 7": {
+            'x': np.where(np.isin(np.arange(60), (7, 9))[:, None, None], np.nan, x / 255), 'y': y,
+        },
         'is bool;': {'x': x > 99, 'y': y},
         'is <U1;': {'x': np.full((60, 6, 5), 'x'), 'y': y},
         r"'y' in .*shape \[60\].*int64 of shape \[59\]": {'x': x, 'y': y[1:]},

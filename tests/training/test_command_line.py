@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
 from dataclasses import dataclass, field
 
 import pytest
+from limits import within
 
 from timm_fisher.errors import LoadError, PushError
 from timm_fisher.training.command_line import parse, run
@@ -69,6 +73,28 @@ def test_error_is_a_sentence(capsys, error, status, text):
         run(fail, Settings, arguments=[])
     assert stopped.value.code == status
     assert capsys.readouterr().err == f'{text}\n'
+
+
+@pytest.fixture
+def handlers():
+    """What the command sets, as this process ends with it, is set back."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_signal_is_a_sentence(capsys, handlers, number):
+    """Of a recipe that does nothing about it."""
+
+    def end(settings):
+        os.kill(os.getpid(), number)
+        time.sleep(10)
+
+    with within(5), pytest.raises(SystemExit) as stopped:
+        run(end, Settings, arguments=[])
+    assert stopped.value.code == 130
+    assert capsys.readouterr().err == 'Interrupted.\n'
 
 
 def test_mistake_of_ours_is_a_traceback():

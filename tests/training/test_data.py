@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from conftest import write_images
+from hostile_files import NO_IMAGES, make_black_nan, write_nan
+from limits import within
 from PIL import Image
 from run_checks import (
     parse_config,
 )
 
-from timm_fisher.training.data import Split, load_splits
+from timm_fisher.training.data import Images, Split, load_splits
 
 ONE_EPOCH = {'only': {'train': 'head', 'epochs': 1}}
 NO_TEST = {'test_split': None, 'stages': ONE_EPOCH}
@@ -56,6 +59,64 @@ def test_no_image_is_named_before_training(recipe, few):
     broken.write_text('no image')
     with pytest.raises(ValueError, match=f'1 files cannot be read as images.*\n.*{broken}'):
         recipe(data_dir=few, **NO_TEST)
+
+
+@pytest.mark.parametrize('kind', NO_IMAGES)
+def test_files_that_hang_or_burst_are_named_before_training(recipe, few, kind):
+    path = few / 'val/red/x.png'
+    write, reason = NO_IMAGES[kind]
+    write(path)
+    with within(20), pytest.raises(ValueError, match=f'1 files cannot .*\n  {path} .*{reason}'):
+        recipe(data_dir=few, **NO_TEST)
+
+
+def test_files_of_torchvision_that_hang(few):
+    os.mkfifo(few / 'train/red/x.png')
+    config = parse_config(
+        ['--dataset=torch/image_folder', f'--data_dir={few}', '--test_split=null']
+    )
+    with within(20), pytest.raises(ValueError, match=f'{few}/train/red/x.png .*not a regular file'):
+        load_splits(config)
+    (few / 'train/red/x.png').unlink()
+    splits, _ = load_splits(config)
+    images = Images(splits['train'], np.asarray, 'RGB')
+    assert images.name(8) == f'{few}/train/red/000.png'
+    Path(images.name(8)).write_bytes(b'no longer')
+    with pytest.raises(ValueError, match=f"Image '{few}/train/red/000.png' cannot be decoded"):
+        images[8]
+
+
+def test_folder_is_no_image(few):
+    (few / 'train/red/x.png').mkdir()
+    splits, _ = load_splits(parse_config([f'--data_dir={few}', '--test_split=null']))
+    assert len(splits['train'].indices) == 12
+
+
+def test_pixels_that_are_nan_are_named(recipe, few):
+    write_nan(few / 'val/red/x.png')
+    with pytest.raises(ValueError, match=f"Image '{few}/val/red/x.png' cannot .*it has NaN or inf"):
+        recipe(data_dir=few, **NO_TEST)
+
+
+@pytest.mark.parametrize('split', ['train', 'val'])
+@pytest.mark.parametrize('cache', [True, False])
+def test_output_that_is_nan_names_the_image(recipe, few, monkeypatch, split, cache):
+    """While features are cached; in training and validation by the loss."""
+    make_black_nan(monkeypatch)
+    path = few / split / 'green/002x.png'
+    Image.new('RGB', (32, 32)).save(path)
+    error, message = (
+        ValueError,
+        f"output is NaN or infinite for image '{path}'. If nothing is wrong",
+    )
+    if not cache:
+        where = {'train': 'epoch 1, step 1', 'val': 'validation of epoch 1'}[split]
+        error, message = (
+            FloatingPointError,
+            rf"nan in .* {where}\. The first such image is '{path}'",
+        )
+    with pytest.raises(error, match=message):
+        recipe(data_dir=few, cache=cache, **NO_TEST)
 
 
 # Collecting the worker of a failed run takes 10 s.

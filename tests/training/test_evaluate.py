@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 
 import numpy as np
 import pytest
 import torch
 from conftest import write_images
+from limits import within
 from sklearn.metrics import accuracy_score, balanced_accuracy_score
 
 import timm_fisher
@@ -80,6 +82,28 @@ def test_in_evaluation_mode(images):
     assert evaluate(model.train(), str(images), 'test', batch_size=7, workers=0) == expected
     assert all(value.equal(before[key]) for key, value in model.state_dict().items())
     assert model.training
+
+
+def test_output_that_is_nan_names_the_image(tmp_path):
+    """An accuracy would count it as some class."""
+    folder = write_images(tmp_path / 'images', test=2)
+    model = create_tiny()
+    forward, batches = model.forward, iter([0, 1, 0])
+    # The second image of the second batch.
+    model.forward = lambda x: forward(x) / torch.tensor([1.0, 1 - next(batches)])[:, None]
+    bad = folder / 'test/green/001.png'
+    with pytest.raises(ValueError, match=f"NaN or infinite for image '{bad}'. If nothing is wrong"):
+        evaluate(model, str(folder), 'test', batch_size=2, workers=0)
+    model.forward = lambda x: forward(x) * torch.nan
+    with pytest.raises(ValueError, match=r"for image '\S+/blue/000.png' and 5 more of 6\."):
+        evaluate(model, str(folder), 'test', workers=0)
+
+
+def test_fifo_among_the_images(tmp_path):
+    folder = write_images(tmp_path / 'images', test=2)
+    os.mkfifo(folder / 'test/red/x.png')
+    with within(5), pytest.raises(ValueError, match=r'test/red/x.png .*not a regular file'):
+        evaluate(create_tiny(), str(folder), 'test', workers=0)
 
 
 @pytest.mark.parametrize(

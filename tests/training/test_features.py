@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 
 import numpy as np
 import pytest
@@ -117,6 +118,30 @@ def test_cache_is_not_used_after_the_backbone_was_trained(recipe, few_images, tm
     recipe(data_dir=few_images, stages=after, test_split=None, output=tmp_path / 'second')
     # Two files for the trained backbone of each run, and two for the untrained one of the second.
     assert len(list((tmp_path / 'cache').glob('*.npy'))) == 6
+
+
+def test_cache_that_was_cut_short_is_written_again(recipe, few, tmp_path):
+    options = {'data_dir': few, 'stages': HEAD_ONLY, 'test_split': None}
+    first = recipe(output=tmp_path / 'first', **options)
+    files = sorted((tmp_path / 'cache').iterdir())
+    before = [path.read_bytes() for path in files]
+    files[0].write_bytes(before[0][:-100])
+    files[1].write_bytes(b'')
+    second = recipe(output=tmp_path / 'second', **options)
+    assert [path.read_bytes() for path in files] == before
+    assert read_metrics(first) == read_metrics(second)
+
+
+def test_partial_files_of_dead_runs_are_removed(recipe, few, tmp_path):
+    """Not those of a run that may be alive."""
+    old, new, other = (tmp_path / 'cache' / name for name in ('a.partial', 'b.partial', 'c.npy'))
+    old.parent.mkdir()
+    for path in (old, new, other):
+        path.touch()
+        os.utime(path, (time.time() - 25 * 3600,) * 2)
+    os.utime(new, (time.time() - 23 * 3600,) * 2)
+    recipe(data_dir=few, stages=HEAD_ONLY, test_split=None)
+    assert [path.exists() for path in (old, new, other)] == [False, True, True]
 
 
 def test_cache_that_does_not_fit(recipe, few, tmp_path, monkeypatch):

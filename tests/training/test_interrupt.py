@@ -14,6 +14,7 @@ from conftest import ENVIRONMENT, ROOT, TINY, command_line
 from run_checks import TWO_STAGES, check_same_runs
 
 import timm_fisher
+from timm_fisher.descriptors import StageDescriptors
 from timm_fisher.training import run
 
 OPTIONS = {'stages': TWO_STAGES, 'test_split': None, 'batch_size': 8}  # 3 steps an epoch
@@ -60,12 +61,29 @@ def test_signal_at_a_step(recipe, few_images, tmp_path, monkeypatch, number, ste
     check_same_runs(recipe(data_dir=few_images, resume=True, **OPTIONS), expected)
 
 
-@pytest.mark.parametrize('name', ['load_splits', 'cache_features'])
-def test_signal_outside_of_training(recipe, few_images, monkeypatch, name):
-    """It ends the run at once."""
-    at_call(monkeypatch, run, name, 1, send(signal.SIGTERM))
-    with pytest.raises(KeyboardInterrupt, match='With --resume true it starts again'):
-        recipe(data_dir=few_images, **OPTIONS)
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    ('owner', 'name', 'call', 'place'),
+    [
+        (run, 'load_splits', 1, 'starts again'),
+        (StageDescriptors, 'features', 4, 'starts again'),  # while features are cached
+        (timm_fisher, 'fit', 1, 'starts again'),
+        (run, 'draw_curve', 1, 'continues from checkpoint-0002'),  # between stages
+        (run, 'create_optimizer', 2, 'continues from checkpoint-0002'),
+        (run, 'load_weights', 1, 'continues from checkpoint-0003'),  # evaluation of the best
+    ],
+    ids=lambda value: getattr(value, '__name__', value),
+)
+def test_signal_outside_of_training(
+    recipe, few_images, tmp_path, monkeypatch, number, owner, name, call, place
+):
+    """It ends the run at once, and nothing half-written stays."""
+    with monkeypatch.context() as patch:
+        at_call(patch, owner, name, call, send(number))
+        with pytest.raises(KeyboardInterrupt, match=f'With --resume true it {place}'):
+            recipe(data_dir=few_images, **OPTIONS)
+    assert not [*tmp_path.rglob('*partial*'), *tmp_path.rglob('.saving*')]
+    assert (recipe(data_dir=few_images, resume=True, **OPTIONS) / 'metrics.json').exists()
 
 
 def test_second_signal_does_not_wait(recipe, few_images, monkeypatch):

@@ -45,7 +45,7 @@ def test_finished_run_is_not_run_again(started, tmp_path):
     for _ in range(2):
         launch({'batch_size': 8}, tmp_path / 'run')
     assert started == [({'batch_size': 8, 'output': str(tmp_path / 'run')}, [])]
-    with pytest.raises(ValueError, match=r'keep the settings of .*: batch_size was 8, is 9'):
+    with pytest.raises(ValueError, match=r'other settings: batch_size was 8, is 9'):
         launch({'batch_size': 9}, tmp_path / 'run')
     launch({'batch_size': 8, 'workers': 1}, tmp_path / 'run')  # of no consequence
     assert len(started) == 1
@@ -56,6 +56,24 @@ def test_interrupted_run_is_resumed(started, tmp_path):
     (tmp_path / 'run/config.yaml').touch()
     launch({}, tmp_path / 'run')
     assert started[0][1] == ['--resume', 'true']
+
+
+@pytest.mark.parametrize('error', [KeyboardInterrupt, MemoryError])
+def test_run_ends_with_who_waits_for_it(started, tmp_path, monkeypatch, error):
+    """No run goes on alone."""
+    calls = []
+
+    def join(process):
+        calls.append('join')
+        if len(calls) == 1:
+            raise error
+
+    process = launching._PROCESSES.Process
+    monkeypatch.setattr(process, 'join', join)
+    monkeypatch.setattr(process, 'terminate', lambda _: calls.append('terminate'), raising=False)
+    with pytest.raises(error):
+        launch({}, tmp_path / 'run')
+    assert calls == ['join', 'terminate', 'join']
 
 
 def test_log_of_a_resumed_run_goes_on(tmp_path, monkeypatch):

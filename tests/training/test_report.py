@@ -16,7 +16,7 @@ from PIL import Image
 from run_checks import parse_config
 
 from timm_fisher.training.config import Config
-from timm_fisher.training.report import command, draw_curve
+from timm_fisher.training.report import command, draw_curve, head_names
 
 
 @pytest.fixture
@@ -59,7 +59,14 @@ def test_data_sets_with_a_name(recipe):
     assert '--data-dir' not in metrics['command']
 
 
-@pytest.mark.parametrize('arguments', [[], ['--head', 'gem', '--head_kwargs.exponent', '2.5']])
+@pytest.mark.parametrize(
+    'arguments',
+    [
+        [],
+        ['--head', 'gem', '--head_kwargs.exponent', '2.5'],
+        ['--head', 'avg + sparse_fisher@-2', '--head_kwargs', '{code_dim: 64}'],
+    ],
+)
 def test_command_repeats_a_run(arguments, tmp_path):
     """In one line of a shell it gives the settings that came from a file and from options."""
     file = tmp_path / 'mine.yaml'
@@ -79,6 +86,18 @@ def test_command_repeats_a_run(arguments, tmp_path):
     text = command(config, SimpleNamespace(mixed_precision='bf16', num_processes=2))
     assert 'accelerate launch --num_processes 2 ' in text
     assert '--mixed_precision bf16' in text
+
+
+@pytest.mark.parametrize(
+    ('options', 'names'),
+    [
+        ({'head': 'avg+sparse_fisher @-2'}, 'avg + sparse_fisher@-2'),
+        ({'head': [{'name': 'avg'}, {'name': 'gem', 'stage': -3, 'p': 2.0}]}, 'avg + gem@-3'),
+        ({'head': 'gem', 'backbone_stage': -2, 'head_kwargs': {'p': 2.0}}, 'gem@-2'),
+    ],
+)
+def test_names_of_heads(options, names):
+    assert head_names(Config(**options)) == names
 
 
 @pytest.mark.parametrize('supervised', [True, False])

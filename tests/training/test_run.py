@@ -73,12 +73,16 @@ def test_run_on_the_embedded_digits(recipe):
 )
 def test_config(recipe, few_images, config):
     """Each configuration runs: here on a small backbone, one epoch a stage."""
-    stages = list(yaml.safe_load(config.read_text())['stages'])
+    settings = yaml.safe_load(config.read_text())
+    stages = list(settings['stages'])
     options = {'data_dir': few_images, 'dataset': '', 'test_split': None, 'pretrained': False}
+    if '@' in settings.get('head', ''):
+        options['backbone_stage'] = -1
     options |= {'val_fraction': 0.2, 'last_stride': None}  # four images; no such backbone
     options |= {f'stages.{name}.epochs': 1 for name in stages}
     run = recipe('--config', str(config), **options)
     assert [row['stage'] for row in read_log(run)] == stages
+    assert read_metrics(run)['head'] == settings.get('head', 'avg')
 
 
 def test_run_without_labels(recipe, images):

@@ -121,7 +121,6 @@ def shrunk_root(x: Tensor, shrinkage: float, eps: float) -> Tensor:
     The gradient of a matrix function takes differences `(h(s) - h(t)) / (s - t)`. Here they have
     the closed form `-1 / (lambda^2 (r(s) + r(t)) (r(s) + r(0)) (r(t) + r(0)))`, finite for equal
     eigenvalues, where the gradient of an eigendecomposition is not.
-
     """
     n, d = x.shape[1:]
     x = (x - x.mean(1, keepdim=True)) * n**-0.5

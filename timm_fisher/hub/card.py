@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from timm_fisher.hub.metrics import MEASURES
 from timm_fisher.hub.readme import REPOSITORY, generate
 from timm_fisher.hub.text import code_block, escape_markdown, is_shown
+from timm_fisher.specification import parse_heads
 
 TEMPLATE = Path(__file__).with_name('card_template.md')
 MOST_LABELS_SHOWN = 1000
@@ -78,7 +79,10 @@ def make_card(
         license = license or model.backbone.pretrained_cfg.get('license') or ''
     asked = arguments['head']
     if isinstance(asked, str):
-        asked = [{'name': asked, **(arguments.get('head_kwargs') or {})}]
+        asked = [
+            {'name': name, **({} if stage == -1 else {'stage': stage}), **options}
+            for name, stage, options in parse_heads(asked, arguments.get('head_kwargs'))
+        ]
     metadata = {
         'base_model': base,
         'base_model_relation': base and ('adapter' if adapter else 'finetune'),

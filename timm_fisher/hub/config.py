@@ -20,6 +20,7 @@ from timm.layers.helpers import to_2tuple
 from timm_fisher.errors import LoadError
 from timm_fisher.hub.text import LONGEST_LABEL, problem
 from timm_fisher.hub.weights import find_file
+from timm_fisher.registry import nearest
 
 ARCHITECTURE = 'timm_fisher'
 MOST_BYTES = 2**23  # of the file
@@ -62,7 +63,8 @@ def read_config(
             raise ValueError(f'it has {size} bytes; at most {MOST_BYTES} are allowed')
         return check_config(json.loads(path.read_bytes()), trust_config=trust_config)
     except (ValueError, RecursionError) as error:
-        raise LoadError(f"The config.json of '{place}' is refused: {error}.") from error
+        kind = 'refused' if type(error) is ValueError else 'not readable JSON'
+        raise LoadError(f"The config.json of '{place}' is {kind}: {error}.") from error
 
 
 def check_config(config: Any, *, trust_config: bool = False) -> SavedConfig:
@@ -96,7 +98,7 @@ def _check_values(
         if key not in allowed:
             raise ValueError(
                 f"{place} holds '{key[:100]}', which is not among the arguments that a saved model "
-                f'may set{advice}'
+                f'may set{advice}.{nearest(key[:100], allowed)}'.removesuffix('.')
             )
         wanted, is_valid = allowed[key]
         if not is_valid(value):
@@ -155,16 +157,16 @@ def _is_table(value: Any) -> bool:
 
 
 def _is_weights(value: Any) -> bool:
-    texts = value.values() if _is_table(value) and set(value) == {'hf_hub_id', 'sha256'} else [0]
-    return all(text is None or _is_text(200)(text) for text in texts)
+    known = _is_table(value) and set(value) == {'hf_hub_id', 'sha256'}
+    return known and all(text is None or _is_text(200)(text) for text in value.values())
 
 
 _ARGUMENTS: dict[str, _Check] = {
     'backbone': ("one of timm's architectures", _is_architecture),
     'head': (
-        f'the name of a head, or a list of 1 to {MOST_HEADS} heads',
+        f'the names of 1 to {MOST_HEADS} heads, or a list of them',
         lambda value: (
-            _is_text(100)(value)
+            (_is_text(100 * MOST_HEADS)(value) and value.count('+') < MOST_HEADS)
             or (_is_list(_is_table, MOST_HEADS)(value) and len(value) > 0)
         ),
     ),

@@ -3,6 +3,7 @@ on the meta device, compare, then read the weights."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from timm_fisher.backbone import can_resize, digest
 from timm_fisher.errors import LoadError
 from timm_fisher.hub.config import TRUST, SavedConfig, read_config
+from timm_fisher.hub.state import check_rebuildable, rebuild_derived_buffers
 from timm_fisher.hub.weights import Header, check_tensors, read_header, read_tensors
 from timm_fisher.model import PooledModel, with_place
 from timm_fisher.registry import check_arguments, nearest
@@ -23,7 +25,6 @@ from timm_fisher.registry import check_arguments, nearest
 LOADING = ('pretrained', 'pretrained_cfg_overlay', 'cache_dir')
 MOST_DERIVED = 2**28  # bytes of tables beside four times the stored weights
 UNPROVEN = 2**27  # values beside those of timm's architecture, where no weights are loaded
-COMMON_CHANNELS = 64  # of images; more would make the first layer large
 HUB_USER = 'timm-fisher'
 RELEASED = (
     'mnist-dbm-idfk',
@@ -34,6 +35,7 @@ RELEASED = (
     'trashnet-isqrt-cov',
     'trashnet-sparse-fisher',
 )
+BACKBONE_VARIABLE = 'TIMM_FISHER_BACKBONE'  # for scripts that hand no arguments to a model
 CHECKOUT = Path(__file__).parents[2] / 'hub_cards'
 
 
@@ -117,7 +119,8 @@ def load(
         source, place, cache_dir: as `timm_fisher.hub.weights.find_file` takes them.
         pretrained: load the weights; otherwise all values are fresh.
         backbone: where an adapter's backbone comes from instead of the Hub: a name that
-            `timm.create_model` takes, such as 'local-dir:FOLDER'.
+            `timm.create_model` takes, such as 'local-dir:FOLDER'. None for what the environment
+            variable TIMM_FISHER_BACKBONE says, if it is set.
         any_backbone: take other weights of the backbone than an adapter was trained with.
         trust_config: lift the limits on the backbone's arguments, on the size of images, and on
             memory that the weights do not fill.
@@ -173,7 +176,7 @@ def _build(saved: SavedConfig, arguments: Mapping[str, Any], where: str) -> Pool
             f"No model can be built from the config.json of '{where}': "
             f'{type(error).__name__}: {error}'
         ) from error
-    _check_rebuildable(model)
+    check_rebuildable(model)
     return model
 
 
@@ -188,6 +191,7 @@ def _find_backbone(
 ) -> Header:
     """The header of the weights of an adapter's backbone."""
     repo_id = (saved.backbone_weights or {})['hf_hub_id']
+    backbone = backbone or os.environ.get(BACKBONE_VARIABLE)
     if backbone is None and repo_id is None:
         raise LoadError(
             f"'{where}' is an adapter, head and classifier alone, and does not say which backbone "
@@ -246,7 +250,7 @@ def _fill(
         if tensors[name].shape != wanted.shape:
             tensors[name] = _adapt_stem(tensors[name], model.in_chans, wanted.shape, header.where)
     model.load_state_dict(tensors, strict=True, assign=True)
-    _rebuild_derived_buffers(model)
+    rebuild_derived_buffers(model)
     model.to(torch.get_default_device())
 
 
@@ -298,42 +302,12 @@ def _check_size(model: nn.Module, saved: SavedConfig, header: Header | None, whe
         )
     if header is not None:
         return
-    if (
-        'backbone_kwargs' not in saved.arguments
-        and saved.arguments.get('in_chans', 3) <= COMMON_CHANNELS
-    ):
-        tensors = _split(tensors)[0]
-    count = sum(tensor.numel() for tensor in tensors.values())
+    with torch.device('meta'):
+        plain = timm.create_model(saved.arguments['backbone'], num_classes=0).state_dict()
+    counts = [sum(value.numel() for value in state.values()) for state in (tensors, plain)]
+    count = counts[0] - counts[1]
     if count > UNPROVEN:
         raise LoadError(
             f"The config.json of '{where}' is refused: without weights it asks for {count} values "
             f"beside those of timm's architecture; at most {UNPROVEN} are allowed. {TRUST}."
         )
-
-
-def _rebuild_derived_buffers(model: nn.Module) -> None:
-    """Give buffers that are not saved their values, as timm's layers do."""
-    for module in model.modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            if buffer.is_meta:
-                setattr(module, name, torch.empty_like(buffer, device='cpu'))
-        rebuild: Any = getattr(module, 'init_non_persistent_buffers', None)
-        if rebuild is not None:
-            rebuild()
-
-
-def _check_rebuildable(model: nn.Module) -> None:
-    """Refuse a model with tensors that neither its weights nor its modules bring back."""
-    saved = model.state_dict().keys()
-    for place, module in model.named_modules():
-        names = [name for name, _ in module.named_buffers(recurse=False)]
-        lost = [name for name in names if f'{place}.{name}'.lstrip('.') not in saved]
-        if hasattr(module, 'init_non_persistent_buffers'):
-            lost = []
-        lost += [name for name, value in vars(module).items() if isinstance(value, Tensor)]
-        if lost:
-            raise LoadError(
-                f"{type(module).__name__} has the tensor '{lost[0]}', which is not saved and could "
-                'not be computed again. Use register_buffer, or write '
-                'init_non_persistent_buffers().'
-            )

@@ -22,6 +22,7 @@ from timm_fisher.hub.config import check_config
 from timm_fisher.hub.load import load
 from timm_fisher.hub.metrics import check_metrics, read_metrics
 from timm_fisher.hub.replace import replace_files
+from timm_fisher.hub.state import check_json, check_state
 from timm_fisher.hub.weights import is_finite
 from timm_fisher.model import PooledModel
 
@@ -170,6 +171,7 @@ def _write_model(
     float16: Collection[str] = (),
 ) -> dict[str, Any]:
     """config.json and model.safetensors, in timm's own form; gives the content of the first."""
+    check_json(model)
     path = folder / 'config.json'
     save_config_for_hf(
         model,
@@ -206,10 +208,11 @@ def _write_model(
         ) from None
     try:
         with torch.device('meta'):
-            load('local-dir', str(folder), trust_config=True)
+            again = load('local-dir', str(folder), trust_config=True)
     except LoadError as error:  # what cannot be loaded is not saved
         reason = str(error).replace(f" of '{folder}'", '')
         raise ValueError(f'The model cannot be saved: {reason}') from error
+    check_state(model, again)
     try:
         check_config(written)
     except ValueError as error:

@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import shutil
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
@@ -29,7 +31,7 @@ def open_folder(config: Config, accelerator: Accelerator) -> Iterator[Path]:
     ValueError if one does, or if `config.resume` and the settings do not fit what is there."""
     output = Path(config.output)
     # The system takes it back when the process ends, however it does.
-    lock = FileLock(output / '.lock', timeout=0)
+    lock, owner = FileLock(output / '.lock', timeout=0), output / '.owner'
     try:
         with accelerator.main_process_first():
             if config.resume and not (output / 'config.yaml').exists():
@@ -40,16 +42,26 @@ def open_folder(config: Config, accelerator: Accelerator) -> Iterator[Path]:
                     lock.acquire()
                 except Timeout as error:
                     raise ValueError(
-                        f"Another run is writing to '{output}'. Wait for its end, or give another "
-                        '--output.'
+                        f"Another run is writing to '{output}'{_read(owner)}. Wait for its end, or "
+                        'give another --output.'
                     ) from error
+                started = time.strftime('%Y-%m-%d %H:%M:%S')
+                write(owner, f': process {os.getpid()} on {platform.node()}, since {started}')
             if latest_checkpoint(output):
                 check_settings(output, config)
             elif accelerator.is_main_process:
+                (output / 'metrics.json').unlink(missing_ok=True)  # of a run that was deleted
                 write(output / 'config.yaml', config.to_yaml())
         yield output
     finally:
+        if lock.is_locked:
+            owner.unlink(missing_ok=True)
         lock.release()
+
+
+def _read(path: Path) -> str:
+    # Another run makes it right after the lock.
+    return path.read_text() if path.exists() else ''
 
 
 def check_settings(output: Path, config: Config) -> None:
@@ -65,13 +77,17 @@ def check_settings(output: Path, config: Config) -> None:
     changed = [key for key in new if key not in free and new[key] != old.get(key)]
     if changed:
         text = '; '.join(f'{key} was {old.get(key)!r}, is {new[key]!r}' for key in changed)
-        raise ValueError(f"--resume must keep the settings of '{output}': {text}.")
+        raise ValueError(
+            f"'{output}' holds a run with other settings: {text}. Keep them to continue it, or "
+            'give another --output.'
+        )
 
 
 def latest_checkpoint(output: Path) -> Path | None:
     """The newest complete checkpoint in the folder of a run, if there is one."""
-    complete = output.glob('checkpoint-*[0-9]')
-    return max(complete, key=lambda path: int(path.name.partition('-')[2]), default=None)
+    numbers = {path.name.removeprefix('checkpoint-'): path for path in output.glob('checkpoint-*')}
+    newest = max(filter(str.isdigit, numbers), key=int, default='')
+    return numbers.get(newest)
 
 
 @dataclass

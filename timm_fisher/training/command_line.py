@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import re
+import signal
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 import jsonargparse
@@ -26,8 +28,11 @@ def run(
 ) -> None:
     """Call `main` with the settings of the command line, see `parse`. A mistake of the user
     (ValueError, OSError, LoadError, PushError) becomes a sentence and exit status 2, with the
-    traceback under `python -X dev`; an interruption a sentence and exit status 130."""
+    traceback under `python -X dev`; an interruption, by Ctrl-C or SIGTERM, a sentence and exit
+    status 130."""
     chosen = parse(settings, positional=positional, arguments=arguments)
+    with suppress(ValueError):  # only the main thread may set handlers
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         main(chosen)
     except KeyboardInterrupt as error:

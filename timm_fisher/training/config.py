@@ -87,8 +87,8 @@ class Config:
             stratified by class and always the same.
         folds: number of parts, stratified by class, to cut such an .npz into instead; 0 for none.
         fold: which of them, from 0, is the test split.
-        max_train: at most this many training images, at random but always the same, validation
-            images that are carved off among them; null for all.
+        max_train: at most this many training images, at random but always the same, before
+            validation images are carved off; null for all.
         max_test: at most this many test images, likewise.
         backbone: any name that timm.create_model takes, local-dir:FOLDER included.
         pretrained: load the backbone's pretrained weights.
@@ -96,8 +96,10 @@ class Config:
         backbone_stage: -1 pools the backbone's output, -2, -3, ... an earlier stage.
         class_token: drop, keep or append it, where the backbone has one.
         last_stride: 1 keeps stride 1 in the last stage of a ResNet, without dilation.
-        head: name of an installed head; or several, each with its name, stage and arguments.
-        head_kwargs: arguments of a single head.
+        head: names of installed heads, as in 'avg + sparse_fisher@-2', where @-2 is an earlier
+            stage; or a list of heads, each with its name, stage and arguments.
+        head_kwargs: arguments of a head that is named; of several, each goes to the only one that
+            has it.
         drop_rate: dropout before the classifier.
         img_size: side of the input image; null for the backbone's own.
         crop_pct: share of the resized image that evaluation crops; null for the backbone's own.

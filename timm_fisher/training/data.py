@@ -7,7 +7,7 @@ import itertools
 import math
 import os
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from timm_fisher.images import convert, open_image
 from timm_fisher.registry import check_arguments
 from timm_fisher.training.config import Config
 
@@ -61,8 +62,9 @@ class Split:
         source = getattr(self.dataset, 'reader', self.dataset)
         digest = hashlib.sha256(self.indices.tobytes() + self.labels.tobytes())
         if isinstance(source, ArrayImages):
-            pixels = source.pixels[self.indices]
-            digest.update(f'{pixels.shape}'.encode() + pixels.tobytes())
+            digest.update(repr(source.pixels.shape[1:]).encode())
+            for i in self.indices:  # one by one: a copy of all could fill the memory
+                digest.update(source.pixels[i].tobytes())
         elif hasattr(source, 'samples'):
             for path, _ in (source.samples[i] for i in self.indices):
                 stat = os.stat(path)
@@ -92,8 +94,8 @@ class ArrayImages(Dataset[tuple[Image.Image, int]]):
 
 @dataclass(eq=False)
 class Images(Dataset[tuple[Tensor, int]]):
-    """A split through a transform. An image that cannot be decoded is an error that names it;
-    timm's own data set would take the next image in its place."""
+    """A split through a transform. An image that cannot be decoded, or has NaN in it, is an error
+    that names it; timm's own data set would take the next image in its place."""
 
     gives: ClassVar[Gives] = 'images'
     split: Split
@@ -105,17 +107,47 @@ class Images(Dataset[tuple[Tensor, int]]):
 
     def __getitem__(self, i: int) -> tuple[Tensor, int]:
         dataset, index = self.split.dataset, int(self.split.indices[i])
-        reader, name = getattr(dataset, 'reader', None), f'number {index}'
+        reader = getattr(dataset, 'reader', None)
         try:
             if reader is None:
-                image = dataset[index][0].convert(self.mode)
+                image = convert(dataset[index][0], self.mode)
             else:
-                name = reader.filename(index, absolute=True)
                 with reader[index][0] as file:
-                    image = Image.open(file).convert(self.mode)
-        except (OSError, SyntaxError) as error:
+                    image = convert(Image.open(file), self.mode)
+        except Exception as error:  # Pillow's decoders raise what they like
+            name = self.name(i)
             raise ValueError(f"Image '{name}' cannot be decoded ({error}). Remove it.") from error
         return self.transform(image), int(self.split.labels[i])
+
+    @property
+    def labels(self) -> np.ndarray:
+        """Classes of the images."""
+        return self.split.labels
+
+    def name(self, i: int) -> str:
+        """Of an image, for messages: its path, or its number in the data set."""
+        dataset, index = self.split.dataset, int(self.split.indices[i])
+        if hasattr(dataset, 'reader'):
+            return str(dataset.reader.filename(index, absolute=True))
+        return str(dataset.samples[index][0]) if hasattr(dataset, 'samples') else f'number {index}'
+
+
+def refuse_non_finite(rows: Tensor, name: Callable[[int], str], places: Sequence[int]) -> None:
+    """ValueError that names an image for which a model gives NaN or infinite values.
+
+    Args:
+        rows: `[B, ...]` of a model's output, one for each image.
+        name: of an image by its place, as `Images.name`.
+        places: of the B images.
+    """
+    finite = rows.flatten(1).isfinite().all(1)
+    if not finite.all():
+        bad = (~finite).nonzero().flatten().tolist()
+        others = f' and {len(bad) - 1} more of {len(rows)}' if len(bad) > 1 else ''
+        raise ValueError(
+            f"The model's output is NaN or infinite for image '{name(places[bad[0]])}'{others}. If "
+            'nothing is wrong with the image, the model or its half precision is at fault.'
+        )
 
 
 def preprocessing(model: nn.Module, config: Config) -> dict[str, Any]:
@@ -230,7 +262,6 @@ def load_folder(
                 f"The split '{name}' has classes that training lacks: {unknown}, not {list(known)}."
             )
         dataset = _create_dataset('', data_dir, name, class_map=known)
-    _refuse_unreadable([path for path, _ in dataset.reader.samples])
     return _whole(dataset)
 
 
@@ -242,9 +273,11 @@ def _create_dataset(dataset: str, data_dir: str, split: str, **options: Any) -> 
 
 
 def _whole(dataset: Any) -> Split:
-    """All images of a data set, decoded only where it does not list their labels."""
+    """All images of a data set, decoded only where it does not list their labels. ValueError for
+    files that are no images."""
     source = getattr(dataset, 'reader', dataset)
     if hasattr(source, 'samples'):
+        _refuse_unreadable([path for path, _ in source.samples])
         labels = [label for _, label in source.samples]
     elif hasattr(source, 'dataset'):
         labels = source.dataset[source.label_key]
@@ -260,10 +293,10 @@ def _refuse_unreadable(paths: list[str]) -> None:
 
     def problem(path: str) -> str | None:
         try:
-            with Image.open(path):
+            with open_image(path):
                 return None
-        except (OSError, SyntaxError) as error:
-            return f'{path} ({error})'
+        except ValueError as error:
+            return f'{path} ({error.__cause__})'
 
     with ThreadPoolExecutor() as threads:
         bad = list(filter(None, threads.map(problem, paths)))
@@ -330,6 +363,12 @@ def _to_pixels(x: np.ndarray, top: float, where: str) -> np.ndarray:
         raise ValueError(
             f'{where} has shape {list(x.shape)}; images are [n, H, W] or [n, H, W, C] with 1, 3 or '
             '4 channels C.'
+        )
+    if x.dtype.kind == 'f' and not np.isfinite(x).all():
+        bad = np.flatnonzero(~np.isfinite(x).reshape(len(x), -1).all(1))
+        raise ValueError(
+            f'{where} has NaN or infinite values in {len(bad)} of {len(x)} images, the first of '
+            f'them number {bad[0]}.'
         )
     if x.dtype.kind == 'f' and x.min() >= 0 and top <= 1:
         x = np.rint(x * 255).astype(np.uint8)

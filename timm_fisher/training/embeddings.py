@@ -35,8 +35,9 @@ from timm_fisher.training.run import create_model, load_weights
 def parse_options(options: Mapping[str, Any], changes: Mapping[str, Any] | None = None) -> Config:
     """Options of `timm_fisher.training`, and dotted ones that change some of them, checked and
     converted as its command line does: exits with a message on an error."""
-    words = [f'--{dotted}={json.dumps(value)}' for dotted, value in (changes or {}).items()]
-    return parse(Config, arguments=['--config', yaml.safe_dump(dict(options)), *words])
+    texts = {k: v if isinstance(v, str) else json.dumps(v) for k, v in (changes or {}).items()}
+    words = ['--config', yaml.safe_dump(dict(options)), *(f'--{k}={v}' for k, v in texts.items())]
+    return parse(Config, arguments=words)
 
 
 def create_embedder(config: Config, **head_kwargs: Any) -> PooledModel:

@@ -15,7 +15,13 @@ from tqdm.auto import tqdm
 from timm_fisher import PooledModel
 from timm_fisher.explain import class_names
 from timm_fisher.training.config import Config
-from timm_fisher.training.data import Split, create_datasets, load_folder, load_splits
+from timm_fisher.training.data import (
+    Split,
+    create_datasets,
+    load_folder,
+    load_splits,
+    refuse_non_finite,
+)
 
 
 def accuracies(labels: Sequence[int], predicted: Sequence[int]) -> dict[str, Any]:
@@ -46,7 +52,7 @@ def evaluate(
 
     Raises:
         ValueError: the model has no classes, there is no such split, or its classes are not those
-            of the model.
+            of the model; an image that cannot be read, or for which the model's output is NaN.
     """
     class_names(model)  # refuses embeddings, and names that are not those of its classes
     images = _load_split(data_dir, split, model)
@@ -58,10 +64,11 @@ def evaluate(
     model.eval()
     try:
         batches = tqdm(loader, split, disable=None)
-        predicted = [model(x.to(device)).argmax(1) for x, _ in batches]
+        logits = torch.cat([model(x.to(device)) for x, _ in batches])
     finally:
         model.train(was_training)
-    return accuracies(images.labels.tolist(), torch.cat(predicted).tolist())
+    refuse_non_finite(logits, dataset.name, range(len(dataset)))
+    return accuracies(images.labels.tolist(), logits.argmax(1).tolist())
 
 
 def _load_split(data_dir: str, split: str, model: PooledModel) -> Split:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import time
 import uuid
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -24,7 +26,7 @@ from tqdm.auto import tqdm
 from timm_fisher import PooledModel
 from timm_fisher.backbone import digest
 from timm_fisher.training.config import Config
-from timm_fisher.training.data import Gives, Images
+from timm_fisher.training.data import Gives, Images, refuse_non_finite
 from timm_fisher.training.tables import three_digits
 
 
@@ -32,9 +34,11 @@ class Cached(Dataset[tuple[list[Tensor], int]]):
     """Memory-mapped lists of tensors, and labels: 'features', one for each stage that the model
     pools, or 'pooled', one vector."""
 
-    def __init__(self, paths: Sequence[Path], labels: np.ndarray, gives: Gives) -> None:
+    def __init__(self, paths: Sequence[Path], dataset: Images | Cached, gives: Gives) -> None:
         self.arrays = [np.load(path, mmap_mode='r', allow_pickle=False) for path in paths]
-        self.labels, self.gives = labels, gives
+        self.labels: np.ndarray = dataset.labels
+        self.name: Callable[[int], str] = dataset.name  # of an image
+        self.gives = gives
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -62,10 +66,10 @@ def cache_features(
     stem = Path(config.cache_dir, _cache_key(model, dataset, accelerator))
     paths = [stem.with_name(f'{stem.name}-{i}.npy') for i in range(len(model.descriptors))]
     # The main process decides for all: another run may publish the same files at any moment.
-    if not broadcast_object_list([all(path.exists() for path in paths)])[0]:
+    if not broadcast_object_list([all(_is_whole(path, len(dataset)) for path in paths)])[0]:
         features = partial(model.descriptors.features, model.backbone)
         _write(paths, features, dataset, config, accelerator)
-    return Cached(paths, dataset.split.labels, 'features')
+    return Cached(paths, dataset, 'features')
 
 
 def cache_pooled(
@@ -76,7 +80,7 @@ def cache_pooled(
     model.to(accelerator.device).eval()
     pool = partial(model.forward_head, pre_logits=True)
     _write([path], lambda x: [pool(x)], features, config, accelerator)
-    return Cached([path], features.labels, 'pooled')
+    return Cached([path], features, 'pooled')
 
 
 @torch.no_grad()
@@ -107,6 +111,7 @@ def _write(
             places = list(islice(rows, len(labels)))
             tensors = function(send_to_device(batch, device))
             for array, tensor in zip(arrays, tensors, strict=True):
+                refuse_non_finite(tensor, dataset.name, places)
                 array[places] = tensor.float().cpu().numpy()
         for array in arrays:
             array.flush()
@@ -121,9 +126,23 @@ def _write(
         raise
 
 
+def _is_whole(path: Path, length: int) -> bool:
+    """Whether a file of features is there, and was not cut short, as by a copy."""
+    try:
+        return len(np.load(path, mmap_mode='r', allow_pickle=False)) == length
+    except (EOFError, OSError, TypeError, ValueError):
+        return False
+
+
 def _allocate(paths: list[Path], shapes: list[tuple[int, ...]]) -> None:
     """Empty .npy files whose space is there: a memory map on a full disk would die of SIGBUS."""
-    paths[0].parent.mkdir(parents=True, exist_ok=True)
+    folder = paths[0].parent
+    folder.mkdir(parents=True, exist_ok=True)
+    # Of killed runs: no other takes a day for a split.
+    for path in folder.glob('*.partial'):
+        with suppress(FileNotFoundError):  # removed by another run
+            if path.stat().st_mtime < time.time() - 24 * 3600:
+                path.unlink()
     try:
         for path, shape in zip(paths, shapes, strict=True):
             np.lib.format.open_memmap(path, mode='w+', dtype=np.float32, shape=shape).flush()
@@ -135,7 +154,7 @@ def _allocate(paths: list[Path], shapes: list[tuple[int, ...]]) -> None:
         unit, exponent = ('GiB', 30) if size >= 2**30 else ('MiB', 20)
         raise OSError(
             f'{three_digits(size / 2**exponent)} {unit} of features do not fit into '
-            f'{paths[0].parent}: {error}. Free some space, give another --cache_dir or --output, '
+            f'{folder}: {error}. Free some space, give another --cache_dir or --output, '
             'or --cache false.'
         ) from error
 

@@ -45,7 +45,12 @@ def launch(options: Mapping[str, Any], output: Path, *, log: Path | None = None)
         output.parent.mkdir(parents=True, exist_ok=True)  # of the log, which is beside
         process = _PROCESSES.Process(target=_train, args=(arguments, log))
         process.start()
-        process.join()
+        try:
+            process.join()
+        except BaseException:  # Ctrl-C reaches the run as well, but SIGTERM this process alone
+            process.terminate()
+            process.join()
+            raise
         if process.exitcode:
             said = f', see {log}:\n{log.read_text()[-3000:]}' if log else '.'
             raise RuntimeError(f'The run in {output} failed{said}')

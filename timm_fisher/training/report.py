@@ -18,6 +18,7 @@ from timm_fisher import PooledModel
 from timm_fisher.files import save_png
 from timm_fisher.hub.card import installed_versions
 from timm_fisher.hub.text import hide_paths
+from timm_fisher.specification import parse_heads
 from timm_fisher.training.config import Config, Stage
 from timm_fisher.training.measure import peak_resident
 
@@ -46,10 +47,9 @@ def describe(config: Config, model: PooledModel, accelerator: Accelerator) -> di
 
 
 def head_names(config: Config) -> str:
-    """`avg + sparse_fisher`."""
-    if isinstance(config.head, str):
-        return config.head
-    return ' + '.join(head.get('name', '?') for head in config.head)
+    """`avg + sparse_fisher@-2`."""
+    heads = parse_heads(config.head, config.head_kwargs, config.backbone_stage)
+    return ' + '.join(map(str, heads))
 
 
 def command(config: Config, accelerator: Accelerator) -> str:

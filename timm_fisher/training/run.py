@@ -229,7 +229,7 @@ class Run:
             result = self._evaluate(training.objective, training.val, 'val')
         row['val_loss'] = result[training.objective.loss_name]
         where = f'{training.name}, validation of epoch {epoch + 1}'
-        self._refuse_non_finite(row['val_loss'], where)
+        self._refuse_non_finite(row['val_loss'], where, training.objective, training.val)
         if 'accuracy' in result:
             row['val_accuracy'] = result['accuracy']
         row['seconds'] = round(time.perf_counter() - start, 2)
@@ -264,7 +264,7 @@ class Run:
                 loss = training.module(x, y)
                 value = loss.item()
                 where = f'{training.name}, epoch {epoch + 1}, step {step + 1}'
-                self._refuse_non_finite(value, where)
+                self._refuse_non_finite(value, where, training.objective, loader.dataset)
                 if not loss.requires_grad:
                     raise ValueError(
                         f"Stage '{training.name}' trains nothing: the unsupervised loss of "
@@ -294,13 +294,28 @@ class Run:
             if not isinstance(training.scheduler, ReduceLROnPlateau):
                 training.scheduler.step_update(update)
 
-    def _refuse_non_finite(self, loss: float, where: str) -> None:
+    def _refuse_non_finite(
+        self, loss: float, where: str, objective: Objective, dataset: Images | Cached
+    ) -> None:
         if not math.isfinite(loss):
+            place = self._first_non_finite(objective, dataset)
+            image = '' if place is None else f"The first such image is '{dataset.name(place)}'. "
             raise FloatingPointError(
-                f'The loss is {loss} in stage {where}. Last good checkpoint: '
+                f'The loss is {loss} in stage {where}. {image}Last good checkpoint: '
                 f'{latest_checkpoint(self.output) or "none"}. Try a lower learning rate, '
                 'clip_grad, or mixed_precision no or bf16.'
             )
+
+    @torch.no_grad()
+    def _first_non_finite(self, objective: Objective, dataset: Images | Cached) -> int | None:
+        """The place of an image whose loss alone is not finite. Where training has diverged, that
+        is the very first; else the data set is read once more, in order, up to the image."""
+        objective.eval()
+        for place, batch in enumerate(create_loader(dataset, self.config, batch_size=1)):
+            with self.accelerator.autocast():
+                if not objective(*send_to_device(batch, self.accelerator.device)).isfinite():
+                    return place
+        return None
 
     def evaluate_best(self) -> dict[str, Any]:
         """Evaluate the epoch that validated best, which the model becomes, on the test split or, if
@@ -376,9 +391,8 @@ class Run:
 
 def _text(results: dict[str, Any]) -> str:
     """`val loss 0.1234, val accuracy 98.76%`."""
-    forms = {
-        k: '.2%' if 'accuracy' in k else '.4g' * isinstance(v, float) for k, v in results.items()
-    }
+    forms = {k: '.4g' if isinstance(v, float) else '' for k, v in results.items()}
+    forms |= {k: '.2%' for k in forms if 'accuracy' in k}
     return ', '.join(f'{k.replace("_", " ")} {v:{forms[k]}}' for k, v in results.items())
 
 
