@@ -16,6 +16,7 @@ from timm_fisher import PooledModel
 from timm_fisher.explain import class_names
 from timm_fisher.training.config import Config
 from timm_fisher.training.data import Split, create_datasets, load_folder, load_splits
+from timm_fisher.training.device import to_device
 
 
 def accuracies(labels: Sequence[int], predicted: Sequence[int]) -> dict[str, Any]:
@@ -31,7 +32,7 @@ def accuracies(labels: Sequence[int], predicted: Sequence[int]) -> dict[str, Any
     }
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def evaluate(
     model: PooledModel, data_dir: str, split: str, *, batch_size: int = 32, workers: int = 2
 ) -> dict[str, Any]:
@@ -55,7 +56,7 @@ def evaluate(
     device = next(model.parameters()).device
     loader = DataLoader(dataset, batch_size, num_workers=workers)
     was_training = model.training
-    model.eval()
+    to_device(model, device).eval()
     try:
         batches = tqdm(loader, split, disable=None)
         predicted = [model(x.to(device)).argmax(1) for x, _ in batches]
