@@ -4,11 +4,12 @@
 
 validate.py and train.py are those of timm's repository; without them there is nothing beside our
 rows. All run the same untrained model on the same photographs of PATH/train/CLASS, with two loader
-workers and the same batch size. Every measurement is a process of its own; they take turns, and the
-medians are reported. Evaluation and caching are timed from the creation of the model to the end,
-training from the first step to the last full one. The time of the processor, without the loader
+workers and the same batch size. Our code has one process, timm's scripts another; they take turns,
+and the medians are reported. Evaluation and caching are timed from the creation of the model to the
+end, training from the first step to the last full one. The time of the processor, without the loader
 workers, depends less on what else the machine does; that in system mode is where memory is cleared.
-Leaves in OUTPUT throughput.md and throughput.json.
+The first repetition warms up, and is not counted. Leaves in OUTPUT throughput.md and
+throughput.json.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from accelerate import Accelerator
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from tqdm import tqdm
 
-import timm_fisher  # noqa: F401  registers the architecture that timm's scripts ask for
+import timm_fisher
 from timm_fisher.training.command_line import run
 from timm_fisher.training.config import Config, Stage
 from timm_fisher.training.data import create_datasets, load_folder, preprocessing
@@ -101,18 +102,25 @@ def measure(settings: Settings) -> Sections:
     measured = [*OURS, *(what for what in THEIRS if scripts[what.split()[0]])]
     taken: dict[str, list[list[float]]] = {what: [] for what in measured}
     with tempfile.TemporaryDirectory() as folder:
-        classes = link_images(settings, Path(folder, 'images'))
-        for i, what in enumerate(progress := tqdm(measured * settings.repetitions, disable=None)):
-            progress.set_description(what)
-            output = Path(folder, str(i))
-            output.mkdir()
-            # What one of them tells the C library must not help the others.
-            with ProcessPoolExecutor(1, mp_context=get_context('spawn')) as process:
+        images = Path(folder, 'images')
+        classes = link_images(settings, images)
+        # validate.py takes no model without weights.
+        model = create_model(create_config(settings, images, Path(folder)), classes)
+        timm_fisher.save_model(model, Path(folder, 'model'))
+        # A process for timm's scripts: what our code tells the C library must not help them.
+        context = get_context('spawn')
+        with ProcessPoolExecutor(1, context) as ours, ProcessPoolExecutor(1, context) as timms:
+            turns = tqdm(measured * (1 + settings.repetitions), disable=None)
+            for i, what in enumerate(turns):
+                turns.set_description(what)
+                output = Path(folder, str(i))
+                output.mkdir()
+                process = ours if what in OURS else timms
                 future = process.submit(seconds_per_image, what, settings, output, classes)
                 taken[what].append(future.result())
     rows: list[Row] = []
     for what, repetitions in taken.items():
-        wall, user, system = map(statistics.median, zip(*repetitions, strict=True))
+        wall, user, system = map(statistics.median, zip(*repetitions[1:], strict=True))
         rows.append({'what': what, 'images/s': 1 / wall})
         rows[-1] |= {'user, ms per image': 1e3 * user, 'system, ms per image': 1e3 * system}
     missing = ' and '.join(name for name, path in scripts.items() if path is None)
@@ -145,7 +153,7 @@ def seconds_per_image(what: str, settings: Settings, output: Path, classes: int)
         torch.set_num_threads(settings.threads)
     images = output.parent / 'images'
     steps: list[list[float]] = []
-    register_optimizer_step_post_hook(lambda *_: steps.append(clock()))
+    hook = register_optimizer_step_post_hook(lambda *_: steps.append(clock()))
     text = io.StringIO()
     start = clock()
     try:
@@ -156,6 +164,8 @@ def seconds_per_image(what: str, settings: Settings, output: Path, classes: int)
                 run_script(what, settings, images, output, classes)
     except SystemExit as error:  # of a script's command line
         raise RuntimeError(f'{what} ended: {text.getvalue()[-1000:]}') from error
+    finally:
+        hook.remove()
     end, number = clock(), len(list(images.glob('train/*/*')))
     if steps:
         full = settings.images // settings.batch_size
@@ -169,19 +179,23 @@ def clock() -> list[float]:
     return [time.perf_counter(), usage.ru_utime, usage.ru_stime]
 
 
-def run_ours(what: str, settings: Settings, images: Path, output: Path, classes: int) -> None:
-    config = Config(
+def create_config(settings: Settings, images: Path, output: Path) -> Config:
+    """Of a run that trains everything for an epoch."""
+    return Config(
         output=f'{output}/run', data_dir=str(images), test_split=None, backbone=settings.backbone,
         head=settings.head, img_size=settings.img_size, batch_size=settings.batch_size, augment={},
         stages={'all': Stage(epochs=1, lr=1e-4)}, workers=WORKERS, cache_dir=f'{output}/cache',
     )  # fmt: skip
+
+
+def run_ours(what: str, settings: Settings, images: Path, output: Path, classes: int) -> None:
+    config = create_config(settings, images, output)
     if what == 'train':
         train(config)
         return
     model = create_model(config, classes)
     if what == 'evaluate':
-        options = {'batch_size': settings.batch_size, 'workers': WORKERS}
-        evaluate(model, str(images), 'train', **options)
+        evaluate(model, str(images), 'train', batch_size=settings.batch_size, workers=WORKERS)
         return
     model.to(memory_format=torch.channels_last)  # as `train` does
     splits = {'train': load_folder(str(images), 'train')}
@@ -191,15 +205,14 @@ def run_ours(what: str, settings: Settings, images: Path, output: Path, classes:
 
 def run_script(what: str, settings: Settings, images: Path, output: Path, classes: int) -> None:
     name, *options = what.split()
-    options += f'--model timm_fisher --num-classes {classes} --img-size {settings.img_size}'.split()
-    options += f'-b {settings.batch_size} -j {WORKERS} --device cpu --data-dir'.split()
-    options += [str(images), '--model-kwargs', f'backbone={settings.backbone}']
-    options += [f'head={settings.head}', f'img_size={settings.img_size}']
+    options += ['--data-dir', str(images), '--model', f'local-dir:{images.parent}/model']
+    options += f'--num-classes {classes} --img-size {settings.img_size} --device cpu'.split()
+    options += f'-b {settings.batch_size} -j {WORKERS}'.split()
     if name == 'validate.py':
         options += ['--split', 'train']
     else:
         options += '--train-split train --val-split val --epochs 1 --opt adamw --lr 1e-4'.split()
-        options += ['--warmup-epochs', '0', '--output', str(output)]
+        options += ['--warmup-epochs', '0', '--output', str(output), '--experiment', 'throughput']
     script = settings.validate if name == 'validate.py' else settings.train
     sys.argv = [str(script), *options]
     runpy.run_path(str(script), run_name='__main__')
