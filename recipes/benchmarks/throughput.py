@@ -4,12 +4,10 @@
 
 validate.py and train.py are those of timm's repository; without them there is nothing beside our
 rows. All run the same untrained model on the same photographs of PATH/train/CLASS, with two loader
-workers and the same batch size. Our code has one process, timm's scripts another; they take turns,
-and the medians are reported. Evaluation and caching are timed from the creation of the model to the
-end, training from the first step to the last full one. The time of the processor, without the loader
-workers, depends less on what else the machine does; that in system mode is where memory is cleared.
-The first repetition warms up, and is not counted. Leaves in OUTPUT throughput.md and
-throughput.json.
+workers and the same batch size. Every measurement is a process of its own, without its imports;
+they take turns, and the medians are reported. Evaluation and caching are timed from the creation of the model to the
+end, training from the first step to the last full one. The processor's time, without that of the
+loader workers, depends less on what else the machine does; memory is cleared in system mode. Leaves in OUTPUT throughput.md and throughput.json.
 """
 
 from __future__ import annotations
@@ -107,20 +105,18 @@ def measure(settings: Settings) -> Sections:
         # validate.py takes no model without weights.
         model = create_model(create_config(settings, images, Path(folder)), classes)
         timm_fisher.save_model(model, Path(folder, 'model'))
-        # A process for timm's scripts: what our code tells the C library must not help them.
-        context = get_context('spawn')
-        with ProcessPoolExecutor(1, context) as ours, ProcessPoolExecutor(1, context) as timms:
-            turns = tqdm(measured * (1 + settings.repetitions), disable=None)
-            for i, what in enumerate(turns):
-                turns.set_description(what)
-                output = Path(folder, str(i))
-                output.mkdir()
-                process = ours if what in OURS else timms
+        turns = tqdm(measured * settings.repetitions, disable=None)
+        for i, what in enumerate(turns):
+            turns.set_description(what)
+            output = Path(folder, str(i))
+            output.mkdir()
+            # What our code tells the C library must not help timm's scripts.
+            with ProcessPoolExecutor(1, get_context('spawn')) as process:
                 future = process.submit(seconds_per_image, what, settings, output, classes)
                 taken[what].append(future.result())
     rows: list[Row] = []
     for what, repetitions in taken.items():
-        wall, user, system = map(statistics.median, zip(*repetitions[1:], strict=True))
+        wall, user, system = map(statistics.median, zip(*repetitions, strict=True))
         rows.append({'what': what, 'images/s': 1 / wall})
         rows[-1] |= {'user, ms per image': 1e3 * user, 'system, ms per image': 1e3 * system}
     missing = ' and '.join(name for name, path in scripts.items() if path is None)
