@@ -4,10 +4,11 @@
 
 validate.py and train.py are those of timm's repository; without them there is nothing beside our
 rows. All run the same untrained model on the same photographs of PATH/train/CLASS, with two loader
-workers and the same batch size. Every measurement is a process of its own, without its imports;
-they take turns, and the medians are reported. Evaluation and caching are timed from the creation of the model to the
-end, training from the first step to the last full one. The processor's time, without that of the
-loader workers, depends less on what else the machine does; memory is cleared in system mode. Leaves in OUTPUT throughput.md and throughput.json.
+workers and the same batch size. Every measurement is a process of its own; they take turns, and the
+medians are reported. Evaluation and caching are timed from the creation of the model to the end,
+training from the first step to the last full one. The processor's time, without that of the loader
+workers, depends less on what else the machine does; memory is cleared in system mode. Leaves in
+OUTPUT throughput.md and throughput.json.
 """
 
 from __future__ import annotations
