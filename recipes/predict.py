@@ -31,6 +31,7 @@ from timm_fisher.hub.pypi import from_pretrained_or_pypi
 from timm_fisher.hub.text import csv_cell
 from timm_fisher.images import read_image
 from timm_fisher.training.command_line import run
+from timm_fisher.training.device import to_device
 
 BATCH = 8  # images
 
@@ -67,7 +68,7 @@ def main(settings: Settings) -> None:
     model = from_pretrained_or_pypi(settings.model, settings.backbone)
     names = class_names(model)
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
-    model.to(device).eval().requires_grad_(False)
+    to_device(model, device).eval().requires_grad_(False)
     data = timm.data.resolve_model_data_config(model)
     transform = timm.data.create_transform(**data)
 
@@ -91,7 +92,7 @@ def main(settings: Settings) -> None:
                 tqdm.write(f'No overlays: {error}')
                 explained = False
         if not explained:
-            with torch.no_grad():
+            with torch.inference_mode():
                 logits = model(x)
         top = logits.float().softmax(1).cpu().topk(min(settings.topk, len(names)))
         for i, path in enumerate(images):

@@ -27,6 +27,7 @@ from timm_fisher.files import write
 from timm_fisher.training.command_line import parse
 from timm_fisher.training.config import Config
 from timm_fisher.training.data import Split, create_datasets, preprocessing
+from timm_fisher.training.device import to_device
 from timm_fisher.training.features import Cached, cache_features
 from timm_fisher.training.measure import timed
 from timm_fisher.training.run import create_model, load_weights
@@ -46,7 +47,7 @@ def create_embedder(config: Config, **head_kwargs: Any) -> PooledModel:
     set_seed(config.seed)
     config = replace(config, head_kwargs={**config.head_kwargs, **head_kwargs})
     model = create_model(config, num_classes=0).to(memory_format=torch.channels_last)
-    return model.to(Accelerator().device).eval()
+    return to_device(model, Accelerator().device).eval()
 
 
 def cache_splits(model: PooledModel, splits: dict[str, Split], config: Config) -> dict[str, Cached]:

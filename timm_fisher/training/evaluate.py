@@ -22,6 +22,7 @@ from timm_fisher.training.data import (
     load_splits,
     refuse_non_finite,
 )
+from timm_fisher.training.device import to_device
 
 
 def accuracies(labels: Sequence[int], predicted: Sequence[int]) -> dict[str, Any]:
@@ -37,7 +38,7 @@ def accuracies(labels: Sequence[int], predicted: Sequence[int]) -> dict[str, Any
     }
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def evaluate(
     model: PooledModel, data_dir: str, split: str, *, batch_size: int = 32, workers: int = 2
 ) -> dict[str, Any]:
@@ -61,7 +62,7 @@ def evaluate(
     device = next(model.parameters()).device
     loader = DataLoader(dataset, batch_size, num_workers=workers)
     was_training = model.training
-    model.eval()
+    to_device(model, device).eval()
     try:
         batches = tqdm(loader, split, disable=None)
         logits = torch.cat([model(x.to(device)) for x, _ in batches])

@@ -27,6 +27,7 @@ from timm_fisher import PooledModel
 from timm_fisher.backbone import digest
 from timm_fisher.training.config import Config
 from timm_fisher.training.data import Gives, Images, refuse_non_finite
+from timm_fisher.training.device import to_device
 from timm_fisher.training.tables import three_digits
 
 
@@ -62,7 +63,7 @@ def cache_features(
     """Run the backbone once over a data set, each rank over its share, unless files of the same
     weights, images and transform are in `config.cache_dir`, which all ranks must see, already.
     OSError if there is no space for them."""
-    model.to(accelerator.device).eval()
+    to_device(model, accelerator.device).eval()
     stem = Path(config.cache_dir, _cache_key(model, dataset, accelerator))
     paths = [stem.with_name(f'{stem.name}-{i}.npy') for i in range(len(model.descriptors))]
     # The main process decides for all: another run may publish the same files at any moment.
@@ -77,13 +78,13 @@ def cache_pooled(
 ) -> Cached:
     """Pool cached features once, for a stage that trains the classifier alone, into a new file: the
     head may have been trained meanwhile."""
-    model.to(accelerator.device).eval()
+    to_device(model, accelerator.device).eval()
     pool = partial(model.forward_head, pre_logits=True)
     _write([path], lambda x: [pool(x)], features, config, accelerator)
     return Cached([path], features, 'pooled')
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def _write(
     paths: list[Path],
     function: Callable[[Any], list[Any]],

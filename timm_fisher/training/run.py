@@ -38,6 +38,7 @@ from timm_fisher.training.checkpoint import (
 )
 from timm_fisher.training.config import Config, Stage
 from timm_fisher.training.data import Images, create_datasets, load_splits, preprocessing
+from timm_fisher.training.device import to_device
 from timm_fisher.training.features import Cached, cache_features, cache_pooled, create_loader
 from timm_fisher.training.report import describe, draw_curve, head_names
 from timm_fisher.training.stages import (
@@ -72,6 +73,7 @@ def train(config: Config) -> dict[str, Any]:
 
         # Model
         model = create_model(config, len(classes)).to(memory_format=torch.channels_last)
+        to_device(model, accelerator.device)
         for name, stage in config.stages.items():
             freeze(model, name, stage)  # refuses what does not fit before anything is computed
         model.requires_grad_(True)
@@ -161,7 +163,6 @@ class Run:
         """Start the heads from data."""
         dataset = self._datasets(next(iter(self.config.stages.values())))['train']
         loader = create_loader(dataset, self.config)
-        self.model.to(self.accelerator.device)
         with self._timed('fit'):
             timm_fisher.fit(self.model, loader, from_features=dataset.gives == 'features')
 
