@@ -1,5 +1,5 @@
-"""`python -m timm_fisher SCRIPT [ARGS]`: run a script, such as timm's validate.py, with the models of
-this package registered. Also after `torchrun -m` and `accelerate launch -m`.
+"""`python -m timm_fisher SCRIPT [ARGS]`: run a script, such as timm's validate.py, with the models
+of this package registered. Also after `torchrun -m` and `accelerate launch -m`.
 
     python -m timm_fisher validate.py --model resnet50_3g --data-dir PATH
 """
