@@ -122,8 +122,8 @@ def measure(settings: Settings) -> Sections:
         rows[-1] |= {'user, ms per image': 1e3 * user, 'system, ms per image': 1e3 * system}
     missing = ' and '.join(name for name, path in scripts.items() if path is None)
     note = f"\n\nWithout timm's {missing}, of which no path was given." if missing else ''
-    images = f'{settings.img_size} x {settings.img_size}, {settings.batch_size} a step'
-    yield f'{settings.backbone}, {settings.head}: images of {images}', records(rows) + note, rows
+    size = f'{settings.img_size} x {settings.img_size}, {settings.batch_size} a step'
+    yield f'{settings.backbone}, {settings.head}: images of {size}', records(rows) + note, rows
 
 
 def link_images(settings: Settings, folder: Path) -> int:
