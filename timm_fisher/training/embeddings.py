@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from accelerate.utils import send_to_device, set_seed
 from sklearn.preprocessing import normalize
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 import timm_fisher
 from timm_fisher import PooledModel
@@ -74,7 +74,7 @@ def fit_once(model: PooledModel, features: Cached, folder: Path | None, config: 
 @torch.no_grad()
 def outputs(
     model: PooledModel,
-    features: Cached,
+    features: Dataset[Any],
     function: Callable[[list[Tensor]], Tensor],
     *,
     batch_size: int = 256,
@@ -86,19 +86,19 @@ def outputs(
         yield function(send_to_device(batch, device))
 
 
-def mean_vectors(model: PooledModel, features: Cached) -> np.ndarray:
+def mean_vectors(model: PooledModel, features: Dataset[Any]) -> np.ndarray:
     """L2-normalised means `[n, C]` of the descriptors of the last stage, float64."""
     return _unit_vectors(model, features, lambda x: model.descriptors(x)[-1].mean(1))
 
 
-def head_vectors(model: PooledModel, features: Cached) -> np.ndarray:
+def head_vectors(model: PooledModel, features: Dataset[Any]) -> np.ndarray:
     """L2-normalised pooled vectors `[n, head_hidden_size]`, float64."""
     pool: Any = partial(model.forward_head, pre_logits=True)
     return _unit_vectors(model, features, pool)
 
 
 def _unit_vectors(
-    model: PooledModel, features: Cached, function: Callable[[list[Tensor]], Tensor]
+    model: PooledModel, features: Dataset[Any], function: Callable[[list[Tensor]], Tensor]
 ) -> np.ndarray:
     parts = [x.cpu() for x in outputs(model, features, function)]
     return np.asarray(normalize(torch.cat(parts).double().numpy()))
