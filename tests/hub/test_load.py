@@ -272,7 +272,7 @@ def test_another_input_size_that_the_weights_depend_on(tmp_path):
 def test_another_input_size_that_the_backbone_refuses():
     with torch.device('meta'):
         model = timm_fisher.PooledModel('levit_128s', num_classes=3)
-    with pytest.raises(ValueError, match=r'built for images \(3, 224, 224\).*img_size=256'):
+    with pytest.raises(ValueError, match=r'built for images \(3, 224, 224\).*img_size=\(256, 256'):
         model.set_input_size(256)
 
 

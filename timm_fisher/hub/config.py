@@ -76,8 +76,9 @@ def check_config(config: Any, *, trust_config: bool = False) -> SavedConfig:
         if not isinstance(config.get(name), dict):
             raise ValueError(f'{name} is {_shown(config.get(name))}, not a table')
     arguments = {key: value for key, value in config['model_args'].items() if value is not None}
-    if config.get('num_classes') is not None:
-        arguments.setdefault('num_classes', config['num_classes'])
+    for place in (config, config['pretrained_cfg']):
+        if place.get('num_classes') is not None:
+            arguments.setdefault('num_classes', place['num_classes'])
     _check_values('model_args', arguments, _ARGUMENTS)
     for key in ('backbone', 'head'):
         if key not in arguments:
