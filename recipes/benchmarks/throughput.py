@@ -79,10 +79,6 @@ class Settings:
     repetitions: int = 3
 
     def __post_init__(self) -> None:
-        for name in ('validate', 'train'):
-            script = getattr(self, name)
-            if script is not None and not script.is_file():
-                raise ValueError(f"--{name} is '{script}', which is no file.")
         if self.batch_size < 1 or self.repetitions < 1:
             raise ValueError('Give --batch_size and --repetitions of 1 or more.')
         if self.images < 2 * self.batch_size:
@@ -90,6 +86,10 @@ class Settings:
 
 
 def main(settings: Settings) -> None:
+    for name in ('validate', 'train'):
+        script = getattr(settings, name)
+        if script is not None and not script.is_file():
+            raise ValueError(f"--{name} is '{script}', which is no file.")
     os.environ['ACCELERATE_USE_CPU'] = 'true'
     options = {**asdict(settings), 'device': 'cpu'}
     report({'cpu': partial(measure, settings)}, settings.output / 'throughput', options)
