@@ -55,7 +55,6 @@ def test_links(throughput, tmp_path):
 @pytest.mark.parametrize(
     ('options', 'error'),
     [
-        ({'validate': ROOT / 'none.py'}, r"--validate is '.*none\.py', which is no file"),
         ({'images': 63}, '--images is 63; give two batches or more'),
         ({'repetitions': 0}, 'of 1 or more'),
     ],
@@ -63,6 +62,12 @@ def test_links(throughput, tmp_path):
 def test_refuses(throughput, options, error):
     with pytest.raises(ValueError, match=error):
         throughput.Settings(ROOT, **options)
+
+
+def test_script_that_is_missing(throughput, tmp_path):
+    settings = throughput.Settings(tmp_path, validate=tmp_path / 'none.py')
+    with pytest.raises(ValueError, match=r"--validate is '.*none\.py', which is no file"):
+        throughput.main(settings)
 
 
 @pytest.mark.parametrize('what', ['validate.py', 'train.py --channels-last'])
