@@ -78,7 +78,7 @@ def gradients(model: nn.Module, rank: int = 0, world_size: int = 1) -> dict[str,
     logits, loss = model(images)
     (F.cross_entropy(logits, labels) + loss).backward()
     return {
-        name.removeprefix('module.'): parameter.grad
+        name.removeprefix('module.').removeprefix('model.'): parameter.grad
         for name, parameter in model.named_parameters()
         if parameter.grad is not None
     }
