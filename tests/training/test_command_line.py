@@ -78,9 +78,11 @@ def test_error_is_a_sentence(capsys, error, status, text):
 @pytest.fixture
 def handlers():
     """What the command sets, as this process ends with it, is set back."""
-    before = signal.getsignal(signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored behind a shell's &
     yield
-    signal.signal(signal.SIGTERM, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
