@@ -80,7 +80,7 @@ def main(quickstart: Quickstart) -> None:
     print('\nA model, trained on the photographs in train/ and tested on those in test/:')
     launch(options, output / 'run')
     model = timm_fisher.from_pretrained(output / 'run/model').eval()
-    photograph = min((PHOTOGRAPHS / 'test/metal').iterdir())
+    photograph = min((PHOTOGRAPHS / 'test/glass').iterdir())
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
     x = transform(explain.read_image(photograph))[None]
     logits, heat = explain.explain(model, x)
