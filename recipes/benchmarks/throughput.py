@@ -25,7 +25,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass
 from functools import partial
-from multiprocessing import get_context
+from multiprocessing import get_context, get_start_method, set_start_method
 from pathlib import Path
 
 import torch
@@ -113,7 +113,9 @@ def measure(settings: Settings) -> Sections:
             output.mkdir()
             # What our code tells the C library must not help timm's scripts.
             with ProcessPoolExecutor(1, get_context('spawn')) as process:
-                future = process.submit(seconds_per_image, what, settings, output, classes)
+                future = process.submit(
+                    seconds_per_image, what, settings, output, classes, get_start_method()
+                )
                 taken[what].append(future.result())
     rows: list[Row] = []
     for what, repetitions in taken.items():
@@ -144,8 +146,12 @@ def link_images(settings: Settings, folder: Path) -> int:
     return len(classes)
 
 
-def seconds_per_image(what: str, settings: Settings, output: Path, classes: int) -> list[float]:
+def seconds_per_image(
+    what: str, settings: Settings, output: Path, classes: int, start_method: str
+) -> list[float]:
     """Seconds that an image takes, and those of the processor in user and system mode."""
+    # Of loader workers: what Python does by default, not the slow one that this process began by.
+    set_start_method(start_method, force=True)
     if settings.threads:
         torch.set_num_threads(settings.threads)
     images = output.parent / 'images'
