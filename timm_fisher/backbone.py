@@ -83,10 +83,9 @@ def create_backbone(
             _keep_last_stride(seen, last_stride)
         shape = get_model_input_config(seen)['input_size']
         input_size = (shape[0], *to_2tuple(img_size or shape[1:]))
-        descriptors, idle, dead = find_descriptors(
+        descriptors, pool_size, idle, dead = find_descriptors(
             seen.eval(), torch.empty(1, *input_size), stages=stages, class_token=class_token
         )
-        pool_size = descriptors.grid(seen, input_size)
         seen.train()
     if torch.get_default_device().type == 'meta':
         module = seen

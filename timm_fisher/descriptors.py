@@ -165,7 +165,7 @@ def _intermediates(backbone: Any, x: Tensor, stages: list[int], **options: Any) 
 
 def find_descriptors(
     backbone: Any, image: Tensor, *, stages: Sequence[int] = (-1,), class_token: str = 'drop'
-) -> tuple[StageDescriptors, set[str], set[str]]:
+) -> tuple[StageDescriptors, tuple[int, int] | None, set[str], set[str]]:
     """Decide how to read a timm backbone, and what of it the descriptors do not depend on.
 
     Args:
@@ -176,8 +176,9 @@ def find_descriptors(
         class_token: as `Descriptors` takes it. With several stages it is about the output.
 
     Returns:
-        The descriptors; names of the largest modules that hold parameters and never run; and names
-        of parameters elsewhere that no gradient reaches, such as of a last layer's class token.
+        The descriptors; rows and columns of the last stage's, None if they are no grid; names of
+        the largest modules that hold parameters and never run; and names of parameters elsewhere
+        that no gradient reaches, such as of a last layer's class token.
 
     Raises:
         ValueError: no such stage or mode, or the backbone has no class token there.
@@ -194,7 +195,8 @@ def find_descriptors(
             ran |= names
         unused = _unused_parts(backbone, features, ran)
         one_pass = _gives_output(backbone, image, readers, features[-1])
-    return StageDescriptors(readers, one_pass=one_pass), *unused
+    grid = readers[-1].grid(backbone, features[-1], image.shape[2:])
+    return StageDescriptors(readers, one_pass=one_pass), grid, *unused
 
 
 def _find_stage(
