@@ -73,7 +73,8 @@ def test_logits(name, load, lite0):
     """To the bit those of the constructor and `load_state_dict`, without any of our loading; and
     those that were kept, but for what another processor rounds in another way."""
     model = load(name)
-    arguments = read(name)[0]['model_args']
+    config = read(name)[0]
+    arguments = {**config['model_args'], 'num_classes': config['num_classes']}
     plain = PooledModel(**{k: v for k, v in arguments.items() if k != 'backbone_weights'}).eval()
     weights = load_file(CARDS / name / 'model.safetensors')
     if 'backbone_weights' in arguments:
