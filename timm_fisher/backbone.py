@@ -20,7 +20,8 @@ from timm.models import get_model_input_config, model_entrypoint
 from torch import Tensor, nn
 
 from timm_fisher.descriptors import StageDescriptors, find_descriptors, remove_unused
-from timm_fisher.registry import nearest
+from timm_fisher.registry import get_head, nearest
+from timm_fisher.specification import HeadSpec
 
 WEIGHTS = 'model.safetensors'
 # What a pretrained_cfg says about images; the rest of it is about the backbone's own weights.
@@ -48,7 +49,7 @@ def create_backbone(
     arguments: Mapping[str, Any],
     *,
     img_size: int | tuple[int, int] | None,
-    stages: Sequence[int],
+    heads: Sequence[HeadSpec],
     class_token: str,
     last_stride: int | None,
     pretrained: bool,
@@ -62,10 +63,11 @@ def create_backbone(
         name: any name that `timm.create_model` takes, `hf-hub:` and `local-dir:` included.
         arguments: of `timm.create_model`.
         img_size, class_token, last_stride, pretrained: as `PooledModel` takes them.
-        stages: that are read, -1 for the output.
+        heads: that pool its stages.
 
     Raises:
-        ValueError: an unknown backbone, stage or class-token mode.
+        ValueError: an unknown backbone, stage or class-token mode, or a backbone that cannot give
+            what a head asks for.
     """
     _check_name(name)
     arguments = {**arguments, 'num_classes': 0}
@@ -83,9 +85,12 @@ def create_backbone(
             _keep_last_stride(seen, last_stride)
         shape = get_model_input_config(seen)['input_size']
         input_size = (shape[0], *to_2tuple(img_size or shape[1:]))
+        stages = sorted({head.stage for head in heads})
         descriptors, pool_size, idle, dead = find_descriptors(
             seen.eval(), torch.empty(1, *input_size), stages=stages, class_token=class_token
         )
+        for head in heads:
+            _check_context(name, head, descriptors[stages.index(head.stage)])
         seen.train()
     if torch.get_default_device().type == 'meta':
         module = seen
@@ -98,6 +103,23 @@ def create_backbone(
     stored = getattr(module, 'pretrained_model_args', {})
     given = {key: value for key, value in stored.items() if key not in recorded}
     return Backbone(module, descriptors, input_size, pool_size, given)
+
+
+def _check_context(backbone: str, head: HeadSpec, reader: Any) -> None:
+    """Refuse a head that needs what the reader of its stage cannot give."""
+    for name, needed in get_head(head.name).context.items():
+        if needed and not reader.can_give(name):
+            what = name.replace('_', ' ')
+            raise ValueError(
+                f"Head '{head.name}' needs a {what}, which '{backbone}' does not give at stage "
+                f'{head.stage}. Take '
+                + (
+                    'the output of a transformer that has one, such as vit_base_patch16_224, or '
+                    'another head.'
+                    if name == 'class_token'
+                    else "class_token='drop', which keeps tokens without a place out."
+                )
+            )
 
 
 def create_features(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
-from timm_fisher.head import EXAMPLE, PoolingHead, like, trace
+from timm_fisher.head import PoolingHead, example, trace
 from timm_fisher.numerics.linalg import at_least_float32, unit_length
 
 
@@ -30,19 +31,30 @@ class ConcatHeads(nn.ModuleList):
         self.places = list(places)
         self.out_features = sum(head.out_features for head in heads)
 
+    def __iter__(self) -> Iterator[PoolingHead]:
+        return cast(Iterator[PoolingHead], super().__iter__())
+
     def placed(self) -> Iterator[tuple[PoolingHead, int]]:
         """Each head and its place."""
-        return zip(self, self.places, strict=True)  # type: ignore[arg-type]
+        return zip(self, self.places, strict=True)
 
-    def forward(self, x: Sequence[Tensor]) -> Tensor:
-        """Pooled vectors `[B, out_features]` of descriptors `[B, N, C]`, one tensor a stage."""
-        return self._concatenate([head(x[place]) for head, place in self.placed()])
+    def forward(self, x: Sequence[Tensor], contexts: Sequence[Mapping[str, Any]] = ()) -> Tensor:
+        """Pooled vectors `[B, out_features]`.
 
-    def forward_with_loss(self, x: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        Args:
+            x: descriptors `[B, N, C]` of each head.
+            contexts: for each head what else it asks for, if any asks.
+        """
+        inputs = zip(self, x, contexts or [{}] * len(self), strict=True)
+        return self._concatenate([head(y, **context) for head, y, context in inputs])
+
+    def forward_with_loss(
+        self, x: Sequence[Tensor], contexts: Sequence[Mapping[str, Any]] = ()
+    ) -> tuple[Tensor, Tensor]:
         """As `forward`, and the sum of the heads' unsupervised losses."""
-        pooled, losses = zip(
-            *(head.forward_with_loss(x[place]) for head, place in self.placed()), strict=True
-        )
+        inputs = zip(self, x, contexts or [{}] * len(self), strict=True)
+        both = [head.forward_with_loss(y, **context) for head, y, context in inputs]
+        pooled, losses = zip(*both, strict=True)
         return self._concatenate(pooled), torch.stack(losses).sum()
 
     def _concatenate(self, pooled: Sequence[Tensor]) -> Tensor:
@@ -52,9 +64,9 @@ class ConcatHeads(nn.ModuleList):
 
     def __prepare_scriptable__(self) -> nn.Module:
         """See `PoolingHead`."""
-        channels = {place: head.in_features for head, place in self.placed()}
-        example = [torch.zeros(2, EXAMPLE, c, **like(self)) for _, c in sorted(channels.items())]
-        return TracedHeads(trace(self, example))
+        for head in self:
+            head.__prepare_scriptable__()  # refuses what needs more
+        return TracedHeads(trace(self, [example(head)[0] for head in self]))
 
     def extra_repr(self) -> str:
         return f'places={self.places}'

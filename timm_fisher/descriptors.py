@@ -21,7 +21,7 @@ import torch
 from timm.layers.helpers import to_2tuple
 from torch import Tensor, nn
 
-from timm_fisher.head import like
+from timm_fisher.head import PoolingHead, like
 
 CLASS_TOKEN_MODES = ('drop', 'keep', 'append')
 
@@ -37,6 +37,7 @@ class Descriptors(nn.Module):
         num_prefix_tokens: tokens ahead of the grid, in the layout 'NLC'.
         class_token: 'drop' it, 'keep' the prefix tokens among the descriptors, or leave the class
             token to be appended ('append') to the pooled vector.
+        has_class_token: the first of the prefix tokens is a class token.
         intermediate: read by `forward_intermediates` instead of `forward_features`.
     """
 
@@ -48,6 +49,7 @@ class Descriptors(nn.Module):
         num_features: int,
         num_prefix_tokens: int = 0,
         class_token: str = 'drop',
+        has_class_token: bool = False,
         intermediate: bool = False,
     ) -> None:
         super().__init__()
@@ -56,6 +58,7 @@ class Descriptors(nn.Module):
         self.num_features = num_features
         self.num_prefix_tokens = num_prefix_tokens
         self.class_token = class_token
+        self.has_class_token = has_class_token
         self.intermediate = intermediate
 
     def features(self, backbone: Any, x: Tensor) -> Tensor:
@@ -80,6 +83,38 @@ class Descriptors(nn.Module):
             return token_grid(backbone, size, features.shape[1] - self.num_prefix_tokens)
         rows, columns = features.shape[2:] if self.layout == 'NCHW' else features.shape[1:3]
         return rows, columns
+
+    def can_give(self, name: str) -> bool:
+        """Whether a head can have what it asks for by this name; see `PoolingHead`."""
+        if name == 'class_token':
+            return self.has_class_token
+        return self.class_token != 'keep'  # the prefix tokens are no part of a grid
+
+    def context(
+        self, head: PoolingHead, backbone: Any, features: Tensor, size: Sequence[int]
+    ) -> dict[str, Any]:
+        """What a head asks for beside the descriptors.
+
+        Args:
+            head: that pools this stage.
+            backbone: which gave the features.
+            features: as `forward` takes them.
+            size: height and width of the images.
+
+        Raises:
+            ValueError: the head asks for a grid, and images of this size have another number.
+        """
+        given: dict[str, Any] = {}
+        if 'class_token' in head.context and self.can_give('class_token'):
+            given['class_token'] = features[:, 0]
+        if 'grid' in head.context and self.can_give('grid'):
+            given['grid'] = self.grid(backbone, features, size)
+            if given['grid'] is None:
+                raise ValueError(
+                    f'{features.shape[1]} tokens are not those of images of {tuple(size)}. Call '
+                    'the model with images, or set_input_size() before forward_head().'
+                )
+        return given
 
     def extra_repr(self) -> str:
         rule = 'forward_intermediates' if self.intermediate else 'forward_features'
@@ -227,7 +262,7 @@ def _find_stage(
         raise ValueError(
             f'{class_token=} needs tokens ahead of the grid, and {name} has none at {stage=}.'
         )
-    if class_token == 'append' and getattr(backbone, 'cls_token', None) is None:
+    if class_token == 'append' and not descriptors.has_class_token:
         raise ValueError(
             f"class_token='append' needs a class token; the {descriptors.num_prefix_tokens} prefix "
             f"tokens of this {name} are registers. Use 'drop' or 'keep'."
@@ -270,6 +305,7 @@ def _from_features(
         num_features=features.shape[2],
         num_prefix_tokens=prefix,
         class_token=class_token,
+        has_class_token=prefix > 0 and getattr(backbone, 'cls_token', None) is not None,
     )
 
 

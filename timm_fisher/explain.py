@@ -25,7 +25,6 @@ import torch.nn.functional as F
 from timm.data.config import resolve_model_data_config
 from torch import Tensor
 
-from timm_fisher.descriptors import token_grid
 from timm_fisher.images import read_image as read_image  # one of these functions, to users
 from timm_fisher.model import PooledModel
 
@@ -58,14 +57,10 @@ def grids(
         ValueError: tokens that do not fill a grid of the backbone's stride.
     """
     places: list[tuple[int, int]] = []
-    for stage, tensor in zip(model.descriptors, features, strict=True):
-        if stage.layout != 'NLC':
-            rows, columns = tensor.shape[1:3] if stage.layout == 'NHWC' else tensor.shape[2:]
-            places.append((rows, columns))
-            continue
-        number = tensor.shape[1] - stage.num_prefix_tokens
-        grid = token_grid(model.backbone, size, number)
+    for reader, tensor in zip(model.descriptors, features, strict=True):
+        grid = reader.grid(model.backbone, tensor, size)
         if grid is None:
+            number = tensor.shape[1] - reader.num_prefix_tokens
             raise ValueError(f'the places of the {number} tokens of this backbone are unknown.')
         places.append(grid)
     return places

@@ -6,7 +6,7 @@ import inspect
 import reprlib
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from timm.layers import register_notrace_module
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 MOST_FEATURES = 65_536  # of a size that an argument sets: dimensions, components, units
 MOST_ITERATIONS = 1000
 MOST_STEPS = 20  # of Newton-Schulz: more blow up what rounding makes of zero eigenvalues in float32
-EXAMPLE = 100  # descriptors of an image that a head is tried on
+CONTEXT = ('grid', 'class_token')  # what `forward` may ask for beside the descriptors
 
 
 @register_notrace_module  # a leaf of torch.fx's graphs, as timm makes them
@@ -36,6 +36,11 @@ class PoolingHead(nn.Module):
     A buffer that is derived from the arguments, such as an index, is not persistent; a method
     `init_non_persistent_buffers()` fills it again, as timm's layers have it.
 
+    A head that needs more than the descriptors names it as a keyword of `forward` (and of its own
+    `forward_with_loss`): `grid: tuple[int, int]`, rows and columns of the descriptors, which come
+    row by row; `class_token: Tensor`, `[B, C]`. With the default None it takes what there is;
+    without one, a backbone that cannot give it is refused.
+
     A head sees tensors and a `DescriptorStream`; it imports neither accelerate nor
     `torch.distributed`, and of timm only `timm.layers`. Second-order and log-probability
     mathematics run in float32 or better, with autocast off (`numerics.linalg`).
@@ -43,10 +48,20 @@ class PoolingHead(nn.Module):
     Attributes:
         in_features: channels C of one descriptor.
         out_features: length of the pooled vector.
+        context: keywords that `forward` asks for, and whether it cannot do without.
     """
 
     in_features: int
     out_features: int
+    context: ClassVar[dict[str, bool]] = {}
+
+    def __init_subclass__(cls, **arguments: Any) -> None:
+        super().__init_subclass__(**arguments)
+        parameters = inspect.signature(cls.forward).parameters
+        empty = inspect.Parameter.empty
+        cls.context = {
+            name: parameters[name].default is empty for name in CONTEXT if name in parameters
+        }
 
     def forward(self, x: Tensor) -> Tensor:
         """Pooled vectors `[B, out_features]` of local descriptors `[B, N, C]`, in their dtype; N is
@@ -85,13 +100,27 @@ class PoolingHead(nn.Module):
     def __prepare_scriptable__(self) -> nn.Module:
         """What `torch.jit.script` takes in the head's place: the head traced, for TorchScript does
         not know all of Python. It keeps the mode, training or not, that the head is in now."""
-        return nn.Sequential(trace(self, torch.zeros(2, EXAMPLE, self.in_features, **like(self))))
+        if self.context:
+            raise ValueError(
+                f'torch.jit.script takes a model whose head asks for {" and ".join(self.context)}, '
+                f'such as {type(self).__name__}, only as a whole. Script the model.'
+            )
+        return nn.Sequential(trace(self, example(self)[0]))
 
     def extra_repr(self) -> str:
         """Sizes, and the arguments that the head keeps under their names."""
         names = [name for name in inspect.signature(type(self)).parameters if name in vars(self)]
         settings = [f'{name}={vars(self)[name]!r}' for name in names if name != 'in_features']
         return ', '.join([f'{self.in_features} -> {self.out_features}', *settings])
+
+
+def example(head: PoolingHead) -> tuple[Tensor, dict[str, Any]]:
+    """Random descriptors `[2, 100, C]` to try a head on, and what else its `forward` asks for; the
+    same each time."""
+    generator = torch.Generator('cpu').manual_seed(0)
+    x = torch.randn(2, 101, head.in_features, generator=generator, device='cpu').to(**like(head))
+    context = {'grid': (10, 10), 'class_token': x[:, 0]}
+    return x[:, 1:], {name: context[name] for name in head.context}
 
 
 def trace(
@@ -108,9 +137,10 @@ def trace(
 
 
 def like(module: nn.Module) -> dict[str, Any]:
-    """Device and type of a module's parameters, for a tensor that it takes."""
-    parameter = next(module.parameters(), torch.empty(0))
-    return {'device': parameter.device, 'dtype': parameter.dtype}
+    """Device and type of a module's tensors, for a tensor that it takes."""
+    tensors = [*module.parameters(), *module.buffers(), torch.empty(0)]
+    tensor = next(filter(Tensor.is_floating_point, tensors))
+    return {'device': tensor.device, 'dtype': tensor.dtype}
 
 
 def check_range(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from timm_fisher.backbone import create_backbone, describe_weights, resize, set_size, wrap_cfg
 from timm_fisher.compose import ConcatHeads
-from timm_fisher.descriptors import StageDescriptors, read_last
+from timm_fisher.descriptors import Descriptors, StageDescriptors, read_last
 from timm_fisher.head import PoolingHead, Unpooled
 from timm_fisher.registry import check_output, create_head
 from timm_fisher.script import scriptable
@@ -99,7 +99,7 @@ class PooledModel(nn.Module):
             backbone,
             {**(backbone_kwargs or {}), **requested},
             img_size=img_size,
-            stages=stages,
+            heads=heads,
             class_token=class_token,
             last_stride=last_stride,
             pretrained=pretrained,
@@ -201,30 +201,62 @@ class PooledModel(nn.Module):
             x: one tensor, or one for each stage.
             pre_logits: stop before the classifier, at `[B, head_hidden_size]`.
         """
-        features, descriptors = self._read(x)
-        pooled = self._finish(self.head(descriptors), features)
-        return pooled if pre_logits else self.classifier(pooled)
+        pooled = self._pool(x, self.pretrained_cfg['input_size'][1:])
+        return pooled if pre_logits else cast(Tensor, self.classifier(pooled))
 
     def forward_head_with_loss(self, x: Tensor | list[Tensor]) -> tuple[Tensor, Tensor]:
         """As `forward_head`, and the heads' unsupervised loss, a scalar."""
-        features, descriptors = self._read(x)
-        pooled, loss = self.head.forward_with_loss(descriptors)
-        return self.classifier(self._finish(pooled, features)), loss
+        pooled, loss = self._pool_with_loss(x, self.pretrained_cfg['input_size'][1:])
+        return self.classifier(pooled), loss
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits `[B, num_classes]` of images `[B, 3, H, W]`."""
-        return self.forward_head(self.forward_features(x))
+        return cast(Tensor, self.classifier(self._pool(self.forward_features(x), x.shape[2:])))
 
     def forward_with_loss(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """As `forward`, and the heads' unsupervised loss, a scalar."""
-        return self.forward_head_with_loss(self.forward_features(x))
+        pooled, loss = self._pool_with_loss(self.forward_features(x), x.shape[2:])
+        return self.classifier(pooled), loss
 
-    def _read(self, x: Tensor | list[Tensor]) -> tuple[list[Tensor], Any]:
-        """Features of each stage, and the descriptors as the head takes them."""
+    def _pool(self, x: Tensor | list[Tensor], size: Sequence[int]) -> Tensor:
+        """What the classifier reads, of the features of images of a height and width."""
+        features, arguments, context = self._read(x, size)
+        return self._finish(self.head(arguments, **context), features)
+
+    def _pool_with_loss(
+        self, x: Tensor | list[Tensor], size: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
+        """As `_pool`, and the heads' unsupervised loss."""
+        features, descriptors, context = self._read(x, size)
+        pooled, loss = self.head.forward_with_loss(descriptors, **context)
+        return self._finish(pooled, features), loss
+
+    def _read(
+        self, x: Tensor | list[Tensor], size: Sequence[int]
+    ) -> tuple[list[Tensor], Any, dict[str, Any]]:
+        """Features of each stage, and what `head` takes: descriptors, and what else it asks for."""
         # Not `isinstance(x, Tensor)`: torch.fx traces with a placeholder.
         features = x if isinstance(x, list) else [x]
-        descriptors = self.descriptors(features)
-        return features, descriptors if isinstance(self.head, ConcatHeads) else descriptors[0]
+        _, descriptors, contexts = zip(*self.inputs_of_heads(features, size), strict=True)
+        if isinstance(self.head, ConcatHeads):
+            return features, list(descriptors), {'contexts': contexts} if any(contexts) else {}
+        return features, descriptors[0], contexts[0]
+
+    def inputs_of_heads(
+        self, features: Sequence[Tensor], size: Sequence[int]
+    ) -> list[tuple[PoolingHead, Tensor, dict[str, Any]]]:
+        """Each head, the descriptors `[B, N, C]` that it pools, and what else it asks for.
+
+        Args:
+            features: a list of what `forward_features` gives.
+            size: height and width of the images.
+        """
+        descriptors, made = self.descriptors(features), []
+        for head, place in self.heads:
+            reader = cast(Descriptors, self.descriptors[place])
+            context = reader.context(head, self.backbone, features[place], size)
+            made.append((head, descriptors[place], context))
+        return made
 
     def _finish(self, pooled: Tensor, features: list[Tensor]) -> Tensor:
         """What the classifier reads."""

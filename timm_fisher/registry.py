@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from timm_fisher.head import PoolingHead
+from timm_fisher.head import CONTEXT, PoolingHead, example
 
 GROUP = 'timm_fisher.heads'
 
@@ -72,6 +72,12 @@ def create_head(name: str, in_features: int, /, **arguments: Any) -> PoolingHead
         kind = next(known, RuntimeError)
         reason = f'{type(error).__name__}: {error}' if kind is RuntimeError else error
         raise kind(f'{title(name)} cannot be built: {reason}') from error
+    for key, parameter in list(inspect.signature(made.forward).parameters.items())[1:]:
+        if parameter.default is parameter.empty and key not in CONTEXT:
+            raise TypeError(
+                f"{title(name)} asks for '{key}' in forward, which models do not give. Beside the "
+                f'descriptors there are: {", ".join(CONTEXT)}. Give it a default.'
+            )
     sizes = [getattr(made, key, None) for key in ('in_features', 'out_features')]
     if sizes[0] != in_features or not all(map(_is_size, sizes)):
         raise ValueError(
@@ -94,13 +100,14 @@ def check_output(name: str, in_features: int, arguments: Mapping[str, Any]) -> N
         try:
             with torch.random.fork_rng([]), torch.device(device), torch.no_grad():
                 head = create_head(name, in_features, **arguments).eval()
-                pooled = head(torch.ones(2, 100, in_features))
+                x, context = example(head)
+                pooled = head(x, **context)
             break
         except Exception:
             continue
     else:
         return
-    wanted = f'a tensor [2, {head.out_features}] of descriptors [2, 100, {in_features}]'
+    wanted = f'a tensor [2, {head.out_features}] of descriptors {list(x.shape)}'
     if not isinstance(pooled, Tensor):
         raise TypeError(f'{title(name)} returns a {type(pooled).__name__}, not {wanted}.')
     if pooled.shape != (2, head.out_features):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +37,9 @@ def scriptable(model: PooledModel) -> nn.Module:
     with torch.no_grad():
         (features,) = model.descriptors.features(model.backbone, image)
     rest = copy.copy(model)
-    rest._modules = {key: part for key, part in model._modules.items() if key != 'backbone'}
+    stand_in: Any = nn.Identity()  # for the backbone, of which no more is read here
+    stand_in.feature_info = model.backbone.feature_info
+    rest._modules = {**model._modules, 'backbone': stand_in}
     return Scripted(backbone, trace(rest, features, 'forward_head'))
 
 

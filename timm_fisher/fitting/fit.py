@@ -27,5 +27,5 @@ def fit(model: PooledModel, loader: DataLoader[Any], *, from_features: bool = Fa
         TypeError: the loader is not a `DataLoader` over a map-style data set.
         ValueError: an empty data set, or descriptors that are not finite.
     """
-    for head, place in model.heads:
-        head.fit(ModelStream(model, loader, place=place, from_features=from_features))
+    for i, (head, _) in enumerate(model.heads):
+        head.fit(ModelStream(model, loader, index=i, from_features=from_features))

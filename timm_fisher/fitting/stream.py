@@ -55,8 +55,13 @@ class DescriptorStream(ABC):
 
     def batches(self) -> Iterator[Tensor]:
         """This rank's descriptors image by image, `[B, N, C]`."""
-        for _, x in self.read(range(len(self))):
+        for x, _ in self.inputs():
             yield x
+
+    def inputs(self) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+        """As `batches`, each with what else the head's `forward` asks for, by name."""
+        for _, x in self.read(range(len(self))):
+            yield x, {}
 
     def __iter__(self) -> Iterator[Tensor]:
         """This rank's descriptors without regard to images, in chunks `[M, C]`."""
@@ -133,12 +138,16 @@ class ListStream(DescriptorStream):
 
     Args:
         batches: tensors `[B, N, C]`, or `[M, C]` for M images of one descriptor each.
+        contexts: for each of them what else a head asks for, by name.
 
     Raises:
         ValueError: no descriptors, or of another shape.
     """
 
-    def __init__(self, batches: Sequence[Tensor]) -> None:
+    def __init__(
+        self, batches: Sequence[Tensor], contexts: Sequence[dict[str, Any]] | None = None
+    ) -> None:
+        self._contexts = contexts or [{} for _ in batches]
         self._batches = [x[:, None] if x.ndim == 2 else x for x in batches]
         if not sum(map(len, self._batches)) or any(x.ndim != 3 for x in self._batches):
             shapes = [tuple(x.shape) for x in batches]
@@ -159,8 +168,9 @@ class ListStream(DescriptorStream):
     def __len__(self) -> int:
         return sum(self._counts)
 
-    def batches(self) -> Iterator[Tensor]:
-        yield from self._batches  # all of them: no rank has to ask another
+    def inputs(self) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+        # All of them: no rank has to ask another.
+        yield from zip(self._batches, self._contexts, strict=True)
 
     def read(self, images: Sequence[int]) -> Iterator[tuple[Sequence[int], Tensor]]:
         position = {image: i for i, image in enumerate(images)}
@@ -182,7 +192,7 @@ class ModelStream(DescriptorStream):
         model: a `PooledModel`.
         loader: a torch `DataLoader` over a map-style data set of (image, ...) tuples or images, or
             one that accelerate has prepared. Its batch size, workers and collation are used.
-        place: which of the model's descriptors the head pools; see `PooledModel.heads`.
+        index: of the head, among `PooledModel.heads`.
         from_features: the data set holds what `model.forward_features` gives, not images.
 
     Raises:
@@ -195,7 +205,7 @@ class ModelStream(DescriptorStream):
         model: PooledModel,
         loader: DataLoader[Any],
         *,
-        place: int = 0,
+        index: int = 0,
         from_features: bool = False,
     ) -> None:
         dataset: Any = getattr(loader, 'dataset', None)
@@ -209,8 +219,9 @@ class ModelStream(DescriptorStream):
         if len(dataset) == 0:
             raise ValueError('fit needs at least one image; the data set of the loader is empty.')
         self.model, self.loader = model, loader
-        self.place, self.from_features = place, from_features
-        self.descriptors = list(model.descriptors)[place]
+        self.head, self.place = model.heads[index]
+        self.from_features = from_features
+        self.descriptors = list(model.descriptors)[self.place]
         self.num_features = self.descriptors.num_features
         self.device = next(model.parameters()).device
         self.batch_size = (
@@ -220,8 +231,20 @@ class ModelStream(DescriptorStream):
     def __len__(self) -> int:
         return len(self.loader.dataset)  # type: ignore[arg-type]
 
-    @torch.no_grad()
     def read(self, images: Sequence[int]) -> Iterator[tuple[Sequence[int], Tensor]]:
+        for batch, features, _ in self._features(images):
+            yield batch, self.descriptors(features)
+
+    def inputs(self) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+        for _, features, size in self._features(range(len(self))):
+            context = self.descriptors.context(self.head, self.model.backbone, features, size)
+            yield self.descriptors(features), context
+
+    @torch.no_grad()
+    def _features(
+        self, images: Sequence[int]
+    ) -> Iterator[tuple[Sequence[int], Tensor, Sequence[int]]]:
+        """As `read`, the backbone's features of images of a height and width."""
         world_size, rank = _ranks()
         starts = range(rank * self.batch_size, len(images), world_size * self.batch_size)
         batches = [range(start, min(start + self.batch_size, len(images))) for start in starts]
@@ -237,12 +260,14 @@ class ModelStream(DescriptorStream):
             progress = tqdm(loader, 'fit: descriptors', leave=False, disable=rank > 0 or None)
             for batch, item in zip(batches, progress, strict=True):
                 x: Any = item[0] if isinstance(item, tuple | list) else item
+                size = self.model.pretrained_cfg['input_size'][1:]
                 if self.from_features:
                     features = x[self.place] if isinstance(x, tuple | list) else x
                     features = features.to(self.device)
                 else:
+                    size = x.shape[2:]
                     features = self.descriptors.features(self.model.backbone, x.to(self.device))
-                yield batch, self.descriptors(features)
+                yield batch, features, size
         finally:
             self.model.train(was_training)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from timm_fisher.errors import LoadError
-from timm_fisher.head import PoolingHead
+from timm_fisher.head import PoolingHead, example
 from timm_fisher.model import PooledModel
 from timm_fisher.registry import title
 from timm_fisher.specification import HeadSpec, parse_heads
@@ -76,17 +76,14 @@ def _pools_otherwise(head: PoolingHead, twin: PoolingHead) -> bool:
     """On random descriptors. False also if the two cannot be compared: a head that draws random
     numbers, or wants other descriptors."""
     modes = [(module, module.training) for module in head.modules()]
-    state = head.state_dict()
-    like = next((value for value in state.values() if value.is_floating_point()), torch.zeros(()))
     try:
         with torch.random.fork_rng([]):
-            torch.manual_seed(0)
-            x = torch.randn(2, 100, head.in_features).to(like)
-            twin.load_state_dict(state, assign=True)
+            x, context = example(head)
+            twin.load_state_dict(head.state_dict(), assign=True)
             rebuild_derived_buffers(twin)
-            twin.to(like.device).eval()
+            twin.to(x.device).eval()
             head.eval()
-            pooled, repeated, expected = head(x), head(x), twin(x)
+            pooled, repeated, expected = (call(x, **context) for call in (head, head, twin))
         return _close(pooled, repeated) and not _close(pooled, expected)
     except Exception:
         return False

@@ -87,12 +87,15 @@ class Unsupervised(nn.Module):
     def forward(self, x: Any, y: Tensor) -> Tensor:
         """The loss of images `[B, 3, H, W]` or a list of features."""
         model = self.model
-        features = x if self.gives == 'features' else model.descriptors.features(model.backbone, x)
-        descriptors = model.descriptors(features)
-        if self.training:
-            for head, place in model.heads:
-                head.partial_fit(ListStream([descriptors[place].detach()]))
-        losses = [head.forward_with_loss(descriptors[place])[1] for head, place in model.heads]
+        if self.gives == 'features':
+            features, size = x, model.pretrained_cfg['input_size'][1:]
+        else:
+            features, size = model.descriptors.features(model.backbone, x), x.shape[2:]
+        losses = []
+        for head, y, context in model.inputs_of_heads(features, size):
+            if self.training:
+                head.partial_fit(ListStream([y.detach()], [context]))
+            losses.append(head.forward_with_loss(y, **context)[1])
         return torch.stack(losses).sum()
 
     @torch.no_grad()
