@@ -15,7 +15,6 @@ import torch
 
 from timm_fisher.hub.pypi import from_pretrained_or_pypi
 from timm_fisher.training.command_line import run
-from timm_fisher.training.device import to_device
 from timm_fisher.training.evaluate import evaluate
 
 
@@ -43,7 +42,7 @@ class Evaluation:
 def main(settings: Evaluation) -> None:
     """Print accuracy and balanced accuracy."""
     model = from_pretrained_or_pypi(settings.model, settings.backbone)
-    to_device(model, 'cuda' if torch.cuda.is_available() else 'cpu')
+    model.to('cuda' if torch.cuda.is_available() else 'cpu')
     options = {'batch_size': settings.batch_size, 'workers': settings.workers}
     result = evaluate(model, settings.data_dir, settings.split, **options)
     print(

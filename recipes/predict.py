@@ -73,7 +73,7 @@ def main(settings: Settings) -> None:
     transform = timm.data.create_transform(**data)
 
     explained = settings.overlay
-    table, lines, unreadable = [('image', 'rank', 'class', 'probability')], [], False
+    table, lines, skipped = [('image', 'rank', 'class', 'probability')], [], False
     for start in tqdm(range(0, len(paths), BATCH), 'predict', disable=None):
         images = {}
         for path in paths[start : start + BATCH]:
@@ -81,7 +81,7 @@ def main(settings: Settings) -> None:
                 images[path] = transform(read_image(path, data['input_size'][0]))
             except ValueError as error:
                 tqdm.write(f'Skipped: {shown(error)}', file=sys.stderr)
-                unreadable = True
+                skipped = True
         if not images:
             continue
         x = torch.stack([*images.values()]).to(device)
@@ -99,7 +99,7 @@ def main(settings: Settings) -> None:
             if not logits[i].isfinite().all():
                 reason = f"the model's output is NaN or infinite for '{path}'."
                 tqdm.write(f'Skipped: {shown(reason)}', file=sys.stderr)
-                unreadable = True
+                skipped = True
                 continue
             best = [(names[k], p) for k, p in zip(top.indices[i], top.values[i], strict=True)]
             lines += [shown(path), *(f'  {p:7.2%}  {name}' for name, p in best)]
@@ -115,7 +115,7 @@ def main(settings: Settings) -> None:
     settings.output.mkdir(parents=True, exist_ok=True)
     write(settings.output / 'predictions.csv', text.getvalue())
     print(*lines, f'-> {shown(settings.output)}', sep='\n')
-    if unreadable:
+    if skipped:
         sys.exit(1)
 
 

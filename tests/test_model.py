@@ -294,3 +294,18 @@ def test_a_head_that_returns_something_else(monkeypatch, result, error):
     monkeypatch.setattr('timm_fisher.heads.gem.GeM.forward', lambda self, x: result(x))
     with pytest.raises((TypeError, ValueError), match=error):
         create(head='gem')
+
+
+def test_pre_norm(tmp_path):
+    """Batch norm without weights between head and classifier, kept in saved models."""
+    model, x = create(pre_norm=True, num_classes=3), images()
+    assert not list(model.pre_norm.parameters())
+    pooled = model.train().pool(model.forward_features(x))
+    expected = torch.nn.functional.batch_norm(pooled, None, None, training=True)
+    torch.testing.assert_close(model(x), model.classifier(expected))
+    timm_fisher.save_model(model, tmp_path / 'saved')
+    again = timm.create_model(f'local-dir:{tmp_path}/saved', pretrained=True).eval()
+    assert torch.equal(again(x), model.eval()(x))
+    assert torch.equal(
+        model.classifier(model.forward_head(model.forward_features(x), True)), model(x)
+    )

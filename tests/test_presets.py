@@ -212,3 +212,8 @@ def test_config_trains_the_preset(config):
     assert given.items() <= settings.items()
     defaults = inspect.signature(timm_fisher.get_head(model._model_args['head'])).parameters
     assert all(defaults[key].default == settings[key] for key in settings.keys() - given.keys())
+
+
+def test_a_preset_with_stages_of_its_own():
+    model = timm.create_model('vgg16_sparse_fisher', head='avg + sparse_fisher@-2', num_classes=3)
+    assert [reader.stage for reader in model.descriptors] == [-2, -1]

@@ -62,10 +62,10 @@ def test_arguments_go_to_the_head_that_has_them(text, head_kwargs, expected):
 @pytest.mark.parametrize(
     ('arguments', 'error', 'message'),
     [
-        ({'head': ''}, ValueError, "head='' lacks a name"),
-        ({'head': 'avg + '}, ValueError, r"head='avg \+ ' lacks a name"),
-        ({'head': 'avg + + gem'}, ValueError, r"head='avg \+ \+ gem' lacks a name"),
-        ({'head': '@-2'}, ValueError, "head='@-2' lacks a name"),
+        ({'head': ''}, ValueError, "A name is missing in head=''"),
+        ({'head': 'avg + '}, ValueError, r"A name is missing in head='avg \+ '"),
+        ({'head': 'avg + + gem'}, ValueError, r"A name is missing in head='avg \+ \+ gem'"),
+        ({'head': '@-2'}, ValueError, "A name is missing in head='@-2'"),
         ({'head': 'agv@-2'}, ValueError, "Unknown head 'agv'. Did you mean .*'avg'"),
         (
             {'head': 'gem + agv'},

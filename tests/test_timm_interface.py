@@ -1,6 +1,7 @@
 """What timm's own tools ask of a model beside `forward`: .github/timm_tests.md has the outcome of
 timm's tests."""
 
+import copy
 import json
 import warnings
 
@@ -61,6 +62,17 @@ def test_script_of_what_surrounds_the_head(backbone, arguments):
         model = create(backbone, **{'head': 'avg', **arguments})
     x = images(size=160)
     torch.testing.assert_close(torch.jit.script(model)(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_script_of_a_model_in_training_mode():
+    """As validate.py --torchscript does it: nothing changes, and the result is for inference."""
+    model, x = create(head='3g', head_kwargs={'reduce_dim': 8}), images()
+    expected, before = model(x), copy.deepcopy(model.state_dict())
+    scripted = torch.jit.script(model.train()).eval()
+    assert model.training
+    assert model.head.reduce.training
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    torch.testing.assert_close(scripted(x), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_script_refuses_an_earlier_stage():
@@ -195,7 +207,7 @@ def test_features_of_a_saved_model(tmp_path, stage, left):
     assert torch.equal(last(x)[0], expected[-1])
     with pytest.raises(AssertionError, match='out of range'):
         timm.create_model(name, features_only=True, out_indices=(left,))
-    with pytest.raises(ValueError, match="feature_cls='list' cannot be had"):
+    with pytest.raises(ValueError, match="feature_cls='list' is not supported"):
         timm.create_model(name, features_only=True, feature_cls='list')
 
 
@@ -312,7 +324,7 @@ def test_other_patches(tmp_path):
     loaded = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
     assert torch.equal(loaded(x), model(x))
     assert resolve_input_data_config(loaded)['input_size'] == (3, 64, 64)
-    with pytest.raises(ValueError, match=r'ResNet was built .* cannot change to patch_size=\(8, 8'):
+    with pytest.raises(ValueError, match=r'ResNet, built .* cannot change to patch_size=\(8, 8'):
         create().set_input_size(patch_size=8)
 
 

@@ -16,13 +16,18 @@ def main() -> None:
 
     Importing this module has imported `timm_fisher`, which registers the models.
     """
-    if len(sys.argv) < 2 or sys.argv[1] in ('-h', '--help'):
-        print('usage: python -m timm_fisher SCRIPT [ARGS]', file=sys.stderr)
-        sys.exit(2)
+    usage = 'usage: python -m timm_fisher SCRIPT [ARGS]'
+    if len(sys.argv) < 2:
+        sys.exit(usage)
+    if sys.argv[1] in ('-h', '--help'):
+        print(usage)
+        return
     script = Path(sys.argv[1])
     if not script.is_file():
-        print(f"error: '{script}' is no file. Give the path of a script.", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(
+            f"error: '{script}' is not a file. timm's scripts are in its repository, not in its "
+            'package: https://github.com/huggingface/pytorch-image-models'
+        )
     sys.argv = sys.argv[1:]
     sys.path[0] = str(script.resolve().parent)  # where the script imports its neighbours from
     runpy.run_path(str(script), run_name='__main__')

@@ -193,15 +193,17 @@ def resize(backbone: Any, size: tuple[int, int], patch_size: tuple[int, int] | N
     for key, value in given.items():
         if key not in allowed:
             raise ValueError(
-                f'{type(backbone).__name__} was built for images {built["input_size"]} and cannot '
-                f'change to {key}={value}. Create it so.'
+                f'{type(backbone).__name__}, built for images {built["input_size"]}, cannot change '
+                f'to {key}={value}. Create the model with {key}={value}.'
             )
-    if patch_size:  # timm leaves these as they were
-        before = max(to_2tuple(backbone.patch_embed.patch_size))
-        for stage in backbone.feature_info:
-            stage['reduction'] = stage['reduction'] * max(patch_size) // before
+    if min(patch_size or (1,)) < 1 or len({*(patch_size or (1,))}) > 1:
+        raise ValueError(f'{patch_size=} is not that of a square patch of one pixel or more.')
+    before = to_2tuple(backbone.patch_embed.patch_size)[0] if patch_size else 0
     if given:
         change(**given)
+    if patch_size:  # timm leaves these as they were
+        for stage in backbone.feature_info:
+            stage['reduction'] = stage['reduction'] * patch_size[0] // before
 
 
 def _keep_last_stride(backbone: Any, last_stride: int) -> None:

@@ -21,7 +21,7 @@ import torch
 from timm.layers.helpers import to_2tuple
 from torch import Tensor, nn
 
-from timm_fisher.head import PoolingHead, like
+from timm_fisher.head import PoolingHead, in_evaluation_mode, like
 
 CLASS_TOKEN_MODES = ('drop', 'keep', 'append')
 
@@ -182,13 +182,10 @@ def read_last(
 def _on_meta(backbone: Any, input_size: Sequence[int]) -> tuple[Any, Tensor]:
     """A copy on the meta device, which takes neither time nor memory, and an image for it."""
     tensors = [*backbone.parameters(), *backbone.buffers()]
-    modes = {module: module.training for module in backbone.modules()}
-    backbone.train()  # empties what timm's attention keeps, which cannot be copied
-    with torch.no_grad():
+    with in_evaluation_mode(backbone), torch.no_grad():
+        backbone.train()  # empties what timm's attention keeps, which cannot be copied
         memo = {id(tensor): tensor.to('meta') for tensor in tensors}
-    meta = copy.deepcopy(backbone, memo).eval()
-    for module, mode in modes.items():
-        module.training = mode
+        meta = copy.deepcopy(backbone, memo).eval()
     return meta, torch.empty(1, *input_size, device='meta', dtype=like(backbone)['dtype'])
 
 

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from timm.data.config import resolve_model_data_config
 from torch import Tensor
 
-from timm_fisher.images import read_image as read_image  # one of these functions, to users
+from timm_fisher.images import read_image as read_image  # public here, too
 from timm_fisher.model import PooledModel
 
 if TYPE_CHECKING:

@@ -140,7 +140,7 @@ def _features_of(
         return model
     if feature_cls != 'getter':
         raise ValueError(
-            f"{feature_cls=} cannot be had of a saved model, whose maps feature_cls='getter' gives."
+            f"{feature_cls=} is not supported for a saved model. Use feature_cls='getter'."
         )
     features: Any = FeatureGetterNet(
         model,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import reprlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -99,7 +100,7 @@ class PoolingHead(nn.Module):
 
     def __prepare_scriptable__(self) -> nn.Module:
         """What `torch.jit.script` takes in the head's place: the head traced, for TorchScript does
-        not know all of Python. It keeps the mode, training or not, that the head is in now."""
+        not know all of Python. For inference: it does what the head does in evaluation mode."""
         if self.context:
             raise ValueError(
                 f'torch.jit.script takes a model whose head asks for {" and ".join(self.context)}, '
@@ -128,12 +129,25 @@ def trace(
 ) -> torch.jit.ScriptModule:
     """A module as TorchScript, by what a method of one argument does with an example of it. Other
     numbers of images and descriptors give what the module gives, too."""
-    with warnings.catch_warnings():  # of sizes that become constants, such as C
+    with in_evaluation_mode(module), warnings.catch_warnings():
+        # Of sizes that become constants, such as C.
         warnings.simplefilter('ignore')
         traced: torch.jit.ScriptModule = torch.jit.trace_module(
             module, {method: (example,)}, check_trace=False
         )
     return traced
+
+
+@contextmanager
+def in_evaluation_mode(module: nn.Module) -> Iterator[None]:
+    """A module and all in it in evaluation mode, and afterwards each in the mode that it was in."""
+    modes = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes.items():
+            part.training = mode
 
 
 def like(module: nn.Module) -> dict[str, Any]:

@@ -22,7 +22,8 @@ def read_image(path: str | Path, channels: int = 3) -> Image.Image:
 @contextmanager
 def open_image(path: str | Path) -> Iterator[Image.Image]:
     """An image file of which the header has been read. ValueError, also for what goes wrong while
-    it is open, if it is no image, too large (`PIL.Image.MAX_IMAGE_PIXELS`), or no regular file."""
+    it is open, if it is no image, larger than twice `PIL.Image.MAX_IMAGE_PIXELS`, or no regular
+    file."""
     try:
         # To open a pipe waits for its writer, and a device may never end.
         if not stat.S_ISREG(os.stat(path).st_mode):

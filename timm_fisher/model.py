@@ -44,6 +44,8 @@ class PooledModel(nn.Module):
         num_classes: outputs of the classifier; 0 gives embeddings.
         in_chans: channels of the image; None for the backbone's own.
         img_size: input size, side or (height, width); None for the backbone's own.
+        pre_norm: batch norm without weights between head and classifier, as probes of frozen
+            backbones have it.
         drop_rate: dropout between head and classifier.
         drop_path_rate: stochastic depth of the backbone.
         stage: -1 pools the backbone's output; -2, -3, ... an earlier stage of its `feature_info`.
@@ -76,6 +78,7 @@ class PooledModel(nn.Module):
         num_classes: int = 1000,
         in_chans: int | None = None,
         img_size: int | tuple[int, int] | None = None,
+        pre_norm: bool = False,
         drop_rate: float = 0.0,
         drop_path_rate: float | None = None,
         stage: int = -1,
@@ -128,6 +131,8 @@ class PooledModel(nn.Module):
         if class_token == 'append':
             self.head_hidden_size += self.num_features
         self.num_classes = num_classes
+        norm: Any = nn.BatchNorm1d if pre_norm else nn.Identity
+        self.pre_norm = norm(self.head_hidden_size, affine=False)
         self.classifier = _create_classifier(self.head_hidden_size, num_classes)
         self.pretrained_cfg = wrap_cfg(
             self.backbone.pretrained_cfg, built.input_size, built.pool_size, num_classes
@@ -146,6 +151,7 @@ class PooledModel(nn.Module):
             'head_kwargs': head_kwargs or None,
             'backbone_kwargs': options or None,
             'img_size': img_size,
+            'pre_norm': pre_norm or None,
             'stage': stage if stage != -1 else None,
             'class_token': class_token if class_token != 'drop' else None,
             'last_stride': last_stride,
@@ -201,35 +207,45 @@ class PooledModel(nn.Module):
             x: one tensor, or one for each stage.
             pre_logits: stop before the classifier, at `[B, head_hidden_size]`.
         """
-        pooled = self._pool(x, self.pretrained_cfg['input_size'][1:])
-        return pooled if pre_logits else cast(Tensor, self.classifier(pooled))
+        pooled = self.pool(x)
+        return self.head_drop(self.pre_norm(pooled)) if pre_logits else self.classify(pooled)
 
     def forward_head_with_loss(self, x: Tensor | list[Tensor]) -> tuple[Tensor, Tensor]:
         """As `forward_head`, and the heads' unsupervised loss, a scalar."""
         pooled, loss = self._pool_with_loss(x, self.pretrained_cfg['input_size'][1:])
-        return self.classifier(pooled), loss
+        return self.classify(pooled), loss
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits `[B, num_classes]` of images `[B, 3, H, W]`."""
-        return cast(Tensor, self.classifier(self._pool(self.forward_features(x), x.shape[2:])))
+        return self.classify(self.pool(self.forward_features(x), x.shape[2:]))
 
     def forward_with_loss(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """As `forward`, and the heads' unsupervised loss, a scalar."""
         pooled, loss = self._pool_with_loss(self.forward_features(x), x.shape[2:])
-        return self.classifier(pooled), loss
+        return self.classify(pooled), loss
 
-    def _pool(self, x: Tensor | list[Tensor], size: Sequence[int]) -> Tensor:
-        """What the classifier reads, of the features of images of a height and width."""
+    def pool(self, x: Tensor | list[Tensor], size: Sequence[int] | None = None) -> Tensor:
+        """Pooled vectors `[B, head_hidden_size]`, before `pre_norm` and dropout.
+
+        Args:
+            x: what `forward_features` gives: one tensor, or one for each stage.
+            size: height and width of the images; by default those of `pretrained_cfg`.
+        """
+        size = self.pretrained_cfg['input_size'][1:] if size is None else size
         features, arguments, context = self._read(x, size)
-        return self._finish(self.head(arguments, **context), features)
+        return self._append(self.head(arguments, **context), features)
+
+    def classify(self, pooled: Tensor) -> Tensor:
+        """Logits `[B, num_classes]` of what `pool` gives."""
+        return cast(Tensor, self.classifier(self.head_drop(self.pre_norm(pooled))))
 
     def _pool_with_loss(
         self, x: Tensor | list[Tensor], size: Sequence[int]
     ) -> tuple[Tensor, Tensor]:
-        """As `_pool`, and the heads' unsupervised loss."""
+        """As `pool`, and the heads' unsupervised loss."""
         features, descriptors, context = self._read(x, size)
         pooled, loss = self.head.forward_with_loss(descriptors, **context)
-        return self._finish(pooled, features), loss
+        return self._append(pooled, features), loss
 
     def _read(
         self, x: Tensor | list[Tensor], size: Sequence[int]
@@ -258,11 +274,10 @@ class PooledModel(nn.Module):
             made.append((head, descriptors[place], context))
         return made
 
-    def _finish(self, pooled: Tensor, features: list[Tensor]) -> Tensor:
-        """What the classifier reads."""
-        if self.descriptors.class_token == 'append':
-            pooled = torch.cat([pooled, features[-1][:, 0]], 1)
-        return cast(Tensor, self.head_drop(pooled))
+    def _append(self, pooled: Tensor, features: list[Tensor]) -> Tensor:
+        """Pooled vectors, and the class token behind them if the model appends it."""
+        append = self.descriptors.class_token == 'append'
+        return torch.cat([pooled, features[-1][:, 0]], 1) if append else pooled
 
     def __prepare_scriptable__(self) -> nn.Module:
         """What `torch.jit.script` takes in the model's place, see `scriptable`."""
@@ -363,7 +378,7 @@ class PooledModel(nn.Module):
             self.descriptors = read_last(
                 self.backbone, last, self.num_features, self.pretrained_cfg['input_size']
             )
-            self.head = Unpooled(self.num_features)
+            self.head, self.pre_norm = Unpooled(self.num_features), nn.Identity()
             self.head_hidden_size = self.num_features
             self.reset_classifier(0)
         return stages

@@ -94,6 +94,8 @@ def _register(name: str, preset: dict[str, Any]) -> None:
         head_kwargs = arguments.get('head_kwargs')
         if arguments.get('head', preset['head']) == preset['head']:
             head_kwargs = {**preset['head_kwargs'], **(head_kwargs or {})}
+        if '@' in str(arguments.get('head')):  # the heads say their stages
+            arguments.setdefault('stage', -1)
         if 'output_stride' in arguments:  # the stride of the last stage, said in another way
             arguments.setdefault('last_stride', None)
         arguments = {**preset, **arguments, 'head_kwargs': head_kwargs}

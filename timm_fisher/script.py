@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from timm_fisher.head import like, trace
+from timm_fisher.head import in_evaluation_mode, like, trace
 
 if TYPE_CHECKING:
     from timm_fisher.model import PooledModel
@@ -18,8 +18,8 @@ def scriptable(model: PooledModel) -> nn.Module:
     """A module that `torch.jit.script` takes as far as it takes the backbone, and that gives a
     model's logits for any number of images, of the sizes that the backbone takes.
 
-    It shares the model's tensors, and keeps the mode, training or not, that the model is in now.
-    For inference: TorchScript loses some gradients, such as those of the bounds of `torch.clamp`.
+    It shares the model's tensors, and is for inference, whatever mode the model is in: what is
+    traced would keep the mode, and loses some gradients, such as those of `torch.clamp`'s bounds.
 
     Raises:
         ValueError: the model reads an earlier stage, by a method of timm's that TorchScript does
@@ -34,7 +34,7 @@ def scriptable(model: PooledModel) -> nn.Module:
     backbone = copy.copy(model.backbone)
     backbone.forward = backbone.forward_features  # its pool is never called, nor always complete
     image = torch.zeros(2, *model.pretrained_cfg['input_size'], **like(backbone))
-    with torch.no_grad():
+    with torch.no_grad(), in_evaluation_mode(model):
         (features,) = model.descriptors.features(model.backbone, image)
     rest = copy.copy(model)
     stand_in: Any = nn.Identity()  # for the backbone, of which no more is read here

@@ -82,7 +82,7 @@ def _parse_names(text: str, head_kwargs: Mapping[str, Any], stage: int) -> list[
         name, at, own_stage = (word.strip() for word in part.partition('@'))
         if not name:
             raise ValueError(
-                f"head='{text}' lacks a name. Heads are given as in 'avg + sparse_fisher@-2'."
+                f"A name is missing in head='{text}'. Give heads as in 'avg + sparse_fisher@-2'."
             )
         if at and not re.fullmatch(r'-[1-9][0-9]{0,3}', own_stage):
             raise ValueError(

@@ -89,7 +89,7 @@ def main(settings: Settings) -> None:
     for name in ('validate', 'train'):
         script = getattr(settings, name)
         if script is not None and not script.is_file():
-            raise ValueError(f"--{name} is '{script}', which is no file.")
+            raise ValueError(f"--{name} is '{script}', which is not a file.")
     os.environ['ACCELERATE_USE_CPU'] = 'true'
     options = {**asdict(settings), 'device': 'cpu'}
     report({'cpu': partial(measure, settings)}, settings.output / 'throughput', options)
@@ -200,7 +200,6 @@ def run_ours(what: str, settings: Settings, images: Path, output: Path, classes:
     if what == 'evaluate':
         evaluate(model, str(images), 'train', batch_size=settings.batch_size, workers=WORKERS)
         return
-    model.to(memory_format=torch.channels_last)  # as `train` does
     splits = {'train': load_folder(str(images), 'train')}
     datasets = create_datasets(config, splits, preprocessing(model, config))
     cache_features(model, datasets['train'], config, Accelerator())

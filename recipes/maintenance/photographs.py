@@ -16,6 +16,8 @@ from PIL import Image
 
 from timm_fisher.training.command_line import run
 
+SHORT_SIDE = 256  # pixels
+
 
 @dataclass
 class Settings:
@@ -46,6 +48,8 @@ def main(settings: Settings) -> None:
             for path in chosen[:count]:
                 small = target / split / folder.name / f'{path.stem}.jpg'
                 image = Image.open(path).convert('RGB')
+                scale = SHORT_SIDE / min(image.size)
+                image = image.resize([round(side * scale) for side in image.size])
                 image.save(small, quality=settings.quality, optimize=True, progressive=True)
                 size += small.stat().st_size
     print(f'{size / 1e6:.2f} MB -> {target}')

@@ -44,7 +44,7 @@ ATTACKS = {
     'one of several heads': (several([{'name': 'os:system'}]), "head 'os:system'"),
     'many heads': (several([{'name': 'avg'}] * 9), 'head is .*, not the names of 1 to 8 heads'),
     'many names': (several(' + '.join(['avg'] * 9)), 'head is .*, not the names of 1 to 8 heads'),
-    'no name': (several('avg + '), r"head='avg \+ ' lacks a name"),
+    'no name': (several('avg + '), r"A name is missing in head='avg \+ '"),
     'unknown name': (several('avg + os:system'), "Unknown head 'os:system'"),
     'stage of a name': (several('avg@-1000'), 'stage=-1000 does not exist'),
     'no heads': (several([]), r'head is \[\], not'),

@@ -172,8 +172,8 @@ def test_mistaken_release_does_not_bind_the_next(release, tmp_path, monkeypatch,
 
     (tmp_path / 'empty.yaml').write_text('models: {}')
     assert "says nothing of 'trashnet-4g', only of [" in error(folder, name='trashnet-4g')
-    assert "nowhere/train' is no folder" in error(tmp_path / 'nowhere')
-    assert "train/train' is no folder" in error(folder / 'train')
+    assert "nowhere/train' is not a folder" in error(tmp_path / 'nowhere')
+    assert "train/train' is not a folder" in error(folder / 'train')
     assert 'nowhere.npz' in error(tmp_path / 'nowhere.npz', name='mnist-dbm-idfk')
     assert "says nothing of 'trashnet-3g'" in error(folder, '--models', tmp_path / 'empty.yaml')
     assert not trained

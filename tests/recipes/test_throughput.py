@@ -66,7 +66,7 @@ def test_refuses(throughput, options, error):
 
 def test_script_that_is_missing(throughput, tmp_path):
     settings = throughput.Settings(tmp_path, validate=tmp_path / 'none.py')
-    with pytest.raises(ValueError, match=r"--validate is '.*none\.py', which is no file"):
+    with pytest.raises(ValueError, match=r"--validate is '.*none\.py', which is not a file"):
         throughput.main(settings)
 
 

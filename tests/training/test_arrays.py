@@ -183,8 +183,8 @@ def test_npz_fingerprints(npz):
     ('options', 'message'),
     [
         ({'folds': 3}, 'has a test split of its own'),
-        ({'data_dir': 'nothing.npz'}, 'is no file; give --data-dir FILE.npz'),
-        ({'data_dir': ''}, 'is no file'),
+        ({'data_dir': 'nothing.npz'}, 'is not a file; give --data-dir FILE.npz'),
+        ({'data_dir': ''}, 'is not a file'),
     ],
     ids=str,
 )

@@ -24,7 +24,7 @@ NO_TEST = {'test_split': None, 'stages': ONE_EPOCH}
 
 
 def test_missing_data_folder(recipe, tmp_path):
-    with pytest.raises(ValueError, match=r"nowhere/train' is no folder; --data-dir must hold"):
+    with pytest.raises(ValueError, match=r"nowhere/train' is not a folder; --data-dir must hold"):
         recipe(data_dir=tmp_path / 'nowhere')
 
 
@@ -34,7 +34,7 @@ def test_no_data_folder_given(recipe):
 
 
 def test_missing_split_names_the_option(recipe, few):
-    with pytest.raises(ValueError, match=r"few/test' is no folder.*--test_split null"):
+    with pytest.raises(ValueError, match=r"few/test' is not a folder.*--test_split null"):
         recipe(data_dir=few)
 
 
@@ -113,7 +113,7 @@ def test_output_that_is_nan_names_the_image(recipe, few, monkeypatch, split, cac
         where = {'train': 'epoch 1, step 1', 'val': 'validation of epoch 1'}[split]
         error, message = (
             FloatingPointError,
-            rf"nan in .* {where}\. The first such image is '{path}'",
+            rf"nan in .* {where}\. The first image with such a loss is '{path}'",
         )
     with pytest.raises(error, match=message):
         recipe(data_dir=few, cache=cache, **NO_TEST)

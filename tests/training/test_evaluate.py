@@ -114,8 +114,8 @@ def test_fifo_among_the_images(tmp_path):
         ({'num_classes': 1000}, 'images', r'3 classes .*; the model has 1000, without names'),
         ({'names': ['blue', 'red']}, 'images', 'has 3 classes, but 2 names'),
         ({'names': ['blue', 'red', 'x']}, 'images', r"training lacks: \['green'\].*'x'\]"),
-        ({}, 'images/test', r"test/test' is no folder; --data-dir must hold test/CLASS/IMAGE\.$"),
-        ({}, 'images/x.npz', r"x\.npz' is no file"),
+        ({}, 'images/test', r"test/test' is not a folder; .* must hold test/CLASS/IMAGE\.$"),
+        ({}, 'images/x.npz', r"x\.npz' is not a file"),
     ],
 )  # fmt: skip
 def test_refuses(tmp_path, model, data, error):
@@ -124,3 +124,10 @@ def test_refuses(tmp_path, model, data, error):
     tiny.pretrained_cfg['label_names'] = model.get('names')
     with pytest.raises(ValueError, match=error):
         evaluate(tiny, str(tmp_path / data), 'test', workers=0)
+
+
+def test_an_evaluated_model_can_be_trained(images):
+    model = timm_fisher.create_model('test_resnet', num_classes=3, img_size=32)
+    evaluate(model, str(images), 'test', workers=0)
+    model(torch.zeros(2, 3, 32, 32)).sum().backward()
+    assert model.backbone.conv1[0].weight.grad is not None

@@ -178,6 +178,7 @@ _ARGUMENTS: dict[str, _Check] = {
     'img_size': ('one or two whole numbers', _is_size(1, 2, 2**31)),
     'drop_rate': ('a number from 0 to 1', _is_number(0, 1)),
     'drop_path_rate': ('a number from 0 to 1', _is_number(0, 1)),
+    'pre_norm': ('true or false', lambda value: isinstance(value, bool)),
     'stage': ('a whole number from -64 to -1', _is_whole(-64, -1)),
     'class_token': ('drop, keep or append', _is_one_of('drop', 'keep', 'append')),
     'last_stride': ('1', _is_one_of(1)),

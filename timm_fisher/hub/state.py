@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from timm_fisher.errors import LoadError
-from timm_fisher.head import PoolingHead, example
+from timm_fisher.head import PoolingHead, example, in_evaluation_mode
 from timm_fisher.model import PooledModel
 from timm_fisher.registry import title
 from timm_fisher.specification import HeadSpec, parse_heads
@@ -75,21 +75,16 @@ def check_state(model: PooledModel, again: PooledModel) -> None:
 def _pools_otherwise(head: PoolingHead, twin: PoolingHead) -> bool:
     """On random descriptors. False also if the two cannot be compared: a head that draws random
     numbers, or wants other descriptors."""
-    modes = [(module, module.training) for module in head.modules()]
     try:
-        with torch.random.fork_rng([]):
+        with torch.random.fork_rng([]), in_evaluation_mode(head):
             x, context = example(head)
             twin.load_state_dict(head.state_dict(), assign=True)
             rebuild_derived_buffers(twin)
             twin.to(x.device).eval()
-            head.eval()
             pooled, repeated, expected = (call(x, **context) for call in (head, head, twin))
         return _close(pooled, repeated) and not _close(pooled, expected)
     except Exception:
         return False
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _close(a: Tensor, b: Tensor) -> bool:

@@ -60,8 +60,10 @@ def open_folder(config: Config, accelerator: Accelerator) -> Iterator[Path]:
 
 
 def _read(path: Path) -> str:
-    # Another run makes it right after the lock.
-    return path.read_text() if path.exists() else ''
+    try:
+        return path.read_text()
+    except FileNotFoundError:  # another run makes it after the lock, and removes it before
+        return ''
 
 
 def check_settings(output: Path, config: Config) -> None:

@@ -100,6 +100,7 @@ class Config:
             stage; or a list of heads, each with its name, stage and arguments.
         head_kwargs: arguments of a head that is named; of several, each goes to the only one that
             has it.
+        pre_norm: batch norm without weights before the classifier, as in probes.
         drop_rate: dropout before the classifier.
         img_size: side of the input image; null for the backbone's own.
         crop_pct: share of the resized image that evaluation crops; null for the backbone's own.
@@ -137,6 +138,7 @@ class Config:
     last_stride: int | None = None
     head: str | list[dict[str, Any]] = 'avg'
     head_kwargs: dict[str, Any] = field(default_factory=dict)
+    pre_norm: bool = False
     drop_rate: float = 0.0
     img_size: int | None = None
     crop_pct: float | None = None

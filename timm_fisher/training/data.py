@@ -252,7 +252,8 @@ def load_folder(
     folder = Path(data_dir, name)
     if not folder.is_dir():
         raise ValueError(
-            f"'{folder}' is no folder; --data-dir must hold {name}/CLASS/IMAGE. {advice}".rstrip()
+            f"'{folder}' is not a folder; --data-dir must hold {name}/CLASS/IMAGE. "
+            f'{advice}'.rstrip()
         )
     dataset = _create_dataset('', data_dir, name)
     if known is not None:
@@ -349,7 +350,7 @@ def _load_arrays(config: Config) -> tuple[dict[str, Split], list[str]]:
 
 def _read_arrays(file: str) -> dict[str, np.ndarray]:
     if not os.path.isfile(file):
-        raise ValueError(f"'{file}' is no file; give --data-dir FILE.npz.")
+        raise ValueError(f"'{file}' is not a file; give --data-dir FILE.npz.")
     try:
         with np.load(file, allow_pickle=False) as arrays:
             return {key: arrays[key] for key in arrays.files}

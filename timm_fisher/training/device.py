@@ -19,8 +19,8 @@ INT_MAX = 2**31 - 1
 def to_device(model: Model, device: torch.device | str) -> Model:
     """Move a model to a device.
 
-    On a CPU its convolutions get the memory format channels_last, which their outputs then have,
-    and this process keeps the memory that it frees. A float32 result stays the same up to rounding.
+    Its convolutions get the memory format channels_last, which their outputs then have, and on a
+    CPU this process keeps the memory that it frees. A float32 result stays the same up to rounding.
 
     Args:
         model: is changed, and returned.
@@ -28,9 +28,9 @@ def to_device(model: Model, device: torch.device | str) -> Model:
     """
     if torch.device(device).type == 'cpu':
         _keep_freed_memory()
-        for module in model.modules():
-            if isinstance(module, nn.Conv2d):
-                module.to(memory_format=torch.channels_last)
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            module.to(memory_format=torch.channels_last)
     return model.to(device)
 
 

@@ -46,8 +46,7 @@ def create_embedder(config: Config, **head_kwargs: Any) -> PooledModel:
     device, after setting all seeds; `head_kwargs` stand in place of those in the configuration."""
     set_seed(config.seed)
     config = replace(config, head_kwargs={**config.head_kwargs, **head_kwargs})
-    model = create_model(config, num_classes=0).to(memory_format=torch.channels_last)
-    return to_device(model, Accelerator().device).eval()
+    return to_device(create_model(config, num_classes=0), Accelerator().device).eval()
 
 
 def cache_splits(model: PooledModel, splits: dict[str, Split], config: Config) -> dict[str, Cached]:

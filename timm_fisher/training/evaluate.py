@@ -38,7 +38,6 @@ def accuracies(labels: Sequence[int], predicted: Sequence[int]) -> dict[str, Any
     }
 
 
-@torch.inference_mode()
 def evaluate(
     model: PooledModel, data_dir: str, split: str, *, batch_size: int = 32, workers: int = 2
 ) -> dict[str, Any]:
@@ -63,13 +62,17 @@ def evaluate(
     loader = DataLoader(dataset, batch_size, num_workers=workers)
     was_training = model.training
     to_device(model, device).eval()
+    predicted: list[int] = []
     try:
-        batches = tqdm(loader, split, disable=None)
-        logits = torch.cat([model(x.to(device)) for x, _ in batches])
+        for x, _ in tqdm(loader, split, disable=None):
+            with torch.inference_mode():
+                logits = model(x.to(device))
+            places = range(len(predicted), len(predicted) + len(logits))
+            refuse_non_finite(logits, dataset.name, places)
+            predicted += logits.argmax(1).tolist()
     finally:
         model.train(was_training)
-    refuse_non_finite(logits, dataset.name, range(len(dataset)))
-    return accuracies(images.labels.tolist(), logits.argmax(1).tolist())
+    return accuracies(images.labels.tolist(), predicted)
 
 
 def _load_split(data_dir: str, split: str, model: PooledModel) -> Split:

@@ -79,8 +79,7 @@ def cache_pooled(
     """Pool cached features once, for a stage that trains the classifier alone, into a new file: the
     head may have been trained meanwhile."""
     to_device(model, accelerator.device).eval()
-    pool = partial(model.forward_head, pre_logits=True)
-    _write([path], lambda x: [pool(x)], features, config, accelerator)
+    _write([path], lambda x: [model.pool(x)], features, config, accelerator)
     return Cached([path], features, 'pooled')
 
 
@@ -140,7 +139,7 @@ def _allocate(paths: list[Path], shapes: list[tuple[int, ...]]) -> None:
     folder = paths[0].parent
     folder.mkdir(parents=True, exist_ok=True)
     # Of killed runs: no other takes a day for a split.
-    for path in folder.glob('*.partial'):
+    for path in folder.glob(f'*.{"[0-9a-f]" * 32}.partial'):
         with suppress(FileNotFoundError):  # removed by another run
             if path.stat().st_mtime < time.time() - 24 * 3600:
                 path.unlink()

@@ -47,7 +47,10 @@ def launch(options: Mapping[str, Any], output: Path, *, log: Path | None = None)
         process.start()
         try:
             process.join()
-        except BaseException:  # Ctrl-C reaches the run as well, but SIGTERM this process alone
+        except BaseException:
+            # Ctrl-C has reached the run as well, which then ends at its next step; SIGTERM reaches
+            # this process alone.
+            process.join(10)
             process.terminate()
             process.join()
             raise

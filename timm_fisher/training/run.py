@@ -72,8 +72,7 @@ def train(config: Config) -> dict[str, Any]:
             classes = []  # an untrained classifier would mislead
 
         # Model
-        model = create_model(config, len(classes)).to(memory_format=torch.channels_last)
-        to_device(model, accelerator.device)
+        model = to_device(create_model(config, len(classes)), accelerator.device)
         for name, stage in config.stages.items():
             freeze(model, name, stage)  # refuses what does not fit before anything is computed
         model.requires_grad_(True)
@@ -119,6 +118,7 @@ def create_model(config: Config, num_classes: int) -> PooledModel:
         head_kwargs=config.head_kwargs,
         backbone_kwargs=config.backbone_kwargs,
         img_size=config.img_size,
+        pre_norm=config.pre_norm,
         drop_rate=config.drop_rate,
         stage=config.backbone_stage,
         class_token=config.class_token,
@@ -300,7 +300,11 @@ class Run:
     ) -> None:
         if not math.isfinite(loss):
             place = self._first_non_finite(objective, dataset)
-            image = '' if place is None else f"The first such image is '{dataset.name(place)}'. "
+            image = (
+                ''
+                if place is None
+                else f"The first image with such a loss is '{dataset.name(place)}'. "
+            )
             raise FloatingPointError(
                 f'The loss is {loss} in stage {where}. {image}Last good checkpoint: '
                 f'{latest_checkpoint(self.output) or "none"}. Try a lower learning rate, '
@@ -309,8 +313,10 @@ class Run:
 
     @torch.no_grad()
     def _first_non_finite(self, objective: Objective, dataset: Images | Cached) -> int | None:
-        """The place of an image whose loss alone is not finite. Where training has diverged, that
-        is the very first; else the data set is read once more, in order, up to the image."""
+        """The place of the first image whose loss alone is not finite, for which the data set is
+        read once more; None if there is none, or no image is to blame: training has diverged."""
+        if not all(parameter.isfinite().all() for parameter in objective.parameters()):
+            return None
         objective.eval()
         for place, batch in enumerate(create_loader(dataset, self.config, batch_size=1)):
             with self.accelerator.autocast():

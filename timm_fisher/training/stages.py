@@ -63,7 +63,7 @@ class Supervised(nn.Module):
     def _logits(self, x: Any, with_loss: bool = False) -> tuple[Tensor, Tensor | float]:
         model = self.model
         if self.gives == 'pooled':
-            return model.classifier(model.head_drop(x[0])), 0.0
+            return model.classify(x[0]), 0.0
         if self.gives == 'features':
             return model.forward_head_with_loss(x) if with_loss else (model.forward_head(x), 0.0)
         return model.forward_with_loss(x) if with_loss else (model(x), 0.0)
