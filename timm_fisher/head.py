@@ -53,10 +53,10 @@ class PoolingHead(nn.Module):
         free, and their order does not matter."""
         raise NotImplementedError(f'{type(self).__name__} must define forward().')
 
-    def forward_with_loss(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward_with_loss(self, x: Tensor, **context: Any) -> tuple[Tensor, Tensor]:
         """As `forward`, and the head's unsupervised loss, a scalar, averaged over the batch; zero
-        for a head that has none."""
-        return self(x), x.new_zeros(())
+        for a head that has none. Keywords are those that `forward` asks for."""
+        return self(x, **context), x.new_zeros(())
 
     def fit(self, stream: DescriptorStream) -> None:
         """Start the parameters from data; a head without a data-driven start does nothing.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -13,8 +13,6 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 POWER_EPS = 1e-6
-
-Method = TypeVar('Method', bound=Callable[..., Any])
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
@@ -48,20 +46,25 @@ def without_autocast(x: Tensor) -> AbstractContextManager[None]:
     )
 
 
-def precise(method: Method) -> Method:
-    """A head's `forward` or `forward_with_loss`, without autocast and with descriptors in float32
-    or better; the pooled vectors go back to the dtype that the descriptors came in."""
+def precise(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A head's `forward` or `forward_with_loss`, without autocast and with descriptors, and tensors
+    given by keyword, in float32 or better; the pooled vectors go back to the dtype that the
+    descriptors came in."""
 
     @functools.wraps(method)
-    def call(head: Any, x: Tensor) -> Any:
+    def call(head: Any, x: Tensor, **context: Any) -> Any:
+        dtype = at_least_float32(x.dtype)
+        for key, value in context.items():
+            if isinstance(value, Tensor) and value.is_floating_point():
+                context[key] = value.to(dtype)
         with without_autocast(x):
-            result = method(head, x.to(at_least_float32(x.dtype)))
+            result = method(head, x.to(dtype), **context)
         if isinstance(result, Tensor):
             return result.to(x.dtype)
         pooled, loss = result
         return pooled.to(x.dtype), loss
 
-    return cast(Method, call)
+    return call
 
 
 def unit_length(x: Tensor) -> Tensor:
