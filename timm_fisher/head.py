@@ -43,10 +43,14 @@ class PoolingHead(nn.Module):
     Attributes:
         in_features: channels C of one descriptor.
         out_features: length of the pooled vector.
+        least_descriptors: fewest descriptors N of an image that the head can pool. A head that
+            needs more than one sets it in `__init__`, and its `forward` refuses fewer with an
+            error that names both numbers.
     """
 
     in_features: int
     out_features: int
+    least_descriptors: int = 1
 
     def forward(self, x: Tensor) -> Tensor:
         """Pooled vectors `[B, out_features]` of local descriptors `[B, N, C]`, in their dtype; N is
@@ -85,7 +89,8 @@ class PoolingHead(nn.Module):
     def __prepare_scriptable__(self) -> nn.Module:
         """What `torch.jit.script` takes in the head's place: the head traced, for TorchScript does
         not know all of Python. It keeps the mode, training or not, that the head is in now."""
-        return nn.Sequential(trace(self, torch.zeros(2, EXAMPLE, self.in_features, **like(self))))
+        number = max(EXAMPLE, self.least_descriptors)
+        return nn.Sequential(trace(self, torch.zeros(2, number, self.in_features, **like(self))))
 
     def extra_repr(self) -> str:
         """Sizes, and the arguments that the head keeps under their names."""
