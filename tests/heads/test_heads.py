@@ -45,6 +45,7 @@ OPTIONS = {
     ],
     'isqrt_cov': [{'reduce_dim': None}, {'reduce_dim': 6}],
     'netvlad': [{'reduce_dim': None, 'clusters': 5}],
+    'salad': [{'clusters': 3, 'cluster_dim': 5, 'token_dim': 7, 'hidden': 9, 'iterations': 1}],
     'sparse_fisher': [{'tied': True}, {'normalize': False}],
 }
 HEADS = [(name, options) for name in list_heads() for options in [{}, *OPTIONS.get(name, [])]]
