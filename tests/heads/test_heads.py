@@ -44,6 +44,11 @@ OPTIONS = {
         {'signed': 'softplus', 'components': 20, 'l2_penalty': 0.0, 'l1_penalty': 0.0},
     ],
     'isqrt_cov': [{'reduce_dim': None}, {'reduce_dim': 6}],
+    'map': [
+        {'latent_len': 3, 'pool_type': 'avg', 'latent_dim': 5, 'norm_layer': 'rmsnorm'},
+        {'qk_norm': True, 'q_proj': False, 'num_heads': 4, 'norm_layer': '', 'out_features': 6},
+        {'out_features': 0, 'qkv_bias': False},
+    ],
     'netvlad': [{'reduce_dim': None, 'clusters': 5}],
     'salad': [{'clusters': 3, 'cluster_dim': 5, 'token_dim': 7, 'hidden': 9, 'iterations': 1}],
     'sparse_fisher': [{'tied': True}, {'normalize': False}],

@@ -86,6 +86,16 @@ class Linear(nn.Linear):
         return F.linear(x, self.weight.to(x.dtype), bias)
 
 
+def call_in_dtype(module: nn.Module, x: Tensor) -> Tensor:
+    """`module(x)` in the dtype of its input, whatever that of its parameters; for a layer of timm's
+    or PyTorch's that has no buffers."""
+    parameters = dict(module.named_parameters())
+    if all(parameter.dtype == x.dtype for parameter in parameters.values()):
+        return cast(Tensor, module(x))
+    raised = {name: parameter.to(x.dtype) for name, parameter in parameters.items()}
+    return cast(Tensor, functional_call(module, raised, (x,)))
+
+
 class LinearNorm(nn.Module):
     """`Linear` without bias, then batch norm, in the dtype of the input too: a 1 x 1 convolution
     and its norm, on descriptors `[..., in_features]`."""
