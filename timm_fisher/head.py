@@ -119,7 +119,7 @@ def like(module: nn.Module) -> dict[str, Any]:
 
 
 def check_range(
-    head: str, /, **arguments: tuple[Any, float, float] | tuple[Any, int, int, None]
+    head: str, /, **arguments: tuple[Any, float, float] | tuple[Any, float, float, None]
 ) -> None:
     """Refuse arguments of a head that are not numbers, or outside their range (ValueError).
 

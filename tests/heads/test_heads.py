@@ -51,6 +51,10 @@ OPTIONS = {
     ],
     'netvlad': [{'reduce_dim': None, 'clusters': 5}],
     'salad': [{'clusters': 3, 'cluster_dim': 5, 'token_dim': 7, 'hidden': 9, 'iterations': 1}],
+    'simpool': [
+        {'gamma': 1.25},
+        {'num_heads': 4, 'qk_norm': True, 'qkv_bias': True, 'gamma': 2.0},
+    ],
     'sparse_fisher': [{'tied': True}, {'normalize': False}],
 }
 HEADS = [(name, options) for name in list_heads() for options in [{}, *OPTIONS.get(name, [])]]
