@@ -29,6 +29,7 @@ OPTIONS = {
     '3g': [{'blocks': 1, 'shrinkage': 0.5}, {'reduce_dim': 8}],
     'avg': [{'normalize': True}],
     'bilinear': [{'reduce_dim': None}, {'normalize': False}],
+    'cls': [{'power_l2': True}],
     'dbm_idfk': [
         {'hidden': [5, 4], 'rank': None, 'ridge': 0.1},
         {'hidden': [6], 'whiten': False},
