@@ -147,7 +147,7 @@ class LatentAttention(PoolingHead):
     def _weights(self, x: Tensor) -> Tensor:
         pool = self.pool
         weight, bias = self._part(x.dtype, 0)
-        q = call_in_dtype(pool.q, pool.latent[0].to(x.dtype)).unflatten(1, (pool.num_heads, -1))
+        q = call_in_dtype(pool.q, pool.latent.to(x.dtype))[0].unflatten(1, (pool.num_heads, -1))
         if self.qk_norm:
             k = linear(x, weight.flatten(0, 1), bias).unflatten(2, (pool.num_heads, -1))
             q, k = call_in_dtype(pool.q_norm, q), call_in_dtype(pool.k_norm, k)
