@@ -36,6 +36,9 @@ class PoolingHead(nn.Module):
     A buffer that is derived from the arguments, such as an index, is not persistent; a method
     `init_non_persistent_buffers()` fills it again, as timm's layers have it.
 
+    A head that weighs descriptors may have a method `attention(x)`, for pictures: for descriptors
+    `[B, N, C]` it gives Q weights of each, `[B, Q, N]`, not negative, in their dtype.
+
     A head sees tensors and a `DescriptorStream`; it imports neither accelerate nor
     `torch.distributed`, and of timm only `timm.layers`. Second-order and log-probability
     mathematics run in float32 or better, with autocast off (`numerics.linalg`).

@@ -59,6 +59,7 @@ OPTIONS = {
     'sparse_fisher': [{'tied': True}, {'normalize': False}],
 }
 HEADS = [(name, options) for name in list_heads() for options in [{}, *OPTIONS.get(name, [])]]
+WITH_ATTENTION = [head for head in HEADS if hasattr(get_head(head[0]), 'attention')]
 INPUTS = {
     'random': lambda x: x,
     'zero': lambda x: 0 * x,
@@ -258,6 +259,24 @@ def test_no_pooled_vector_per_descriptor(name):
         pool(head, x).sum().backward()
     per_descriptor = x[..., 0].numel() * head.out_features
     assert largest.elements <= max(2 * x.numel(), per_descriptor // 4, own)
+
+
+@pytest.mark.parametrize('name', WITH_ATTENTION, ids=str)
+@pytest.mark.parametrize('case', INPUTS)
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.bfloat16])
+def test_attention_is_of_each_descriptor(name, case, dtype):
+    """Not negative, and in another order for descriptors in another order."""
+    head = fitted(name)
+    x = INPUTS[case](descriptors(head=head)).to(dtype)
+    with torch.autocast('cpu', torch.bfloat16):
+        weights = head.attention(x)
+    assert weights.ndim == 3
+    assert (len(weights), weights.shape[2]) == x.shape[:2]
+    assert weights.dtype == dtype
+    assert weights.isfinite().all()
+    assert weights.min() >= 0
+    assert weights.max() > 0
+    torch.testing.assert_close(head.attention(x.flip(1)), weights.flip(2))
 
 
 @pytest.mark.parametrize('name', HEADS, ids=str)

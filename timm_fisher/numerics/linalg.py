@@ -47,9 +47,9 @@ def without_autocast(x: Tensor) -> AbstractContextManager[None]:
 
 
 def precise(method: Callable[..., Any]) -> Callable[..., Any]:
-    """A head's `forward` or `forward_with_loss`, without autocast and with descriptors, and tensors
-    given by keyword, in float32 or better; the pooled vectors go back to the dtype that the
-    descriptors came in."""
+    """A head's `forward`, `forward_with_loss` or `attention`, without autocast and with
+    descriptors, and tensors of numbers given by keyword, in float32 or better; what it gives goes
+    back to the dtype that the descriptors came in, but for the loss."""
 
     @functools.wraps(method)
     def call(head: Any, x: Tensor, **context: Any) -> Any:
