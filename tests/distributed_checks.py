@@ -22,12 +22,13 @@ from torch.utils.data import DataLoader, TensorDataset
 import timm_fisher
 from timm_fisher.fitting.stream import ListStream
 
-SMALL = {  # faster than the default
+SMALL = {  # faster than the default, or fit for a handful of descriptors
     'bilinear': {'reduce_dim': 8},
     'dbm_idfk': {'hidden': [6, 4], 'rank': 8, 'epochs': 2},
     'gmm_fisher': {'reduce_dim': 8, 'components': 6},
     'gsnmf': {'components': 8},
     'netvlad': {'reduce_dim': 8, 'clusters': 6},
+    'salad': {'clusters': 3, 'cluster_dim': 5, 'token_dim': 7, 'hidden': 8},
     'sparse_fisher': {'reduce_dim': 8, 'code_dim': 6},
 }
 

@@ -42,6 +42,9 @@ class PoolingHead(nn.Module):
     row by row; `class_token: Tensor`, `[B, C]`. With the default None it takes what there is;
     without one, a backbone that cannot give it is refused.
 
+    A head that weighs descriptors may have a method `attention(x)`, for pictures: for descriptors
+    `[B, N, C]` it gives Q weights of each, `[B, Q, N]`, not negative, in their dtype.
+
     A head sees tensors and a `DescriptorStream`; it imports neither accelerate nor
     `torch.distributed`, and of timm only `timm.layers`. Second-order and log-probability
     mathematics run in float32 or better, with autocast off (`numerics.linalg`).
@@ -50,10 +53,14 @@ class PoolingHead(nn.Module):
         in_features: channels C of one descriptor.
         out_features: length of the pooled vector.
         context: keywords that `forward` asks for, and whether it cannot do without.
+        least_descriptors: fewest descriptors N of an image that the head can pool. A head that
+            needs more than one sets it in `__init__`, and its `forward` refuses fewer with an
+            error that names both numbers.
     """
 
     in_features: int
     out_features: int
+    least_descriptors: int = 1
     context: ClassVar[dict[str, bool]] = {}
 
     def __init_subclass__(cls, **arguments: Any) -> None:
@@ -116,11 +123,13 @@ class PoolingHead(nn.Module):
 
 
 def example(head: PoolingHead) -> tuple[Tensor, dict[str, Any]]:
-    """Random descriptors `[2, 100, C]` to try a head on, and what else its `forward` asks for; the
-    same each time."""
-    generator = torch.Generator('cpu').manual_seed(0)
-    x = torch.randn(2, 101, head.in_features, generator=generator, device='cpu').to(**like(head))
-    context = {'grid': (10, 10), 'class_token': x[:, 0]}
+    """Random descriptors to try a head on, 100 of each of two images or as many as it needs, and
+    what else its `forward` asks for; the same each time."""
+    rows = max(10, -(-head.least_descriptors // 10))
+    size = (2, 10 * rows + 1, head.in_features)
+    x = torch.randn(size, generator=torch.Generator('cpu').manual_seed(0), device='cpu')
+    x = x.to(**like(head))
+    context = {'grid': (rows, 10), 'class_token': x[:, 0]}
     return x[:, 1:], {name: context[name] for name in head.context}
 
 
@@ -158,7 +167,7 @@ def like(module: nn.Module) -> dict[str, Any]:
 
 
 def check_range(
-    head: str, /, **arguments: tuple[Any, float, float] | tuple[Any, int, int, None]
+    head: str, /, **arguments: tuple[Any, float, float] | tuple[Any, float, float, None]
 ) -> None:
     """Refuse arguments of a head that are not numbers, or outside their range (ValueError).
 

@@ -14,6 +14,7 @@ from functools import cache
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
 from largest_tensor import LargestTensor
@@ -22,16 +23,18 @@ from torch.func import functional_call
 
 from timm_fisher import ListStream, PoolingHead, create_head, get_head, list_heads
 
-CHANNELS = 16
+CHANNELS = 32  # which the default arguments of every head divide, where they must
 # Options that change the mathematics are held to the contract too.
 OPTIONS = {
-    '3g': [{'blocks': 1, 'shrinkage': 0.5}, {'reduce_dim': 6}],
+    '3g': [{'blocks': 1, 'shrinkage': 0.5}, {'reduce_dim': 8}],
     'avg': [{'normalize': True}],
     'bilinear': [{'reduce_dim': None}, {'normalize': False}],
+    'cls': [{'power_l2': True}],
     'dbm_idfk': [
         {'hidden': [5, 4], 'rank': None, 'ridge': 0.1},
         {'hidden': [6], 'whiten': False},
     ],
+    'ep': [{'queries': 4}, {'queries': 2, 'out_divisor': 4}],
     'gem': [{'p': 1.0}],
     'gmm_fisher': [
         {'l2_descriptors': False, 'components': 5},
@@ -42,13 +45,23 @@ OPTIONS = {
         {'signed': 'softplus', 'components': 20, 'l2_penalty': 0.0, 'l1_penalty': 0.0},
     ],
     'isqrt_cov': [{'reduce_dim': None}, {'reduce_dim': 6}],
+    'map': [
+        {'latent_len': 3, 'pool_type': 'avg', 'latent_dim': 5, 'norm_layer': 'rmsnorm'},
+        {'qk_norm': True, 'q_proj': False, 'num_heads': 4, 'norm_layer': '', 'out_features': 6},
+        {'out_features': 0, 'qkv_bias': False},
+    ],
     'netvlad': [{'reduce_dim': None, 'clusters': 5}],
+    'salad': [{'clusters': 3, 'cluster_dim': 5, 'token_dim': 7, 'hidden': 9, 'iterations': 1}],
+    'simpool': [
+        {'gamma': 1.25},
+        {'num_heads': 4, 'qk_norm': True, 'qkv_bias': True, 'gamma': 2.0},
+    ],
     'sparse_fisher': [{'tied': True}, {'normalize': False}],
 }
 HEADS = [(name, options) for name in list_heads() for options in [{}, *OPTIONS.get(name, [])]]
+WITH_ATTENTION = [head for head in HEADS if hasattr(get_head(head[0]), 'attention')]
 INPUTS = {
     'random': lambda x: x,
-    'one descriptor': lambda x: x[:, :1],
     'zero': lambda x: 0 * x,
     'constant': lambda x: 0 * x + 1,
     'huge': lambda x: 1e4 * x,
@@ -57,7 +70,11 @@ INPUTS = {
 }
 
 
-def descriptors(seed: int = 0, batch: int = 3, number: int = 10) -> Tensor:
+def descriptors(
+    seed: int = 0, batch: int = 3, number: int = 10, head: PoolingHead | None = None
+) -> Tensor:
+    """Descriptors of so many images; more of each where a head needs them."""
+    number = max(number, getattr(head, 'least_descriptors', 1))
     generator = torch.Generator().manual_seed(seed)
     mixing = torch.randn(CHANNELS, CHANNELS, generator=torch.Generator().manual_seed(99))
     return torch.randn(batch, number, CHANNELS, generator=generator) @ mixing
@@ -68,14 +85,31 @@ def fitted(head: tuple[str, dict], dtype: torch.dtype = torch.float32) -> Poolin
     return copy.deepcopy(_fitted(name, json.dumps(options))).to(dtype)
 
 
+def context(head: PoolingHead, x: Tensor) -> dict:
+    """What a head asks for by its signature, made of its descriptors: the order of these does not
+    matter to it, and their gradient goes through it."""
+    asked = inspect.signature(head.forward).parameters
+    given = {'class_token': x.mean(1) + x.amax(1), 'grid': (1, x.shape[1])}
+    return {key: value for key, value in given.items() if key in asked}
+
+
+def pool(head: PoolingHead, x: Tensor) -> Tensor:
+    return head(x, **context(head, x))
+
+
+def pool_with_loss(head: PoolingHead, x: Tensor) -> tuple[Tensor, Tensor]:
+    return head.forward_with_loss(x, **context(head, x))
+
+
 @cache
 def _fitted(name: str, options: str) -> PoolingHead:
     torch.manual_seed(0)
     head = create_head(name, CHANNELS, **json.loads(options))
-    head.fit(ListStream([descriptors(1, batch=20), descriptors(2, batch=20)]))
+    x = descriptors(1, batch=20, head=head)
+    head.fit(ListStream([x, descriptors(2, batch=20, head=head)]))
     with torch.no_grad():
         for _ in range(20):  # statistics of batch norms
-            head(descriptors(1, batch=20))
+            pool(head, x)
     return head.eval()
 
 
@@ -97,13 +131,13 @@ def numpy_state(head: PoolingHead) -> dict:
 @pytest.mark.parametrize('training', [False, True])
 def test_shape_and_dtype(name, dtype, training):
     head = fitted(name)
-    x = descriptors().to(dtype)
+    x = descriptors(head=head).to(dtype)
     for model in (head, fitted(name, dtype)):
         model.train(training)
-        out = model(x)
+        out = pool(model, x)
         assert out.shape == (3, head.out_features)
         assert out.dtype == dtype
-        pooled, loss = model.forward_with_loss(x)
+        pooled, loss = pool_with_loss(model, x)
         assert torch.equal(pooled, out)
         assert loss.shape == ()
 
@@ -111,20 +145,21 @@ def test_shape_and_dtype(name, dtype, training):
 @pytest.mark.parametrize('name', HEADS, ids=str)
 def test_order_and_number_of_descriptors_do_not_matter(name):
     head = fitted(name, torch.float64)
-    x = descriptors().double()
-    out = head(x)
-    torch.testing.assert_close(head(x.flip(1)), out, rtol=1e-9, atol=1e-12)
-    torch.testing.assert_close(head(x.repeat(1, 3, 1)), out, rtol=1e-9, atol=1e-12)
+    x = descriptors(head=head).double()
+    out = pool(head, x)
+    torch.testing.assert_close(pool(head, x.flip(1)), out, rtol=1e-9, atol=1e-12)
+    if head.least_descriptors == 1:  # otherwise their number means something to the head
+        torch.testing.assert_close(pool(head, x.repeat(1, 3, 1)), out, rtol=1e-9, atol=1e-12)
     # Images do not see one another.
-    torch.testing.assert_close(head(x[1:2]), out[1:2], rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(pool(head, x[1:2]), out[1:2], rtol=1e-9, atol=1e-12)
     assert not torch.allclose(out[0], out[1])
 
 
 @pytest.mark.parametrize('name', HEADS, ids=str)
 def test_gradient_reaches_everything(name):
     head = fitted(name)
-    x = descriptors().requires_grad_()
-    pooled, loss = head.forward_with_loss(x)
+    x = descriptors(head=head).requires_grad_()
+    pooled, loss = pool_with_loss(head, x)
     (pooled * torch.randn_like(pooled)).sum().add(loss).backward()
     assert x.grad.abs().sum() > 0
     for key, parameter in head.named_parameters():
@@ -137,25 +172,28 @@ def test_gradient_reaches_everything(name):
 def test_gradient_is_right(name):
     # A smooth point: soft thresholds and the like are differentiable almost everywhere.
     head = fitted(name, torch.float64)
-    x = descriptors(batch=1, number=3).double().requires_grad_()
+    x = descriptors(batch=1, number=3, head=head).double().requires_grad_()
     keys = [key for key, _ in head.named_parameters()]
 
     def call(x, *values):
-        return functional_call(head, dict(zip(keys, values, strict=True)), (x,))
+        state = dict(zip(keys, values, strict=True))
+        return functional_call(head, state, (x,), context(head, x))
 
     inputs = (x, *head.parameters())
     assert torch.autograd.gradcheck(call, inputs, eps=1e-7, atol=1e-4, rtol=1e-3, fast_mode=True)
 
 
 @pytest.mark.parametrize('name', HEADS, ids=str)
-@pytest.mark.parametrize('case', INPUTS)
+@pytest.mark.parametrize('case', [*INPUTS, 'fewest descriptors'])
 @pytest.mark.parametrize('autocast', [False, True])
 @pytest.mark.parametrize('training', [False, True])
 def test_degenerate_inputs_stay_finite(name, case, autocast, training):
     head = fitted(name).train(training)
-    x = INPUTS[case](descriptors()).requires_grad_()
+    x = descriptors(head=head)
+    x = INPUTS[case](x) if case in INPUTS else x[:, : head.least_descriptors]
+    x = x.requires_grad_()
     with torch.autocast('cpu', torch.bfloat16, enabled=autocast):
-        pooled, loss = head.forward_with_loss(x.bfloat16() if autocast else x)
+        pooled, loss = pool_with_loss(head, x.bfloat16() if autocast else x)
         total = pooled.float().pow(2).sum() + pooled.float().sum() + loss
     total.backward()
     assert torch.isfinite(pooled).all()
@@ -176,9 +214,9 @@ def test_dead_component_stays_finite(name, autocast):
                 parameter[0] = 0.0
         if hasattr(head, 'log_weights'):
             head.log_weights[0] = -1e4
-    x = descriptors().requires_grad_()
+    x = descriptors(head=head).requires_grad_()
     with torch.autocast('cpu', torch.bfloat16, enabled=autocast):
-        pooled, loss = head.forward_with_loss(x.bfloat16() if autocast else x)
+        pooled, loss = pool_with_loss(head, x.bfloat16() if autocast else x)
         total = pooled.float().pow(2).sum() + pooled.float().sum() + loss
     total.backward()
     assert torch.isfinite(pooled).all()
@@ -189,11 +227,11 @@ def test_dead_component_stays_finite(name, autocast):
 @pytest.mark.parametrize('name', HEADS, ids=str)
 def test_autocast_does_not_touch_the_mathematics(name):
     head = fitted(name)
-    x = descriptors()
+    x = descriptors(head=head)
     with torch.autocast('cpu', torch.bfloat16):
-        pooled = head(x)
+        pooled = pool(head, x)
     assert pooled.dtype == torch.float32
-    torch.testing.assert_close(pooled, head(x))
+    torch.testing.assert_close(pooled, pool(head, x))
 
 
 @pytest.mark.parametrize('name', HEADS, ids=str)
@@ -202,7 +240,7 @@ def test_fit_is_finite_and_repeatable(name, case):
     def fit():
         torch.manual_seed(0)
         head = create_head(name[0], CHANNELS, **name[1])
-        head.fit(ListStream([INPUTS[case](descriptors(1, batch=20))]))
+        head.fit(ListStream([INPUTS[case](descriptors(1, batch=20, head=head))]))
         return head
 
     first, second = fit().state_dict(), fit().state_dict()
@@ -216,11 +254,29 @@ def test_no_pooled_vector_per_descriptor(name):
     """Neither forward nor backward builds `[B, N, K, D]`: one output for each descriptor."""
     head = fitted(name)
     own = max((tensor.numel() for tensor in head.state_dict().values()), default=0)
-    x = descriptors(batch=2, number=60).requires_grad_()
+    x = descriptors(batch=2, number=60, head=head).requires_grad_()
     with LargestTensor() as largest:
-        head(x).sum().backward()
+        pool(head, x).sum().backward()
     per_descriptor = x[..., 0].numel() * head.out_features
     assert largest.elements <= max(2 * x.numel(), per_descriptor // 4, own)
+
+
+@pytest.mark.parametrize('name', WITH_ATTENTION, ids=str)
+@pytest.mark.parametrize('case', INPUTS)
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.bfloat16])
+def test_attention_is_of_each_descriptor(name, case, dtype):
+    """Not negative, and in another order for descriptors in another order."""
+    head = fitted(name)
+    x = INPUTS[case](descriptors(head=head)).to(dtype)
+    with torch.autocast('cpu', torch.bfloat16):
+        weights = head.attention(x)
+    assert weights.ndim == 3
+    assert (len(weights), weights.shape[2]) == x.shape[:2]
+    assert weights.dtype == dtype
+    assert weights.isfinite().all()
+    assert weights.min() >= 0
+    assert weights.max() > 0
+    torch.testing.assert_close(head.attention(x.flip(1)), weights.flip(2))
 
 
 @pytest.mark.parametrize('name', HEADS, ids=str)
@@ -229,7 +285,8 @@ def test_state_dict_is_the_head(name):
     torch.manual_seed(1)
     other = create_head(name[0], CHANNELS, **name[1]).eval()
     other.load_state_dict(head.state_dict(), strict=True)
-    assert torch.equal(other(descriptors()), head(descriptors()))
+    x = descriptors(head=head)
+    assert torch.equal(pool(other, x), pool(head, x))
 
 
 @pytest.mark.parametrize('name', HEADS, ids=str)
@@ -246,7 +303,8 @@ def test_from_meta(name):
     for module in empty.modules():
         if hasattr(module, 'init_non_persistent_buffers'):
             module.init_non_persistent_buffers()
-    assert torch.equal(empty(descriptors()), head(descriptors()))
+    x = descriptors(head=head)
+    assert torch.equal(pool(empty, x), pool(head, x))
 
 
 @pytest.mark.parametrize('name', HEADS, ids=str)
@@ -273,10 +331,11 @@ def test_equals_reference(name):
     }
     arguments = defaults | name[1]
     head = fitted(name, torch.float64)
-    x = descriptors().double()
-    expected = torch.from_numpy(reference(name[0]).pool(numpy_state(head), x.numpy(), arguments))
+    x = descriptors(head=head).double()
+    asked = {key: np.asarray(value) for key, value in context(head, x).items()}
+    rows = reference(name[0]).pool(numpy_state(head), x.numpy(), arguments, **asked)
     # The floor of the signed square root shows in entries that are near zero.
-    torch.testing.assert_close(head(x), expected, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(pool(head, x), torch.from_numpy(rows), rtol=1e-3, atol=1e-4)
 
 
 # Limits of arguments
@@ -316,7 +375,8 @@ def test_largest_head_is_built_at_once(name):
                 with contextlib.suppress(ValueError):  # beyond the limit of this one
                     create_head(name, 1280, **{parameter.name: most})
                     largest[parameter.name] = most
-        create_head(name, 1280, **largest)(torch.empty(2, 3, 1280))
+        head = create_head(name, 1280, **largest)
+        pool(head, torch.empty(2, max(3, head.least_descriptors), 1280))
     assert time.perf_counter() - start < 30
 
 

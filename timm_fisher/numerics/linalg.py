@@ -47,9 +47,9 @@ def without_autocast(x: Tensor) -> AbstractContextManager[None]:
 
 
 def precise(method: Callable[..., Any]) -> Callable[..., Any]:
-    """A head's `forward` or `forward_with_loss`, without autocast and with descriptors, and tensors
-    given by keyword, in float32 or better; the pooled vectors go back to the dtype that the
-    descriptors came in."""
+    """A head's `forward`, `forward_with_loss` or `attention`, without autocast and with
+    descriptors, and tensors of numbers given by keyword, in float32 or better; what it gives goes
+    back to the dtype that the descriptors came in, but for the loss."""
 
     @functools.wraps(method)
     def call(head: Any, x: Tensor, **context: Any) -> Any:
@@ -84,6 +84,16 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return F.linear(x, self.weight.to(x.dtype), bias)
+
+
+def call_in_dtype(module: nn.Module, x: Tensor) -> Tensor:
+    """`module(x)` in the dtype of its input, whatever that of its parameters; for a layer of timm's
+    or PyTorch's that has no buffers."""
+    parameters = dict(module.named_parameters())
+    if all(parameter.dtype == x.dtype for parameter in parameters.values()):
+        return cast(Tensor, module(x))
+    raised = {name: parameter.to(x.dtype) for name, parameter in parameters.items()}
+    return cast(Tensor, functional_call(module, raised, (x,)))
 
 
 class LinearNorm(nn.Module):
