@@ -4,14 +4,17 @@
 
 Every run is one of recipes/train.py, with the same splits, seeds and budget. Each head's settings
 are chosen from a grid by the validation accuracy of the first seed, and then run with all seeds;
-the test split is only ever reported. A head that is trained may have a grid of its own.
+the test split is only ever reported. A head that is trained may have a grid of its own. With
+`one_pass`, as in configs/probe.yaml, heads and settings are trained side by side on the cached
+features of a frozen backbone, which is much faster; their models are not kept.
 
 Leaves in `--output`: table.md, results.json, plot.png (accuracy against size of the pooled vector)
-and the runs; a comparison that was interrupted goes on where it stopped.
+and the runs; a comparison that was interrupted goes on where it stopped, at the last run or pass.
 """
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import statistics
@@ -20,12 +23,13 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from tqdm.auto import tqdm
 
 from timm_fisher.files import save_png, write
 from timm_fisher.training import command_line
+from timm_fisher.training.config import Config
 from timm_fisher.training.embeddings import parse_options
 from timm_fisher.training.launch import launch
+from timm_fisher.training.probe import train_probes
 from timm_fisher.training.tables import percent, records
 
 # What every table must hold: timm's pool, and what the Fisher vectors' normalisation alone brings.
@@ -44,6 +48,8 @@ class Comparison:
         data_dir: as train.py takes it; empty for that of `train`.
         seeds: of the runs; the first chooses the settings.
         only: names of variants to run, besides the baselines; empty for all.
+        one_pass: train all heads and settings of a seed side by side, as
+            `timm_fisher.training.probe.train_probes` does.
         train: options of train.py for every run.
         search: options of train.py, dotted, and the values to choose from on the validation split.
         variants: by name in the table, options of train.py of its own; `search` among them
@@ -54,6 +60,7 @@ class Comparison:
     data_dir: str = ''
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     only: list[str] = field(default_factory=list)
+    one_pass: bool = False
     train: dict[str, Any] = field(default_factory=dict)
     search: dict[str, list[Any]] = field(default_factory=dict)
     variants: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -84,31 +91,89 @@ def main(comparison: Comparison) -> None:
     output = Path(comparison.output)
     output.mkdir(parents=True, exist_ok=True)
     rows = []
-    for name, variant in (progress := tqdm(comparison.variants.items(), disable=None)):
-        progress.set_description(name)
-        rows.append(compare_variant(name, variant, comparison, output))
+    # All together where they share a pass, else one by one.
+    names = list(comparison.variants)
+    for group in [names] if comparison.one_pass else [[name] for name in names]:
+        rows += compare_variants(group, comparison, output)
         write_results(rows, comparison, output)
     print((output / 'table.md').read_text())
 
 
-def compare_variant(
-    name: str, variant: dict[str, Any], comparison: Comparison, output: Path
+def compare_variants(
+    names: list[str], comparison: Comparison, output: Path
+) -> list[dict[str, Any]]:
+    """Choose the settings of some heads, run them with all seeds; rows of the table."""
+    first, *others = comparison.seeds
+    searched = [Run(name, values) for name in names for values in settings_of(name, comparison)]
+    results = measure(searched, first, comparison, output)
+    tried: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    for run, metrics in zip(searched, results, strict=True):
+        tried[run.name].append({**run.settings, 'val_accuracy': metrics['best']['val_accuracy']})
+    # The first of equals.
+    best = [max(tried[name], key=lambda row: row['val_accuracy']) for name in names]
+    chosen = [
+        Run(name, {key: row[key] for key in row if key != 'val_accuracy'})
+        for name, row in zip(names, best, strict=True)
+    ]
+    seeds = [[results[searched.index(run)] for run in chosen]]
+    seeds += [measure(chosen, seed, comparison, output) for seed in others]
+    return [
+        describe_runs(run, tried[run.name], list(metrics))
+        for run, *metrics in zip(chosen, *seeds, strict=True)
+    ]
+
+
+@dataclass
+class Run:
+    """A variant with settings from its grid."""
+
+    name: str
+    settings: dict[str, Any]
+
+    def config(self, comparison: Comparison, seed: int) -> Config:
+        """The configuration of the run."""
+        options, _ = split_options(comparison.variants[self.name], comparison)
+        return parse_options({**options, 'seed': seed}, self.settings)
+
+
+def settings_of(name: str, comparison: Comparison) -> list[dict[str, Any]]:
+    """All settings of a variant's grid."""
+    _, grid = split_options(comparison.variants[name], comparison)
+    return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+
+
+def measure(
+    runs: list[Run], seed: int, comparison: Comparison, output: Path
+) -> list[dict[str, Any]]:
+    """Metrics of runs with a seed, one after the other or in one pass, or those that are there."""
+    if not comparison.one_pass:
+        return [launch_run(run, seed, comparison, output) for run in runs]
+    configs = {json.dumps([run.name, run.settings]): run.config(comparison, seed) for run in runs}
+    # Without what may be on another machine elsewhere, or does not matter.
+    about = [{**asdict(config), 'data_dir': '', 'cache_dir': ''} for config in configs.values()]
+    key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
+    path = output / f'pass-{key}.json'
+    if not path.exists():
+        write(path, json.dumps(train_probes(configs), indent=2) + '\n')
+    return list(json.loads(path.read_text()).values())
+
+
+def launch_run(run: Run, seed: int, comparison: Comparison, output: Path) -> dict[str, Any]:
+    """Metrics of a run of train.py; its folder is named after its settings, its output goes to a
+    .log beside."""
+    words = [f'{key.split(".")[-1]}{value}' for key, value in run.settings.items()]
+    folder = output / run.name.replace(' ', '').replace('/', '-') / '-'.join([*words, f's{seed}'])
+    return launch(asdict(run.config(comparison, seed)), folder, log=Path(f'{folder}.log'))
+
+
+def describe_runs(
+    run: Run, tried: list[dict[str, Any]], runs: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    """Choose the settings of one head, run them with all seeds; a row of the table."""
-    options, grid = split_options(variant, comparison)
-    folder = output / name.replace(' ', '').replace('/', '-')
-    tried = []
-    for values in itertools.product(*grid.values()):
-        settings = dict(zip(grid, values, strict=True))
-        metrics = run(options, settings, folder, seed=comparison.seeds[0])
-        tried.append({**settings, 'val_accuracy': metrics['best']['val_accuracy']})
-    best = max(tried, key=lambda row: row['val_accuracy'])  # the first of equals
-    chosen = {key: best[key] for key in grid}
-    runs = [run(options, chosen, folder, seed=seed) for seed in comparison.seeds]
+    """A row of the table, of the runs with all seeds."""
     split = 'test' if 'test' in runs[0] else 'val'
     return {
-        'name': name,
-        'chosen': chosen,
+        'name': run.name,
+        'chosen': run.settings,
         'tried': tried,
         'split': split,
         'val_accuracy': [metrics['best']['val_accuracy'] for metrics in runs],
@@ -121,6 +186,7 @@ def compare_variant(
             1000 * metrics['seconds']['train'] / max(1, metrics['steps']) for metrics in runs
         ],
         'peak_memory_mb': [metrics['peak_memory_mb'] for metrics in runs],
+        'knn_accuracy': [metrics['knn']['accuracy'] for metrics in runs if 'knn' in metrics],
     }
 
 
@@ -133,28 +199,17 @@ def split_options(
     return options, grid
 
 
-def run(
-    options: dict[str, Any], settings: dict[str, Any], folder: Path, *, seed: int
-) -> dict[str, Any]:
-    """Metrics of a run with some options replaced; its folder is named after them, its output goes
-    to a .log beside."""
-    config = asdict(parse_options({**options, 'seed': seed}, settings))
-    words = [f'{key.split(".")[-1]}{value}' for key, value in settings.items()]
-    output = folder / '-'.join([*words, f's{seed}'])
-    return launch(config, output, log=Path(f'{output}.log'))
-
-
 def write_results(rows: list[dict[str, Any]], comparison: Comparison, output: Path) -> None:
     """table.md, results.json and plot.png of the rows so far."""
-    write(output / 'table.md', describe(rows, comparison.seeds))
+    write(output / 'table.md', describe(rows, comparison))
     results = {'seeds': comparison.seeds, 'train': comparison.train, 'rows': rows}
     write(output / 'results.json', json.dumps(results, indent=2) + '\n')
     plot(rows, output / 'plot.png')
 
 
-def describe(rows: list[dict[str, Any]], seeds: list[int]) -> str:
+def describe(rows: list[dict[str, Any]], comparison: Comparison) -> str:
     """Markdown; mean and standard deviation over the seeds."""
-    split = rows[0]['split']
+    split, neighbours = rows[0]['split'], any(row['knn_accuracy'] for row in rows)
     lines = [
         {
             'head': row['name'],
@@ -163,6 +218,7 @@ def describe(rows: list[dict[str, Any]], seeds: list[int]) -> str:
             'validation': percent(row['val_accuracy']),
             split: percent(row['accuracy']),
             f'{split}, balanced': percent(row['balanced_accuracy']),
+            **({'k-NN': knn(row)} if neighbours else {}),
             'fit': f'{statistics.median(row["fit_seconds"]):.1f} s',
             'step': f'{statistics.median(row["step_milliseconds"]):.0f} ms',
             'peak memory': f'{statistics.median(row["peak_memory_mb"]):.0f} MB',
@@ -171,13 +227,20 @@ def describe(rows: list[dict[str, Any]], seeds: list[int]) -> str:
         for row in rows
     ]
     note = (
-        f'Mean and standard deviation over seeds {", ".join(map(str, seeds))}. Parameters: of head '
-        'and classifier. Step: of training, its share of validation included; where the head is '
-        'frozen, that of the classifier alone. Peak memory: of the process, with the backbone '
-        'where features were not cached yet. Settings chosen by the validation accuracy of the '
-        'first seed.'
+        f'Mean and standard deviation over seeds {", ".join(map(str, comparison.seeds))}. '
+        'Parameters: of head and classifier. Step: of training, its share of validation included '
+        'unless all were trained in one pass; where the head is frozen, that of the classifier '
+        'alone. Peak memory: of the process, with the backbone where features were not cached yet. '
+        'Settings chosen by the validation accuracy of the first seed.'
     )
+    if neighbours:
+        note += ' k-NN: of heads that are only fitted, k chosen on validation images, cosine.'
     return f'{records(lines)}\n\n{note}\n'
+
+
+def knn(row: dict[str, Any]) -> str:
+    """The accuracy of nearest neighbours, where a row has it."""
+    return percent(row['knn_accuracy']) if row['knn_accuracy'] else ''
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:

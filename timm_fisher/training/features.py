@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 import os
@@ -43,6 +44,12 @@ class Cached(Dataset[tuple[list[Tensor], int]]):
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def select(self, places: Sequence[int]) -> Cached:
+        """Some of the tensors of each image."""
+        selected = copy.copy(self)
+        selected.arrays = [self.arrays[place] for place in places]
+        return selected
 
     def __getitem__(self, i: int) -> tuple[list[Tensor], int]:
         tensors = [torch.from_numpy(np.array(array[i])) for array in self.arrays]
