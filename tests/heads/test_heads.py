@@ -42,6 +42,7 @@ OPTIONS = {
         {'signed': 'softplus', 'components': 20, 'l2_penalty': 0.0, 'l1_penalty': 0.0},
     ],
     'isqrt_cov': [{'reduce_dim': None}, {'reduce_dim': 6}],
+    'mpn_cov': [{'reduce_dim': None, 'power': 0.8}, {'log': True}, {'reduce_dim': 6, 'log': True}],
     'netvlad': [{'reduce_dim': None, 'clusters': 5}],
     'sparse_fisher': [{'tied': True}, {'normalize': False}],
 }
