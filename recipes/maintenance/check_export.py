@@ -32,7 +32,9 @@ from timm_fisher.training.tables import table
 OPTIONS: dict[str, list[dict[str, Any]]] = {
     '3g': [{'shrinkage': 0.5}, {'reduce_dim': 16}],  # eigh; fewer dimensions than descriptors
     'avg': [{'normalize': True}],
+    'compact_bilinear': [{'sketch_dim': 16}],  # FFT; the default sketches second moments here
     'gmm_fisher': [{'l2_descriptors': False}],
+    'mpn_cov': [{'log': True}],
     'sparse_fisher': [{'tied': True}],
 }
 # Heads that need what ONNX, or PyTorch's exporter to it, does not have.

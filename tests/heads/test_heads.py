@@ -33,6 +33,7 @@ OPTIONS = {
         {'hidden': [5, 4], 'rank': None, 'ridge': 0.1},
         {'hidden': [6], 'whiten': False},
     ],
+    'deepten': [{'reduce_dim': None, 'codes': 5}],
     'gem': [{'p': 1.0}],
     'gmm_fisher': [
         {'l2_descriptors': False, 'components': 5},

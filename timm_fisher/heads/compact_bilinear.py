@@ -85,7 +85,7 @@ class CompactBilinear(PoolingHead):
     def _moments(self, x: Tensor, signs: Tensor) -> Tensor:
         """The sketch of `M = 1/N X^T X`."""
         moments = (signs[0] * x).transpose(1, 2) @ (signs[1] / x.shape[1] * x)
-        sketch = x.new_zeros(len(x), self.out_features)
+        sketch = x.new_zeros(x.shape[0], self.out_features)
         return sketch.index_add(1, self.index, moments.flatten(1))
 
     def _spectra(self, x: Tensor, signs: Tensor) -> Tensor:
@@ -94,7 +94,6 @@ class CompactBilinear(PoolingHead):
         signed = (x[:, :, None] * signs).flatten(2)
         both = x.new_zeros(batch, n, 2 * self.out_features)
         both = both.scatter_add(2, self.index.expand_as(signed), signed)
-        spectra = torch.fft.rfft(both.view(batch, n, 2, self.out_features))
-        product = (spectra[:, :, 0] * spectra[:, :, 1]).mean(1)
-        sketch: Tensor = torch.fft.irfft(product, n=self.out_features)
+        first, second = (torch.fft.rfft(part) for part in both.chunk(2, dim=2))
+        sketch: Tensor = torch.fft.irfft((first * second).sum(1) / n, n=self.out_features)
         return sketch
