@@ -46,6 +46,7 @@ OPTIONS = {
     'isqrt_cov': [{'reduce_dim': None}, {'reduce_dim': 6}],
     'mpn_cov': [{'reduce_dim': None, 'power': 0.8}, {'log': True}, {'reduce_dim': 6, 'log': True}],
     'netvlad': [{'reduce_dim': None, 'clusters': 5}],
+    'smso': [{'features': 20}],
     'sparse_fisher': [{'tied': True}, {'normalize': False}],
 }
 HEADS = [(name, options) for name in list_heads() for options in [{}, *OPTIONS.get(name, [])]]
@@ -219,7 +220,7 @@ def test_no_pooled_vector_per_descriptor(name):
     """Neither forward nor backward builds `[B, N, K, D]`: one output for each descriptor."""
     head = fitted(name)
     own = max((tensor.numel() for tensor in head.state_dict().values()), default=0)
-    x = descriptors(batch=2, number=60).requires_grad_()
+    x = descriptors(batch=2, number=5 * CHANNELS).requires_grad_()
     with LargestTensor() as largest:
         head(x).sum().backward()
     per_descriptor = x[..., 0].numel() * head.out_features
