@@ -34,6 +34,7 @@ OPTIONS = {
         {'hidden': [6], 'whiten': False},
     ],
     'deepten': [{'reduce_dim': None, 'codes': 5}],
+    'dropcov': [{'reduce_dim': None}, {'reduce_dim': 6}],
     'gem': [{'p': 1.0}],
     'gmm_fisher': [
         {'l2_descriptors': False, 'components': 5},
@@ -104,9 +105,11 @@ def test_shape_and_dtype(name, dtype, training):
     x = descriptors().to(dtype)
     for model in (head, fitted(name, dtype)):
         model.train(training)
+        torch.manual_seed(0)  # of dropout
         out = model(x)
         assert out.shape == (3, head.out_features)
         assert out.dtype == dtype
+        torch.manual_seed(0)
         pooled, loss = model.forward_with_loss(x)
         assert torch.equal(pooled, out)
         assert loss.shape == ()
@@ -126,10 +129,12 @@ def test_order_and_number_of_descriptors_do_not_matter(name):
 
 @pytest.mark.parametrize('name', HEADS, ids=str)
 def test_gradient_reaches_everything(name):
+    """In evaluation or in training, whose dropout may have parameters of its own."""
     head = fitted(name)
     x = descriptors().requires_grad_()
-    pooled, loss = head.forward_with_loss(x)
-    (pooled * torch.randn_like(pooled)).sum().add(loss).backward()
+    for training in (False, True):
+        pooled, loss = head.train(training).forward_with_loss(x)
+        (pooled * torch.randn_like(pooled)).sum().add(loss).backward()
     assert x.grad.abs().sum() > 0
     for key, parameter in head.named_parameters():
         assert parameter.grad is not None, key

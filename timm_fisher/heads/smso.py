@@ -3,16 +3,17 @@
     v_j = 1/N sum_i (w_j^T x_i)^2 = w_j^T M w_j       parametric vectorization of M = 1/N X^T X
     z_j = g_j sqrt(v_j) + b_j                         variance-stabilising root, scale and offset
 
-M itself, C x C, is formed only where there are more descriptors than channels and it is cheaper. For normal x_i with mean zero, N v_j / s_j^2 is chi-square with N
-degrees of freedom, whose variance grows with its mean; its root is nearly normal,
-`sqrt(2 N v_j) / s_j - sqrt(2 N - 1) ~ N(0, 1)`. The scale g and offset b stand for these constants
-and are trained.
+M itself, C x C, is formed only where there are more descriptors than channels, so that it is the
+cheaper way. For normal x_i with mean zero, N v_j / s_j^2 is chi-square with N degrees of freedom,
+whose variance grows with its mean; its root is nearly normal, `sqrt(2 N v_j) / s_j - sqrt(2 N - 1)
+~ N(0, 1)`. The scale g and offset b stand for these constants and are trained.
 
 Where the paper is silent or its text was not at hand (its method was read in its abstract and in
-the authors' Keras code, which leaves the root out), and what is done here:
+the authors' Keras code, where the root is commented out), and what is done here:
 - The second moment is not centred. The authors have batch norm before it, here the backbone's.
 - `fit` scales w by one number, such that the mean of v is 1, and sets g and b such that each z_j
-  has mean 0 and variance 1 over the training images. The paper starts g at 1 and b at 0.
+  has mean 0 and variance 1 over the training images. Their code starts g at 1 and b at 0, as heads without a
+  fit do here.
 - The slope of the root is infinite at zero, so it is taken as `v / sqrt(v + t)`, t = 1e-6 times the
   mean of v over j.
 
