@@ -44,6 +44,7 @@ OPTIONS = {
         {'components': 5, 'signed': 'split'},
         {'signed': 'softplus', 'components': 20, 'l2_penalty': 0.0, 'l1_penalty': 0.0},
     ],
+    'hscfv': [{'code_dim': 5, 'residual_code_dim': 20, 'reduce_dim': None}],
     'isqrt_cov': [{'reduce_dim': None}, {'reduce_dim': 6}],
     'mpn_cov': [{'reduce_dim': None, 'power': 0.8}, {'log': True}, {'reduce_dim': 6, 'log': True}],
     'netvlad': [{'reduce_dim': None, 'clusters': 5}],

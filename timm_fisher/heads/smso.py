@@ -12,8 +12,8 @@ Where the paper is silent or its text was not at hand (its method was read in it
 the authors' Keras code, where the root is commented out), and what is done here:
 - The second moment is not centred. The authors have batch norm before it, here the backbone's.
 - `fit` scales w by one number, such that the mean of v is 1, and sets g and b such that each z_j
-  has mean 0 and variance 1 over the training images. Their code starts g at 1 and b at 0, as heads without a
-  fit do here.
+  has mean 0 and variance 1 over the training images. Their code starts g at 1 and b at 0;
+  so does a head without a fit.
 - The slope of the root is infinite at zero, so it is taken as `v / sqrt(v + t)`, t = 1e-6 times the
   mean of v over j.
 
@@ -68,7 +68,8 @@ class SMSO(PoolingHead):
             v = ((x.transpose(1, 2) @ (x / n) @ w) * w).sum(1).clamp_min(0)
         mean = safe_trace(v.mean(1))[:, 0]
         v = v / mean
-        return v * torch.rsqrt(v + FLOOR) * mean.sqrt()
+        root: Tensor = v * torch.rsqrt(v + FLOOR) * mean.sqrt()
+        return root
 
     def no_weight_decay(self) -> set[str]:
         """Zero is no natural place for directions."""
