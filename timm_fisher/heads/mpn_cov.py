@@ -9,11 +9,11 @@ By eigendecomposition, of S or, where there are fewer descriptors than dimension
 matrix (`numerics.spectral`): `f(X^T X) = f(0) I + X^T h(X X^T) X`.
 
 The power's slope is infinite at zero, and a covariance of N descriptors has at most N - 1
-eigenvalues that are not. So s^power is taken as `s (s^2 + t^2)^((power - 1) / 2)`, t = 1e-6 tr S:
-the same up to `(t / s)^2`, zero at zero, with a finite gradient. The authors set the gradient of
-eigenvalues below rounding to zero. The logarithm needs a larger floor, of the trace too, since it
-gives each zero eigenvalue the logarithm of the floor; DeepO2P's is absolute. A map without any
-variance, a trace of zero, counts as one of trace 1 there.
+eigenvalues that are not. So s^power is taken as `s^3 (s^2 + t^2)^((power - 3) / 2)`, t = 1e-6 tr S:
+the same up to `(t / s)^2`, with a finite gradient, and eigenvalues that are zero but for rounding
+have neither a power nor a gradient, as in the authors' code. The logarithm needs a larger floor, of
+the trace too, since it gives each zero eigenvalue the logarithm of the floor; DeepO2P's is
+absolute. A map without any variance, a trace of zero, counts as one of trace 1 there.
 
 Power 1/2 is the limit of `isqrt_cov` for many iterations, exact where that stops short on purpose.
 

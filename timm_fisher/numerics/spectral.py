@@ -44,20 +44,25 @@ def covariance_function(x: Tensor, spectrum: Spectrum, at_zero: float | Tensor =
 
 
 def power_spectrum(s: Tensor, power: float, floor: float) -> tuple[Tensor, Tensor]:
-    """Of `f(s) = s (s^2 + floor^2)^((power - 1) / 2)`: `s^power` up to `(floor / s)^2`, and zero at
-    zero, with a finite slope."""
-    exponent = (power - 1) / 2
-    a = s.square() + floor**2
+    """Of `f(s) = s^3 (s^2 + floor^2)^((power - 3) / 2)`: `s^power` up to `(floor / s)^2`. Near zero
+    it falls as `s^3`, so that rounding errors of zero eigenvalues have next to no power.
+
+    With `k(s) = (s^2 + floor^2)^q`, `h(s) = s^2 k(s)`, and its difference for s < t is
+    `s^2 k[s, t] + (s + t) k(t)`, of terms that are not much larger.
+    """
+    q = (power - 3) / 2
+    log = (s.square() + floor**2).log()
+    small = torch.minimum(s[:, :, None], s[:, None, :])
     # (a^q - b^q) / (a - b) = (a b)^((q - 1) / 2) sinh(q u) / sinh(u) with u = log(a / b) / 2: small
     # errors of a small u do not matter. And a - b = (s + t) (s - t).
-    log = a.log()
     u = (log[:, :, None] - log[:, None, :]) / 2
-    equal = u.abs() < 1e-4  # the ratio of sines is q (1 + (q^2 - 1) u^2 / 6)
+    equal = u.abs() < 1e-4
     u = torch.where(equal, 1.0, u)
-    ratio = torch.where(equal, exponent, torch.sinh(exponent * u) / torch.sinh(u))
-    mean = (log[:, :, None] + log[:, None, :]) / 2
-    differences = ((exponent - 1) * mean).exp() * ratio * (s[:, :, None] + s[:, None, :])
-    return (exponent * log).exp(), differences
+    ratio = torch.where(equal, q, torch.sinh(q * u) / torch.sinh(u))
+    middle = ((q - 1) / 2 * (log[:, :, None] + log[:, None, :])).exp()
+    larger = (q * torch.maximum(log[:, :, None], log[:, None, :])).exp()
+    differences = (s[:, :, None] + s[:, None, :]) * (small.square() * middle * ratio + larger)
+    return s.square() * (q * log).exp(), differences
 
 
 def log_spectrum(s: Tensor, floor: float) -> tuple[Tensor, Tensor]:
