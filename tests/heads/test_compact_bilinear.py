@@ -65,10 +65,10 @@ def test_inner_products_approach_the_squared_ones():
 
 
 def test_seeds_differ_and_hashes_are_fixed():
-    first, second = CompactBilinear(600, seed=0), CompactBilinear(600, seed=1)
-    assert not first.dense  # two hashes of 600 channels
+    first, second = CompactBilinear(1400, seed=0), CompactBilinear(1400, seed=1)
+    assert not first.dense  # two hashes of 1400 channels
     assert (first.index == second.index).float().mean() < 0.01
     assert 0.4 < (first.signs == second.signs).float().mean() < 0.6
     assert first.index[:4].tolist() == [reference.hashed(0, c) % 8192 for c in range(4)]
-    counts = (first.index[:600] * 16 // 8192).bincount(minlength=16)
-    assert counts.min() > 15  # of 37.5
+    counts = (first.index[:1400] * 16 // 8192).bincount(minlength=16)
+    assert counts.min() > 50  # of 87.5

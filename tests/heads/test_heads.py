@@ -28,7 +28,7 @@ OPTIONS = {
     '3g': [{'blocks': 1, 'shrinkage': 0.5}, {'reduce_dim': 6}],
     'avg': [{'normalize': True}],
     'bilinear': [{'reduce_dim': None}, {'normalize': False}],
-    'compact_bilinear': [{'sketch_dim': 7, 'seed': 3}],  # too short not to take the FFT
+    'compact_bilinear': [{'sketch_dim': 5, 'seed': 3}],  # so short that it takes the FFT
     'dbm_idfk': [
         {'hidden': [5, 4], 'rank': None, 'ridge': 0.1},
         {'hidden': [6], 'whiten': False},
