@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -25,10 +26,13 @@ from timm_fisher.fitting.stream import ListStream
 SMALL = {  # faster than the default, or fit for a handful of descriptors
     'bilinear': {'reduce_dim': 8},
     'dbm_idfk': {'hidden': [6, 4], 'rank': 8, 'epochs': 2},
+    'deepten': {'reduce_dim': 8, 'codes': 6},
     'gmm_fisher': {'reduce_dim': 8, 'components': 6},
     'gsnmf': {'components': 8},
+    'hscfv': {'reduce_dim': 8, 'code_dim': 6, 'residual_code_dim': 4},
     'netvlad': {'reduce_dim': 8, 'clusters': 6},
     'salad': {'clusters': 3, 'cluster_dim': 5, 'token_dim': 7, 'hidden': 8},
+    'smso': {'features': 40},
     'sparse_fisher': {'reduce_dim': 8, 'code_dim': 6},
 }
 
@@ -105,7 +109,9 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument('--output', type=Path, required=True)
     output = parser.parse_args().output
-    accelerator = Accelerator(cpu=True)
+    # In evaluation not every parameter is reached: a dropout may have some of its own.
+    unused = DistributedDataParallelKwargs(find_unused_parameters=True)
+    accelerator = Accelerator(cpu=True, kwargs_handlers=[unused])
     rank, world_size = accelerator.process_index, accelerator.num_processes
     results = {'world_size': torch.distributed.get_world_size(), 'fit': {}, 'gradients': {}}
     for head in HEADS:

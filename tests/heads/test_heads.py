@@ -30,10 +30,13 @@ OPTIONS = {
     'avg': [{'normalize': True}],
     'bilinear': [{'reduce_dim': None}, {'normalize': False}],
     'cls': [{'power_l2': True}],
+    'compact_bilinear': [{'sketch_dim': 5, 'seed': 3}],  # so short that it takes the FFT
     'dbm_idfk': [
         {'hidden': [5, 4], 'rank': None, 'ridge': 0.1},
         {'hidden': [6], 'whiten': False},
     ],
+    'deepten': [{'reduce_dim': None, 'codes': 5}],
+    'dropcov': [{'reduce_dim': None}, {'reduce_dim': 6}],
     'ep': [{'queries': 4}, {'queries': 2, 'out_divisor': 4}],
     'gem': [{'p': 1.0}],
     'gmm_fisher': [
@@ -44,18 +47,21 @@ OPTIONS = {
         {'components': 5, 'signed': 'split'},
         {'signed': 'softplus', 'components': 20, 'l2_penalty': 0.0, 'l1_penalty': 0.0},
     ],
+    'hscfv': [{'code_dim': 5, 'residual_code_dim': 20, 'reduce_dim': None}],
     'isqrt_cov': [{'reduce_dim': None}, {'reduce_dim': 6}],
     'map': [
         {'latent_len': 3, 'pool_type': 'avg', 'latent_dim': 5, 'norm_layer': 'rmsnorm'},
         {'qk_norm': True, 'q_proj': False, 'num_heads': 4, 'norm_layer': '', 'out_features': 6},
         {'out_features': 0, 'qkv_bias': False},
     ],
+    'mpn_cov': [{'reduce_dim': None, 'power': 0.8}, {'log': True}, {'reduce_dim': 6, 'log': True}],
     'netvlad': [{'reduce_dim': None, 'clusters': 5}],
     'salad': [{'clusters': 3, 'cluster_dim': 5, 'token_dim': 7, 'hidden': 9, 'iterations': 1}],
     'simpool': [
         {'gamma': 1.25},
         {'num_heads': 4, 'qk_norm': True, 'qkv_bias': True, 'gamma': 2.0},
     ],
+    'smso': [{'features': 20}],
     'sparse_fisher': [{'tied': True}, {'normalize': False}],
 }
 HEADS = [(name, options) for name in list_heads() for options in [{}, *OPTIONS.get(name, [])]]
@@ -134,9 +140,11 @@ def test_shape_and_dtype(name, dtype, training):
     x = descriptors(head=head).to(dtype)
     for model in (head, fitted(name, dtype)):
         model.train(training)
+        torch.manual_seed(0)  # of dropout
         out = pool(model, x)
         assert out.shape == (3, head.out_features)
         assert out.dtype == dtype
+        torch.manual_seed(0)
         pooled, loss = pool_with_loss(model, x)
         assert torch.equal(pooled, out)
         assert loss.shape == ()
@@ -157,10 +165,12 @@ def test_order_and_number_of_descriptors_do_not_matter(name):
 
 @pytest.mark.parametrize('name', HEADS, ids=str)
 def test_gradient_reaches_everything(name):
+    """In evaluation or in training, whose dropout may have parameters of its own."""
     head = fitted(name)
     x = descriptors(head=head).requires_grad_()
-    pooled, loss = pool_with_loss(head, x)
-    (pooled * torch.randn_like(pooled)).sum().add(loss).backward()
+    for training in (False, True):
+        pooled, loss = pool_with_loss(head.train(training), x)
+        (pooled * torch.randn_like(pooled)).sum().add(loss).backward()
     assert x.grad.abs().sum() > 0
     for key, parameter in head.named_parameters():
         assert parameter.grad is not None, key
@@ -254,7 +264,7 @@ def test_no_pooled_vector_per_descriptor(name):
     """Neither forward nor backward builds `[B, N, K, D]`: one output for each descriptor."""
     head = fitted(name)
     own = max((tensor.numel() for tensor in head.state_dict().values()), default=0)
-    x = descriptors(batch=2, number=60, head=head).requires_grad_()
+    x = descriptors(batch=2, number=5 * CHANNELS, head=head).requires_grad_()
     with LargestTensor() as largest:
         pool(head, x).sum().backward()
     per_descriptor = x[..., 0].numel() * head.out_features

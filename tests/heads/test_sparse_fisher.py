@@ -12,7 +12,8 @@ from sklearn.decomposition import DictionaryLearning, sparse_encode
 from torch.nn import functional as F
 
 from timm_fisher import ListStream
-from timm_fisher.heads.sparse_fisher import SparseFisher, ista, learn_dictionary
+from timm_fisher.heads.sparse_fisher import SparseFisher
+from timm_fisher.numerics.sparse_coding import ista, learn_dictionary
 
 
 def data(images: int = 30, number: int = 20, channels: int = 24, seed: int = 0) -> torch.Tensor:

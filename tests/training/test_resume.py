@@ -153,8 +153,17 @@ def stop(recipe, tmp_path, monkeypatch):
             },
             (5,),
         ),
+        # A dropout of the head's own.
+        (
+            {
+                'head': 'dropcov',
+                'head_kwargs': {'reduce_dim': 64},
+                'stages': {'tune': {'train': 'all', 'epochs': 2, 'lr': 0.001}},
+            },
+            (5,),
+        ),
     ],
-    ids=['memory', 'unsupervised first', 'unsupervised', 'gsnmf', 'dbm_idfk'],
+    ids=['memory', 'unsupervised first', 'unsupervised', 'gsnmf', 'dbm_idfk', 'dropcov'],
 )
 def test_run_stopped_at_a_step_resumes_exactly(recipe, stop, few_images, tmp_path, change, steps):
     """Before any checkpoint, in the first stage, in the first and in the last epoch of the second:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 from tqdm.auto import tqdm
 
+from timm_fisher.numerics.hashing import scatter
 from timm_fisher.numerics.linalg import at_least_float32
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ class DescriptorStream(ABC):
 
         def draw(numbers: Tensor, x: Tensor) -> Tensor:
             # By image: the choice must not depend on how images are shared out to batches.
-            order = _scatter(numbers, x.shape[1]).argsort(1)[:, :per_image].to(x.device)
+            order = scatter(numbers, x.shape[1]).argsort(1)[:, :per_image].to(x.device)
             rows = x.gather(1, order[..., None].expand(-1, -1, x.shape[2]))
             # One channel more tells descriptors from what fills up images that hold fewer.
             rows = F.pad(rows.to(at_least_float32(x.dtype)), (0, 1), value=1.0)
@@ -117,16 +118,6 @@ class DescriptorStream(ABC):
 def _choose(number: int, n: int, generator: torch.Generator) -> Tensor:
     """At most `n` random ones of 0 ... number - 1, ascending."""
     return torch.randperm(number, generator=generator)[:n].sort().values
-
-
-def _scatter(images: Tensor, number: int) -> Tensor:
-    """Pseudorandom int64 `[B, number]` that depend on image and column alone: the low 32 bits of
-    MurmurHash3's finaliser."""
-    keys = images[:, None] * 0x9E3779B1 + torch.arange(number)
-    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
-        keys = keys & 0xFFFFFFFF
-        keys = (keys ^ (keys >> shift)) * factor
-    return keys & 0xFFFFFFFF
 
 
 class ListStream(DescriptorStream):

@@ -14,15 +14,13 @@ supervised place recognition", CVPR 2016 (eqs. 1 to 4, section 3.1).
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from timm_fisher.fitting.stream import DescriptorStream
 from timm_fisher.head import MOST_FEATURES, PoolingHead, check_range
-from timm_fisher.numerics.clustering import kmeans, pca
+from timm_fisher.numerics.clustering import kmeans, pca, sharpness
 from timm_fisher.numerics.linalg import Linear, precise, unit_length
 
 FIT_SAMPLE = 10_000  # descriptors that PCA and centroids are fitted to
@@ -87,9 +85,7 @@ class NetVLAD(PoolingHead):
 
     @torch.no_grad()
     def _start(self, centroids: Tensor, y: Tensor) -> None:
-        nearest = torch.cdist(y, centroids).square().sort(1).values[:, :2]
-        # The gap is zero for centroids alike, or one; so floored, w is in the range of float16.
-        alpha = math.log(100) / (nearest[:, -1] - nearest[:, 0]).mean().clamp_min(1e-3)
+        alpha = sharpness(y, centroids)
         self.centroids.copy_(centroids)
         self.assign.weight.copy_(2 * alpha * centroids)
         self.assign.bias.copy_(-alpha * centroids.square().sum(1))

@@ -31,9 +31,9 @@ from timm_fisher.fitting.stream import DescriptorStream
 from timm_fisher.head import MOST_FEATURES, MOST_ITERATIONS, PoolingHead, check_range
 from timm_fisher.numerics.clustering import start_reduction
 from timm_fisher.numerics.linalg import Linear, power_l2, precise
+from timm_fisher.numerics.sparse_coding import ista, learn_dictionary, lista
 
 FIT_SAMPLE = 10_000  # descriptors that PCA and dictionary are fitted to (section 3.3)
-STEPS = 5  # on the codes, and on the dictionary, in a round of the fit
 
 
 class SparseFisher(PoolingHead):
@@ -126,10 +126,7 @@ class SparseFisher(PoolingHead):
         else:
             encoder, lateral = self.encoder.to(y.dtype), self.lateral.to(y.dtype)
             threshold = self.log_threshold.to(y.dtype).exp()
-        drive = F.linear(y, encoder)
-        code = soft_threshold(drive, threshold)
-        for _ in range(self.iterations):
-            code = soft_threshold(drive + F.linear(code, lateral), threshold)
+        code = lista(y, encoder, lateral, threshold, self.iterations)
         return code, y - F.linear(code, dictionary)
 
     def _pool(self, code: Tensor, residual: Tensor) -> Tensor:
@@ -142,53 +139,3 @@ class SparseFisher(PoolingHead):
         self.encoder.copy_(encoder)
         self.lateral.copy_(lateral)
         self.log_threshold.copy_(threshold.log().expand_as(self.log_threshold))
-
-
-def soft_threshold(v: Tensor, threshold: Tensor) -> Tensor:
-    """`sign(v) max(|v| - threshold, 0)`."""
-    return v - torch.clamp(v, -threshold, threshold)
-
-
-def ista(dictionary: Tensor, sparsity: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The matrices of one ISTA step on `|x - B u|^2 + sparsity |u|_1`, B `[d, m]` (section 3.2):
-    `W = 2t B^T` `[m, d]`, `S = I - 2t B^T B` `[m, m]` and the threshold `sparsity * t` `[]`, for
-    the step `t = 1 / (2 lambda_max(B^T B))`."""
-    gram = dictionary.T @ dictionary
-    step = 0.5 / torch.linalg.eigvalsh(gram)[-1]
-    identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    return 2 * step * dictionary.T, identity - 2 * step * gram, sparsity * step
-
-
-def learn_dictionary(y: Tensor, code_dim: int, sparsity: float, *, rounds: int = 200) -> Tensor:
-    """Unit-norm atoms B `[d, m]` that lower the mean of `|y - B u|^2 + sparsity |u|_1` over B and
-    u, for descriptors `[M, d]`; all float64.
-
-    Each round alternates ISTA steps on the codes, warm-started, with projected gradient steps on
-    the dictionary. Neither raises the objective. An atom that no code uses is replaced by a
-    descriptor that is badly represented, which does not change the objective either.
-    """
-    generator = torch.Generator().manual_seed(0)
-    chosen = torch.randperm(len(y), generator=generator)[:code_dim]
-    # The noise fills in for descriptors that are missing (M < m) or zero.
-    noise = torch.randn(code_dim, y.shape[1], generator=generator, dtype=y.dtype).to(y.device)
-    atoms = 1e-3 * noise
-    atoms[: len(chosen)] += y[chosen.to(y.device)]
-    dictionary = F.normalize(atoms, dim=1).T
-    code = y.new_zeros(len(y), code_dim)
-    for _ in range(rounds):
-        encoder, lateral, threshold = ista(dictionary, sparsity)
-        drive = y @ encoder.T
-        for _ in range(STEPS):
-            code = soft_threshold(drive + code @ lateral, threshold)
-
-        gram, cross = code.T @ code, y.T @ code
-        curvature = torch.linalg.eigvalsh(gram)[-1].clamp_min(torch.finfo(y.dtype).tiny)
-        for _ in range(STEPS):
-            dictionary = dictionary - (dictionary @ gram - cross) / curvature
-            dictionary = dictionary / dictionary.norm(dim=0).clamp_min(1)
-
-        unused = (gram.diagonal() == 0).nonzero().flatten()[: len(y)]
-        residual = y - code @ dictionary.T
-        worst = residual.square().sum(1).topk(len(unused)).indices
-        dictionary[:, unused] = F.normalize(residual[worst] + 1e-3 * noise[unused], dim=1).T
-    return F.normalize(dictionary, dim=0)

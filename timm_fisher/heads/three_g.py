@@ -23,6 +23,7 @@ plain root. Any other value is computed by an eigendecomposition.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,7 @@ from torch.nn.functional import relu
 
 from timm_fisher.head import MOST_FEATURES, MOST_STEPS, PoolingHead, check_range
 from timm_fisher.numerics.linalg import Linear, LinearNorm, Triangle, covariance_root, precise
+from timm_fisher.numerics.spectral import covariance_function, shrinkage_spectrum
 
 EPS = 1e-7  # on the diagonal of the covariance, as the authors have it; absolute, after batch norm
 
@@ -112,32 +114,12 @@ class Reweighting(nn.Module):
 
 def shrunk_root(x: Tensor, shrinkage: float, eps: float) -> Tensor:
     """The regularised roots `[B, d, d]` (theorem 1) of covariances of descriptors `[B, N, d]`, plus
-    `eps` I; float32 or better.
-
-    Works on the smaller side: with r(s) = sqrt(c^2 + (s + eps) / lambda), the eigenvalue s of
-    `x^T x` becomes `r(s) - c = (r(0) - c) + s h(s)`, `h(s) = 1 / (lambda (r(s) + r(0)))`, so that
-    the root is `(r(0) - c) I + x^T h(x x^T) x`, and h never divides by a small number.
-
-    The gradient of a matrix function takes differences `(h(s) - h(t)) / (s - t)`. Here they have
-    the closed form `-1 / (lambda^2 (r(s) + r(t)) (r(s) + r(0)) (r(t) + r(0)))`, finite for equal
-    eigenvalues, where the gradient of an eigendecomposition is not.
-    """
-    n, d = x.shape[1:]
-    x = (x - x.mean(1, keepdim=True)) * n**-0.5
-    gram = x @ x.transpose(1, 2) if n < d else x.transpose(1, 2) @ x
-    with torch.no_grad():
-        s, v = torch.linalg.eigh(gram)
+    `eps` I; float32 or better, on the smaller side."""
+    x = (x - x.mean(1, keepdim=True)) * x.shape[1] ** -0.5
     c = (1 - shrinkage) / (2 * shrinkage)
-    r0 = (c**2 + eps / shrinkage) ** 0.5
-    r = (c**2 + (s.clamp_min(0) + eps) / shrinkage).sqrt()
-    h = 1 / (shrinkage * (r + r0))
-    differences = -h[:, :, None] * h[:, None, :] / (r[:, :, None] + r[:, None, :])
-    # Zero in value, and in its gradient that of h(gram), since v^T gram v = diag(s).
-    turned = v.transpose(1, 2) @ gram @ v - torch.diag_embed(s)
-    function = v @ (torch.diag_embed(h) + differences * turned) @ v.transpose(1, 2)
-    root: Tensor = x.transpose(1, 2) @ function @ x if n < d else gram @ function
-    root = root + (r0 - c) * torch.eye(d, dtype=x.dtype, device=x.device)
-    return root
+    at_zero = (c**2 + eps / shrinkage) ** 0.5 - c
+    spectrum = partial(shrinkage_spectrum, shrinkage=shrinkage, eps=eps)
+    return covariance_function(x, spectrum, at_zero)
 
 
 def convert_state_dict(authors_state: Mapping[str, Tensor]) -> dict[str, Tensor]:

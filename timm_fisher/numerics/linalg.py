@@ -171,7 +171,7 @@ def matrix_root(x: Tensor, iterations: int, eps: float) -> Tensor:
     covariance = x.transpose(1, 2) @ x
     if eps:
         covariance = covariance + eps * torch.eye(x.shape[2], dtype=x.dtype, device=x.device)
-    trace = _safe_trace(covariance.diagonal(dim1=1, dim2=2).sum(1))
+    trace = safe_trace(covariance.diagonal(dim1=1, dim2=2).sum(1))
     a = covariance / trace
     return newton_schulz(a, iterations) @ (a * trace.sqrt())
 
@@ -180,7 +180,7 @@ def gram_root(x: Tensor, iterations: int, eps: float) -> Tensor:
     """`covariance_root` by way of the N x N Gram matrix `x x^T` of `[B, N, d]`."""
     d = x.shape[2]
     gram = x @ x.transpose(1, 2)
-    trace = _safe_trace(gram.diagonal(dim1=1, dim2=2).sum(1) + eps * d)
+    trace = safe_trace(gram.diagonal(dim1=1, dim2=2).sum(1) + eps * d)
     if not eps:
         return x.transpose(1, 2) @ (newton_schulz(gram / trace, iterations) / trace.sqrt()) @ x
     constant, inner = shifted_root(gram / trace, eps / trace, iterations)
@@ -231,7 +231,7 @@ def newton_schulz(a: Tensor, iterations: int) -> Tensor:
     return z
 
 
-def _safe_trace(trace: Tensor) -> Tensor:
+def safe_trace(trace: Tensor) -> Tensor:
     """`[B]` -> `[B, 1, 1]`, 1 where it is zero, or where the dtype cannot hold its rounding errors:
     that is at lengths below 3e-16 in float32."""
     info = torch.finfo(trace.dtype)
