@@ -25,7 +25,7 @@ import timm
 import torch
 from tqdm.auto import tqdm
 
-from timm_fisher.explain import class_names, explain, overlay
+from timm_fisher.explain import attention, class_names, explain, overlay
 from timm_fisher.files import save_png, write
 from timm_fisher.hub.pypi import from_pretrained_or_pypi
 from timm_fisher.hub.text import csv_cell
@@ -88,6 +88,7 @@ def main(settings: Settings) -> None:
         if explained:
             try:
                 logits, heat = explain(model, x)
+                weights = attention(model, x)
             except ValueError as error:
                 tqdm.write(f'No overlays: {error}')
                 explained = False
@@ -108,7 +109,9 @@ def main(settings: Settings) -> None:
             if explained:
                 title = f'{best[0][0]}, {best[0][1]:.1%}'
                 overlays[path].parent.mkdir(parents=True, exist_ok=True)
-                save_png(overlay(model, x[i], heat[i], title=title), overlays[path])
+                seen = None if weights is None else weights[i]
+                figure = overlay(model, x[i], heat[i], weights=seen, title=title)
+                save_png(figure, overlays[path])
 
     text = io.StringIO()
     csv.writer(text, lineterminator='\n').writerows(table)

@@ -182,3 +182,32 @@ def test_overlay_without_matplotlib(monkeypatch):
     monkeypatch.setattr(builtins, '__import__', without)
     with pytest.raises(ModuleNotFoundError, match=r'pip install "timm_fisher\[recipes\]"'):
         explain.overlay(create(), torch.zeros(3, 4, 4), torch.zeros(4, 4))
+
+
+# Attention
+
+
+@pytest.mark.parametrize('token', ['drop', 'keep'])
+@pytest.mark.parametrize('backbone', ['test_resnet', 'test_vit'])
+def test_attention_of_a_head_that_has_it(backbone, token):
+    token = 'drop' if backbone == 'test_resnet' else token
+    head = [{'name': 'avg'}, {'name': 'ep', 'queries': 4}]
+    model = create(backbone, head, img_size=(64, 96), class_token=token)
+    x = torch.randn(2, 3, 64, 96)
+    ep, features = model.head[1], model.descriptors.features(model.backbone, x)
+    descriptors = model.descriptors(features)[0]
+    rows, columns = model.pretrained_cfg['pool_size']
+    weights = ep.attention(descriptors).mean(1)[:, -rows * columns :].reshape(2, 1, rows, columns)
+    weights = nn.functional.interpolate(weights, (64, 96), mode='bilinear')[:, 0]
+    seen = explain.attention(model, x)
+    torch.testing.assert_close(seen, weights / weights.amax((1, 2), keepdim=True))
+    assert torch.equal(seen.amax((1, 2)), torch.ones(2))
+    logits, heat = explain.explain(model, x)
+    figure = explain.overlay(model, x[0], heat[0], weights=seen[0], title='ash')
+    assert [axis.get_title() for axis in figure.axes] == ['', 'for the class', 'attention']
+    assert len(figure.axes[2].images) == 2
+    assert logits.shape == (2, 5)
+
+
+def test_no_attention():
+    assert explain.attention(create(), torch.randn(2, 3, 64, 64)) is None

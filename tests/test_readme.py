@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from PIL import Image
 from torch.utils.data import DataLoader, TensorDataset
 
 import timm_fisher
@@ -92,8 +91,6 @@ def test_snippets(tmp_path, monkeypatch):
 
     assert typed['vector'].shape == (8, typed['features'].shape[1] * 64)
     assert typed['model'].num_classes == 67
-    assert typed['heat'].shape == typed['x'].shape[:1] + typed['x'].shape[2:]
-    assert Image.open('overlay.png').width > 100
     head = typed['MaxAndMean']
     assert head(5)(images.flatten(2).mT[..., [0, 1, 2, 0, 1]]).shape == (8, 10)
 
@@ -115,6 +112,10 @@ def test_head_of_the_readme_is_a_plug_in(tmp_path, monkeypatch):
     assert model(torch.randn(2, 3, 64, 64)).shape == (2, 3)
     timm_fisher.save_pretrained(model, tmp_path / 'saved')
     assert timm_fisher.from_pretrained(str(tmp_path / 'saved')).head.scale == 2.0
+    model = timm_fisher.create_model('test_vit', head='token_and_mean', num_classes=3)
+    assert model(torch.randn(2, 3, 160, 160)).shape == (2, 3)
+    with pytest.raises(ValueError, match="'token_and_mean' needs a class token, which 't"):
+        timm_fisher.create_model('test_resnet', head='token_and_mean')
 
 
 @pytest.mark.parametrize('page', PAGES, ids=str)

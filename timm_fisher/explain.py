@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -112,6 +112,35 @@ def explain(model: PooledModel, images: Tensor) -> tuple[Tensor, Tensor]:
     return logits, torch.stack(enlarged).sum(0)[:, 0]
 
 
+@torch.no_grad()
+def attention(model: PooledModel, images: Tensor) -> Tensor | None:
+    """Where the heads look that weigh descriptors (`PoolingHead.attention`): the mean of their
+    weights over queries, as maps `[B, H, W]` on the images' own grid, of which the largest value of
+    each is 1. None if the model has no such head.
+
+    Args:
+        model: which is left in evaluation mode.
+        images: `[B, C, H, W]`, preprocessed as the model wants it, on its device.
+    """
+    model.eval()
+    features, size = model.descriptors.features(model.backbone, images), images.shape[2:]
+    maps = []
+    for grid, (head, x, _) in zip(
+        [grids(model, features, size)[place] for _, place in model.heads],
+        model.inputs_of_heads(features, size),
+        strict=True,
+    ):
+        look: Any = getattr(head, 'attention', None)
+        if look is not None:
+            # Without the prefix tokens, which may be kept among the descriptors.
+            weights = look(x).mean(1)[:, -math.prod(grid) :].unflatten(1, grid)
+            maps.append(F.interpolate(weights[:, None].float(), size, mode='bilinear')[:, 0])
+    if not maps:
+        return None
+    total = torch.stack([one / one.amax((1, 2), keepdim=True) for one in maps]).mean(0)
+    return total / total.amax((1, 2), keepdim=True)
+
+
 def picture(model: PooledModel, image: Tensor) -> Tensor:
     """What the model sees of a preprocessed image `[C, H, W]`: `[H, W, C]`, or `[H, W]` of one
     channel, from 0 to 1, on the CPU."""
@@ -120,10 +149,18 @@ def picture(model: PooledModel, image: Tensor) -> Tensor:
     return (image.cpu() * std + mean).clamp(0, 1).permute(1, 2, 0).squeeze(2)
 
 
-def overlay(model: PooledModel, image: Tensor, heat: Tensor, *, title: str = '') -> Figure:
+def overlay(
+    model: PooledModel,
+    image: Tensor,
+    heat: Tensor,
+    *,
+    weights: Tensor | None = None,
+    title: str = '',
+) -> Figure:
     """A preprocessed image `[C, H, W]`, and beside it the image under what speaks for the class
-    that won, the `heat` `[H, W]` of `explain`; the title is one line above both.
-    ModuleNotFoundError if matplotlib is not installed."""
+    that won, the `heat` `[H, W]` of `explain`, and under the `weights` `[H, W]` of `attention`, if
+    there are any; the title is one line above all. ModuleNotFoundError if matplotlib is not
+    installed."""
     try:
         import matplotlib.pyplot  # noqa: F401, a notebook shows figures once this is imported
         from matplotlib.figure import Figure
@@ -134,11 +171,17 @@ def overlay(model: PooledModel, image: Tensor, heat: Tensor, *, title: str = '')
     seen = picture(model, image).numpy()
     height, width = seen.shape[:2]
     # Not by pyplot, which would open a window.
-    figure = Figure(figsize=(9, 0.6 + 4.5 * height / width), layout='constrained')
-    axes = figure.subplots(1, 2)
-    for axis in axes:
+    maps = {'': None, 'for the class': heat}
+    if weights is not None:
+        maps['attention'] = weights
+    number = len(maps)
+    figure = Figure(figsize=(4.5 * number, 0.6 + 4.5 * height / width), layout='constrained')
+    for axis, (name, values) in zip(figure.subplots(1, number), maps.items(), strict=True):
         axis.imshow(seen, cmap='gray', vmin=0, vmax=1)
         axis.set_axis_off()
-    axes[1].imshow(heat.clamp(min=0).cpu().numpy(), cmap='inferno', alpha=0.6)
+        if values is not None:
+            axis.imshow(values.clamp(min=0).cpu().numpy(), cmap='inferno', alpha=0.6)
+        if number > 2:
+            axis.set_title(name)
     figure.suptitle(title, parse_math=False)
     return figure
