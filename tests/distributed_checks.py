@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
+from small_models import backbone_of
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -42,14 +43,17 @@ HEADS = [*timm_fisher.list_heads(), COMPOSED]
 
 
 def create(name: str) -> timm_fisher.PooledModel:
-    """A model with dropout and batch norm switched off; its map is 16 x 16 x 32 at 32 px."""
+    """A model with dropout and batch norm switched off; its map is 16 x 16 x 32 at 32 px, but for
+    heads that need a transformer."""
     torch.manual_seed(0)
     head: Any = name
     if name == COMPOSED:
         names = ('gmm_fisher', 'sparse_fisher')
         head = [{'name': 'avg', 'stage': -4}, *({'name': part, **SMALL[part]} for part in names)]
+    backbone = backbone_of(name)
+    place: dict[str, Any] = {'img_size': 32} if backbone == 'test_vit' else {'stage': -5}
     return timm_fisher.create_model(
-        'test_resnet', head, num_classes=3, stage=-5, head_kwargs=SMALL.get(name)
+        backbone, head, num_classes=3, head_kwargs=SMALL.get(name), **place
     ).eval()
 
 

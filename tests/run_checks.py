@@ -12,6 +12,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from small_models import backbone_of
 from torch.utils.data import DataLoader
 
 import timm_fisher
@@ -40,6 +41,13 @@ def slow(*values):
 def small(head):
     """Arguments that suit a handful of descriptors."""
     return distributed_checks.SMALL.get(head, {}) if isinstance(head, str) else {}
+
+
+def place(head):
+    """Options of a run that a head needs."""
+    if backbone_of(head) == 'test_resnet':
+        return {}
+    return {'backbone': 'test_vit', 'backbone_stage': -1}
 
 
 def parse_config(arguments):
@@ -107,7 +115,7 @@ def check_run(run, images, *, head, stages=TWO_STAGES, processes=1):
     count = len(list((images / 'test').glob('*/*.png')))
     assert metrics['test']['samples'] == count == 51
     assert metrics['head'] == head
-    assert metrics['backbone'] == 'test_resnet'
+    assert metrics['backbone'] == backbone_of(head)
     assert metrics['processes'] == processes
     assert set(metrics['seconds']) == {'features', 'fit', 'train'}
     for key in ('head_kwargs', 'img_size', 'seed', 'versions', 'device', 'backbone_stage'):

@@ -13,6 +13,13 @@ def create(backbone='test_resnet', head='avg', **arguments):
     return timm_fisher.create_model(backbone, head=head, **arguments).eval()
 
 
+def backbone_of(head):
+    """A small one that gives what a head needs."""
+    several = not isinstance(head, str) or head not in timm_fisher.list_heads()
+    needs_token = not several and any(timm_fisher.get_head(head).context.values())
+    return 'test_vit' if needs_token else 'test_resnet'
+
+
 def images(channels=3, size=64):
     return torch.randn(2, channels, size, size, generator=torch.Generator().manual_seed(1))
 

@@ -23,6 +23,7 @@ from __future__ import annotations
 import ctypes
 import ctypes.util
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -36,7 +37,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 import timm_fisher
-from timm_fisher import create_head, get_head, list_heads
+from timm_fisher import PooledModel, PoolingHead, create_head, get_head, list_heads
 from timm_fisher.files import save_png
 from timm_fisher.heads.gmm_fisher import GMMFisher
 from timm_fisher.heads.three_g import EPS
@@ -116,8 +117,11 @@ def costs(settings: Settings, heads: list[tuple[Row, Any]], x: Tensor) -> list[R
     x.requires_grad_(x.ndim == 3)  # descriptors come from a backbone, images from nowhere
 
     def forward(module: nn.Module) -> Any:
+        # As if the first descriptor were a class token, and the descriptors one row.
+        context = {'class_token': x[:, 0], 'grid': (1, x.shape[1])}
+        asked = {name: context[name] for name in getattr(module, 'context', ())}
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-            return module(x)
+            return module(x, **asked)
 
     def step(module: nn.Module) -> None:
         out = forward(module)
@@ -143,7 +147,9 @@ def descriptors(batch: int, number: int, channels: int) -> Tensor:
     return torch.randn(batch, number, channels).relu()  # none is negative, as in a backbone
 
 
-def head_alone(settings: Settings, name: str, row: Row, **arguments: int) -> tuple[Row, nn.Module]:
+def head_alone(
+    settings: Settings, name: str, row: Row, **arguments: int
+) -> tuple[Row, PoolingHead]:
     head = create_head(name, settings.channels, **arguments)
     return {**row, 'head': name, 'output': head.out_features}, head
 
@@ -158,6 +164,7 @@ def relative_difference(ours: Tensor, theirs: Tensor) -> float:
 def measure_descriptors(settings: Settings) -> Sections:
     for number in settings.numbers:
         heads = [head_alone(settings, name, {'N': number}) for name in settings.heads]
+        heads = [(row, head) for row, head in heads if head.least_descriptors <= number]
         rows = costs(settings, heads, descriptors(settings.batch, number, settings.channels))
         images = f'{settings.batch} images of N = {number} descriptors, C = {settings.channels}'
         yield f'Heads alone, {images}', against_avg(rows), rows
@@ -166,14 +173,22 @@ def measure_descriptors(settings: Settings) -> Sections:
 def measure_model(settings: Settings) -> Sections:
     for size in settings.img_sizes:
         heads = []
-        for name in settings.heads:
-            model = timm_fisher.create_model(
-                settings.backbone, head=name, num_classes=CLASSES, img_size=size
-            )
+        create = partial(timm_fisher.create_model, settings.backbone, num_classes=CLASSES)
+        plain = create(img_size=size)
+        for name in (name for name in settings.heads if takes(plain, name)):
+            model = create(head=name, img_size=size)
             heads.append(({'head': name, 'image': size, 'output': model.head_hidden_size}, model))
         rows = costs(settings, heads, torch.randn(settings.model_batch, model.in_chans, size, size))
         images = f'{settings.model_batch} images of {size} x {size}, {CLASSES} classes'
         yield f'Inside {settings.backbone}, {images}', against_avg(rows), rows
+
+
+def takes(model: PooledModel, name: str) -> bool:
+    """Whether a model's backbone gives what a head needs."""
+    (reader,), grid = model.descriptors, model.pretrained_cfg['pool_size']
+    head = create_head(name, reader.num_features)
+    needs = [key for key, needed in head.context.items() if needed]
+    return all(map(reader.can_give, needs)) and math.prod(grid) >= head.least_descriptors
 
 
 def measure_sizes(settings: Settings) -> Sections:

@@ -56,7 +56,7 @@ class Settings:
 
     heads: list[str] = field(default_factory=list_heads)
     ways: list[Way] = field(default_factory=lambda: ['compile', 'export', 'onnx'])
-    backbone: str = 'test_resnet'
+    backbone: str = 'test_vit'  # has a class token, and descriptors enough for every head
     tolerance: float = 1e-4
 
     def __post_init__(self) -> None:

@@ -9,7 +9,9 @@ import pytest
 import timm
 import torch
 from conftest import ROOT
+from distributed_checks import SMALL
 from safetensors.torch import load_file, save_file
+from small_models import backbone_of, images
 
 import timm_fisher
 
@@ -24,7 +26,7 @@ WEIGHTS = 'model.safetensors'
 def create(head='sparse_fisher', **arguments):
     """A model with every weight moved from where it starts, so that loading must restore all."""
     arguments = {'num_classes': 5} | arguments
-    model = timm_fisher.create_model('test_resnet', head=head, **arguments).eval()
+    model = timm_fisher.create_model(backbone_of(head), head=head, **arguments).eval()
     for value in model.state_dict(keep_vars=True).values():
         if value.is_floating_point():
             value.data.mul_(1 + 0.1 * torch.rand_like(value))
@@ -33,10 +35,6 @@ def create(head='sparse_fisher', **arguments):
 
 def load(folder, **arguments):
     return timm.create_model(f'local-dir:{folder}', pretrained=True, **arguments).eval()
-
-
-def images(channels=3):
-    return torch.randn(2, channels, 64, 64, generator=torch.Generator().manual_seed(1))
 
 
 def pooled(model, x):
@@ -53,7 +51,8 @@ def files(folder):
 @pytest.mark.parametrize('save', SAVE)
 @pytest.mark.parametrize('head', timm_fisher.list_heads())
 def test_every_head_comes_back(tmp_path, head, save):
-    model, x = create(head), images()
+    size = 160 if backbone_of(head) == 'test_vit' else 64
+    model, x = create(head, **SMALL.get(head, {})), images(size=size)
     SAVE[save](model, tmp_path)
     assert files(tmp_path) == FILES
     loaded = load(tmp_path)

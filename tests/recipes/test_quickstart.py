@@ -43,7 +43,7 @@ def test_quickstart(quickstart, tmp_path, capsys):
     table = (output / 'table.md').read_text()
     assert table in capsys.readouterr().out
     lines = [line for line in table.splitlines() if line.startswith('| `')]
-    assert [line.split('`')[1] for line in lines] == list(quickstart.HEADS)
+    assert [line.split(' | ')[0].strip('| ') for line in lines] == list(quickstart.HEADS)
     model = timm.create_model(f'local-dir:{output}/run/model', pretrained=True)
     assert model.pretrained_cfg['label_names'] == ['glass', 'metal']
     for picture in ('accuracy.png', 'overlay.png'):
@@ -53,8 +53,8 @@ def test_quickstart(quickstart, tmp_path, capsys):
 def test_gains_are_of_the_same_split(quickstart):
     """They may be sure where the accuracies are not."""
     accuracies = {name: [0.5, 0.9] for name in quickstart.HEADS}
-    accuracies['avg + sparse_fisher@-2'] = [0.6, 1.0]
-    accuracies['sparse_fisher@-2'] = [0.6, 0.8]
+    accuracies['`avg + sparse_fisher@-2`'] = [0.6, 1.0]
+    accuracies['`sparse_fisher@-2`'] = [0.6, 0.8]
     text = quickstart.describe(accuracies)
     assert '| `avg` | 70.0 ± 28.3 |  |  |' in text
     assert '| `avg + sparse_fisher@-2` | 80.0 ± 28.3 | 10.0 ± 0.0 | 2 of 2 |' in text

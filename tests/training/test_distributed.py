@@ -102,7 +102,8 @@ def test_gradients_on_two_ranks_equal_those_on_one(ranks, head):
     expected = distributed_checks.gradients(
         distributed_checks.WithLoss(distributed_checks.create(head))
     )
-    assert {'classifier.weight', 'backbone.conv1.0.weight'} <= set(expected)
+    assert 'classifier.weight' in expected
+    assert any(name.startswith('backbone.') for name in expected)
     for rank in ranks:
         torch.testing.assert_close(rank['gradients'][head], expected, atol=1e-5, rtol=1e-5)
 

@@ -19,6 +19,7 @@ from run_checks import (
     check_run,
     finish,
     is_finite,
+    place,
     read_log,
     read_metrics,
     read_weights,
@@ -41,7 +42,8 @@ from timm_fisher.training import data
     ids=str,
 )
 def test_run_leaves_everything(recipe, images, head):
-    run = recipe(data_dir=images, head=head, head_kwargs=small(head), stages=TWO_STAGES)
+    options = {'head': head, 'head_kwargs': small(head), **place(head)}
+    run = recipe(data_dir=images, stages=TWO_STAGES, **options)
     check_run(run, images, head=head)
 
 
@@ -49,7 +51,7 @@ def test_run_leaves_everything(recipe, images, head):
 @pytest.mark.parametrize('head', HEADS)
 def test_every_head_through_the_launcher(launch, images, tmp_path, head):
     options = {**TINY, 'data_dir': images, 'stages': TWO_STAGES, 'head': head}
-    options['head_kwargs'] = small(head)
+    options |= {'head_kwargs': small(head), **place(head)}
     finish(launch(output=tmp_path / 'run', cache_dir=tmp_path / 'cache', **options))
     check_run(tmp_path / 'run', images, head=head)
 
