@@ -53,7 +53,7 @@ def create_model(
             f"Both the model and the head '{head}' have an argument '{key}'. Create the model by "
             f"timm.create_model('timm_fisher', ..., head_kwargs=dict({key}=...))."
         )
-    for_head = {key: arguments.pop(key) for key in of_head - of_model if key in arguments}
+    for_head = {key: arguments.pop(key) for key in list(arguments) if key in of_head - of_model}
     arguments['head_kwargs'] = (arguments.get('head_kwargs') or {}) | for_head
     model = timm.create_model(
         'timm_fisher', pretrained=pretrained, backbone=backbone, head=head, **arguments

@@ -203,6 +203,7 @@ def measure_sizes(settings: Settings) -> Sections:
             if argument in inspect.signature(get_head(name)).parameters:
                 grown = ({letter: size} for size in sizes)
                 heads = [head_alone(settings, name, r, **{argument: r[letter]}) for r in grown]
+                heads = [(row, head) for row, head in heads if head.least_descriptors <= number]
                 line = {'head': f'`{name}`'}
                 for row in costs(settings, heads, x):
                     rows.append(row)

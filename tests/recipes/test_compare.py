@@ -9,7 +9,7 @@ from dataclasses import asdict
 
 import pytest
 import yaml
-from conftest import ROOT, load_script
+from conftest import ROOT, TINY, load_script
 from PIL import Image
 
 from timm_fisher.training.config import Config, Stage
@@ -34,52 +34,60 @@ def test_settings_are_chosen_on_validation_data_of_the_first_seed(compare, tmp_p
     val = {0.1: 0.6, 0.2: 0.8, 0.3: 0.8, 0.4: 0.7}
     calls = []
 
-    def run(options, settings, folder, *, seed):
-        lr = settings['stages.a.lr']
-        calls.append((lr, seed))
-        return metrics(val[lr] if seed == 5 else 1.0 - val[lr], 1.0 - lr + seed / 100)
+    def measure(runs, seed, comparison, output):
+        rates = [run.settings['stages.a.lr'] for run in runs]
+        calls.append((rates, seed))
+        chosen = [(val[lr] if seed == 5 else 1.0 - val[lr], 1.0 - lr) for lr in rates]
+        return [metrics(accuracy, test + seed / 100) for accuracy, test in chosen]
 
-    monkeypatch.setattr(compare, 'run', run)
-    comparison = compare.Comparison(seeds=[5, 6], search={'stages.a.lr': list(val)})
-    row = compare.compare_variant('x', {'head': 'avg'}, comparison, tmp_path)
-    assert calls == [(0.1, 5), (0.2, 5), (0.3, 5), (0.4, 5), (0.2, 5), (0.2, 6)]
+    monkeypatch.setattr(compare, 'measure', measure)
+    comparison = compare.Comparison(
+        seeds=[5, 6], search={'stages.a.lr': list(val)}, variants={'x': {'head': 'avg'}}
+    )
+    (row,) = compare.compare_variants(['x'], comparison, tmp_path)
+    assert calls == [([0.1, 0.2, 0.3, 0.4], 5), ([0.2], 6)]
     assert row['chosen'] == {'stages.a.lr': 0.2}
     assert row['accuracy'] == pytest.approx([0.85, 0.86])
     assert row['val_accuracy'] == pytest.approx([0.8, 0.2])
     assert [entry['val_accuracy'] for entry in row['tried']] == [0.6, 0.8, 0.8, 0.7]
     assert row['step_milliseconds'] == [200.0, 200.0]
-    assert '| lr 0.2 |' in compare.describe([row], [5, 6])
+    assert '| lr 0.2 |' in compare.describe([row], comparison)
     row['chosen'] = {'head_kwargs.reduce_dim': None, 'stages.a.sched': 'cosine'}
-    assert '| reduce_dim None, sched cosine |' in compare.describe([row], [5, 6])
+    assert '| reduce_dim None, sched cosine |' in compare.describe([row], comparison)
 
 
 def test_options_of_a_run(compare, tmp_path, monkeypatch):
     """Those of all, then what is tried; the folder is named after it."""
     monkeypatch.setattr(compare, 'launch', lambda options, output, log: (options, output, log))
     options = {'batch_size': 8, 'stages': {'a': {'lr': 1.0, 'epochs': 3}}}
+    comparison = compare.Comparison(train=options, variants={'b + c': {}})
     settings = {'stages.a.lr': 0.5, 'head_kwargs.dim': 7, 'class_token': 'keep'}
-    changed, output, log = compare.run(options, settings, tmp_path, seed=3)
+    run = compare.Run('b + c', settings)
+    (made,) = compare.measure([run], 3, comparison, tmp_path)
+    changed, output, log = made
     config = Config(batch_size=8, seed=3, head_kwargs={'dim': 7}, class_token='keep')
     config.stages = {'a': Stage(lr=0.5, epochs=3)}
     assert changed == asdict(config)
-    name = 'lr0.5-dim7-class_tokenkeep-s3'
+    name = 'b+c/lr0.5-dim7-class_tokenkeep-s3'
     assert (output, log) == (tmp_path / name, tmp_path / f'{name}.log')
     assert options['stages']['a']['lr'] == 1.0
 
 
-def test_grid(compare, tmp_path, monkeypatch):
+def test_grid(compare):
     """All combinations, the last option varying fastest."""
-    monkeypatch.setattr(compare, 'run', lambda *_, seed: metrics(0.5, 0.5))
-    comparison = compare.Comparison(seeds=[0], search={'a': [1, 2], 'b.c': [3, 4]})
-    tried = compare.compare_variant('x', {'head': 'avg'}, comparison, tmp_path)['tried']
+    comparison = compare.Comparison(search={'a': [1, 2], 'b.c': [3, 4]}, variants={'x': {}})
+    tried = compare.settings_of('x', comparison)
     assert [(row['a'], row['b.c']) for row in tried] == [(1, 3), (1, 4), (2, 3), (2, 4)]
 
 
 def test_table_and_plot(compare, tmp_path, monkeypatch):
-    monkeypatch.setattr(compare, 'run', lambda *_, seed: metrics(0.5, 0.5 + seed / 10))
-    comparison = compare.Comparison(seeds=[0, 1, 2])
+    def measure(runs, seed, comparison, output):
+        return [metrics(0.5, 0.5 + seed / 10) for _ in runs]
+
+    monkeypatch.setattr(compare, 'measure', measure)
     names = ('a', 'b + c')
-    rows = [compare.compare_variant(n, {'head': 'avg'}, comparison, tmp_path) for n in names]
+    comparison = compare.Comparison(seeds=[0, 1, 2], variants={key: {} for key in names})
+    rows = compare.compare_variants(list(names), comparison, tmp_path)
     compare.write_results(rows, comparison, tmp_path)
     lines = (tmp_path / 'table.md').read_text().splitlines()
     cells = '7 | 70 | 50.0 ± 0.0 | 60.0 ± 10.0 | 50.0 ± 10.0 | 1.0 s | 200 ms | 5 MB |'
@@ -104,14 +112,48 @@ def test_variants(compare):
             compare.Comparison(seeds=seeds)
 
 
-def test_configuration_is_one_of_train(compare):
-    """Each variant of the configuration that is shipped is a model that can be built."""
-    config = yaml.safe_load((ROOT / 'recipes/configs/compare.yaml').read_text())
+@pytest.mark.parametrize('name', ['compare', 'probe'])
+def test_configuration_is_one_of_train(compare, name):
+    """Each variant of a configuration that is shipped is a model that can be built."""
+    config = yaml.safe_load((ROOT / f'recipes/configs/{name}.yaml').read_text())
     for variant in {**compare.BASELINES, **config['variants']}.values():
         options = {**config['train'], **variant}
         options |= {'backbone': 'test_resnet', 'pretrained': False}
         settings = {key: options[key] for key in options if key not in ('stages', 'search')}
         create_model(Config(**settings), 3)
+
+
+def test_one_pass(compare, images, tmp_path, monkeypatch, capsys):
+    """All heads and settings of a seed side by side; what is there is not trained again."""
+    comparison = compare.Comparison(
+        output=str(tmp_path / 'out'), data_dir=str(images), seeds=[0, 1], one_pass=True,
+        search={'stages.only.lr': [0.001, 0.01]},
+        train={
+            **TINY, 'cache_dir': str(tmp_path / 'cache'), 'pre_norm': True,
+            'stages': {'only': {'train': 'classifier', 'epochs': 2}},
+        },
+        variants={
+            'gem, trained': {'head': 'gem', 'stages': {'only': {'train': 'head', 'epochs': 2}}},
+            'both': {'head': 'avg + gem@-3', 'backbone_stage': -1},
+        },
+    )  # fmt: skip
+    calls = []
+    train_probes = compare.train_probes
+    monkeypatch.setattr(
+        compare, 'train_probes', lambda configs: calls.append(len(configs)) or train_probes(configs)
+    )
+    compare.main(comparison)
+    assert calls == [8, 4]
+    table = (tmp_path / 'out/table.md').read_text()
+    assert table in capsys.readouterr().out
+    header, _, *lines = [line.split(' | ') for line in table.splitlines() if line.startswith('|')]
+    assert [line[0] for line in lines] == ['| avg', '| avg + power_l2', '| gem, trained', '| both']
+    assert [bool(line[header.index('k-NN')]) for line in lines] == [True, True, False, True]
+    assert {line[-1] for line in lines} <= {'lr 0.001 |', 'lr 0.01 |'}
+    compare.main(comparison)
+    assert calls == [8, 4]
+    rows = json.loads((tmp_path / 'out/results.json').read_text())['rows']
+    assert [len(row['accuracy']) for row in rows] == [2, 2, 2, 2]
 
 
 COMMAND = [sys.executable, 'recipes/compare.py']

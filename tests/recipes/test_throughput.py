@@ -84,7 +84,7 @@ def test_scripts(throughput, tmp_path, what):
     config = throughput.create_config(settings, tmp_path / 'images', tmp_path)
     model = throughput.create_model(config, 3)
     timm_fisher.save_model(model, tmp_path / 'model')
-    seconds = throughput.seconds_per_image(what, settings, output, 3)
+    seconds = throughput.seconds_per_image(what, settings, output, 3, 'fork')
     assert 0 < seconds[0] < 60
     assert (seconds[0] > 1e-3) == (what == 'validate.py')  # two empty steps take no time
 
@@ -94,7 +94,7 @@ def test_script_that_refuses_its_arguments(throughput, tmp_path):
     script.write_text('import argparse\nargparse.ArgumentParser().parse_args()')
     settings = throughput.Settings(tmp_path, validate=script)
     with pytest.raises(RuntimeError, match='unrecognized arguments: --data-dir'):
-        throughput.seconds_per_image('validate.py', settings, tmp_path / '0', 3)
+        throughput.seconds_per_image('validate.py', settings, tmp_path / '0', 3, 'fork')
 
 
 @pytest.mark.slow  # imports all libraries six times

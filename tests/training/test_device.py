@@ -91,8 +91,8 @@ def test_only_convolutions_change():
     assert model[1].weight.is_contiguous()
 
 
-def test_other_devices_are_left_alone(monkeypatch):
+def test_other_devices_get_the_memory_format_alone(monkeypatch):
     monkeypatch.setattr(device, '_keep_freed_memory', lambda: pytest.fail('not for a CPU'))
     model = to_device(nn.Conv2d(3, 4, 3), 'meta')
     assert model.weight.is_meta
-    assert model.weight.is_contiguous()
+    assert model.weight.is_contiguous(memory_format=torch.channels_last)

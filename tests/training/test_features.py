@@ -137,14 +137,15 @@ def test_cache_that_was_cut_short_is_written_again(recipe, few, tmp_path):
 
 def test_partial_files_of_dead_runs_are_removed(recipe, few, tmp_path):
     """Not those of a run that may be alive."""
-    old, new, other = (tmp_path / 'cache' / name for name in ('a.partial', 'b.partial', 'c.npy'))
+    names = (f'a.{"0f" * 16}.partial', f'b.{"0f" * 16}.partial', 'c.npy', 'another.partial')
+    old, new, *others = (tmp_path / 'cache' / name for name in names)
     old.parent.mkdir()
-    for path in (old, new, other):
+    for path in (old, new, *others):
         path.touch()
         os.utime(path, (time.time() - 25 * 3600,) * 2)
     os.utime(new, (time.time() - 23 * 3600,) * 2)
     recipe(data_dir=few, stages=HEAD_ONLY, test_split=None)
-    assert [path.exists() for path in (old, new, other)] == [False, True, True]
+    assert [path.exists() for path in (old, new, *others)] == [False, True, True, True]
 
 
 def test_cache_that_does_not_fit(recipe, few, tmp_path, monkeypatch):

@@ -63,7 +63,7 @@ def test_run_ends_with_who_waits_for_it(started, tmp_path, monkeypatch, error):
     """No run goes on alone."""
     calls = []
 
-    def join(process):
+    def join(process, timeout=None):
         calls.append('join')
         if len(calls) == 1:
             raise error
@@ -73,7 +73,7 @@ def test_run_ends_with_who_waits_for_it(started, tmp_path, monkeypatch, error):
     monkeypatch.setattr(process, 'terminate', lambda _: calls.append('terminate'), raising=False)
     with pytest.raises(error):
         launch({}, tmp_path / 'run')
-    assert calls == ['join', 'terminate', 'join']
+    assert calls == ['join', 'join', 'terminate', 'join']
 
 
 def test_log_of_a_resumed_run_goes_on(tmp_path, monkeypatch):
