@@ -108,11 +108,12 @@ def compare_variants(
     results = measure(searched, first, comparison, output)
     tried: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     for run, metrics in zip(searched, results, strict=True):
-        tried[run.name].append({**run.settings, 'val_accuracy': metrics['best']['val_accuracy']})
+        row = {**run.settings, 'val_accuracy': metrics['best']['val_accuracy']}
+        tried[run.name].append({**row, 'diverged': metrics.get('diverged', False)})
     # The first of equals.
     best = [max(tried[name], key=lambda row: row['val_accuracy']) for name in names]
     chosen = [
-        Run(name, {key: row[key] for key in row if key != 'val_accuracy'})
+        Run(name, {key: row[key] for key in row if key not in ('val_accuracy', 'diverged')})
         for name, row in zip(names, best, strict=True)
     ]
     seeds = [[results[searched.index(run)] for run in chosen]]
@@ -149,8 +150,11 @@ def measure(
     if not comparison.one_pass:
         return [launch_run(run, seed, comparison, output) for run in runs]
     configs = {json.dumps([run.name, run.settings]): run.config(comparison, seed) for run in runs}
-    # Without what may be on another machine elsewhere, or does not matter.
-    about = [{**asdict(config), 'data_dir': '', 'cache_dir': ''} for config in configs.values()]
+    places = {
+        'data_dir': str(Path(comparison.train.get('data_dir', '')).resolve()),
+        'cache_dir': '',
+    }
+    about = [{**asdict(config), **places} for config in configs.values()]
     key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
     path = output / f'pass-{key}.json'
     if not path.exists():

@@ -16,7 +16,7 @@ def create(backbone='test_resnet', head='avg', **arguments):
 def backbone_of(head):
     """A small one that gives what a head needs."""
     several = not isinstance(head, str) or head not in timm_fisher.list_heads()
-    needs_token = not several and any(timm_fisher.get_head(head).context.values())
+    needs_token = not several and any(timm_fisher.get_head(head).asks_for.values())
     return 'test_vit' if needs_token else 'test_resnet'
 
 

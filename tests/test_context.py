@@ -197,12 +197,12 @@ def test_traced_and_exported():
     torch.testing.assert_close(exported(x), model(x))
     scripted = torch.jit.script(model)
     torch.testing.assert_close(scripted(x), model(x))
-    with pytest.raises(ValueError, match='asks for grid and class_token, such as Both, only as a'):
+    with pytest.raises(ValueError, match='does not take Both alone, which asks for grid'):
         torch.jit.script(model.head)
 
 
 def test_what_a_head_asks_for():
-    assert create_head('avg', 4).context == {}
-    assert create_head('both', 4).context == {'grid': True, 'class_token': True}
-    assert create_head('optional', 4).context == {'grid': False, 'class_token': False}
-    assert PoolingHead.context == {}
+    assert create_head('avg', 4).asks_for == {}
+    assert create_head('both', 4).asks_for == {'grid': True, 'class_token': True}
+    assert create_head('optional', 4).asks_for == {'grid': False, 'class_token': False}
+    assert PoolingHead.asks_for == {}

@@ -301,11 +301,15 @@ def test_pre_norm(tmp_path):
     model, x = create(pre_norm=True, num_classes=3), images()
     assert not list(model.pre_norm.parameters())
     pooled = model.train().pool(model.forward_features(x))
-    expected = torch.nn.functional.batch_norm(pooled, None, None, training=True)
+    expected = torch.nn.functional.batch_norm(pooled, None, None, training=True, eps=1e-6)
     torch.testing.assert_close(model(x), model.classifier(expected))
+    mean = model.pre_norm.running_mean.clone()
+    one = model.pre_norm(pooled[:1])  # one image has no spread
+    assert torch.equal(one, model.eval().pre_norm(pooled[:1]))
+    assert torch.equal(model.pre_norm.running_mean, mean)
     timm_fisher.save_model(model, tmp_path / 'saved')
     again = timm.create_model(f'local-dir:{tmp_path}/saved', pretrained=True).eval()
-    assert torch.equal(again(x), model.eval()(x))
+    assert torch.equal(again(x), model(x))
     assert torch.equal(
         model.classifier(model.forward_head(model.forward_features(x), True)), model(x)
     )

@@ -48,7 +48,7 @@ def test_script_takes_every_head(head):
     scripted = torch.jit.script(model)
     torch.testing.assert_close(scripted(x), model(x), rtol=1e-4, atol=1e-5)
     assert all(a is b for a, b in zip(scripted.parameters(), model.parameters(), strict=False))
-    if not model.head.context:  # which only a whole model gives
+    if not model.head.asks_for:  # which only a whole model gives
         alone, x = torch.jit.script(model.head), torch.randn(3, 7, 96)
         torch.testing.assert_close(alone(x), model.head(x), rtol=1e-4, atol=1e-5)
 

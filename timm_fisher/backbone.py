@@ -107,7 +107,7 @@ def create_backbone(
 
 def _check_context(backbone: str, head: HeadSpec, reader: Any) -> None:
     """Refuse a head that needs what the reader of its stage cannot give."""
-    for name, needed in get_head(head.name).context.items():
+    for name, needed in get_head(head.name).asks_for.items():
         if needed and not reader.can_give(name):
             what = name.replace('_', ' ')
             raise ValueError(

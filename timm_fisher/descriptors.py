@@ -105,9 +105,9 @@ class Descriptors(nn.Module):
             ValueError: the head asks for a grid, and images of this size have another number.
         """
         given: dict[str, Any] = {}
-        if 'class_token' in head.context and self.can_give('class_token'):
+        if 'class_token' in head.asks_for and self.can_give('class_token'):
             given['class_token'] = features[:, 0]
-        if 'grid' in head.context and self.can_give('grid'):
+        if 'grid' in head.asks_for and self.can_give('grid'):
             given['grid'] = self.grid(backbone, features, size)
             if given['grid'] is None:
                 raise ValueError(

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -88,7 +88,7 @@ def contributions(model: PooledModel, images: Tensor) -> tuple[Tensor, list[Tens
         raise ValueError('this model pools one descriptor of the whole image.')
     with torch.enable_grad():
         stages = [tensor.detach().requires_grad_() for tensor in stages]
-        logits = model.forward_head(stages)
+        logits = model.classify(model.pool(stages, images.shape[2:]))
         slopes = torch.autograd.grad(logits.max(1).values.sum(), stages)
     products = [slope * tensor.detach() for slope, tensor in zip(slopes, stages, strict=True)]
     maps = [
@@ -114,9 +114,9 @@ def explain(model: PooledModel, images: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def attention(model: PooledModel, images: Tensor) -> Tensor | None:
-    """Where the heads look that weigh descriptors (`PoolingHead.attention`): the mean of their
-    weights over queries, as maps `[B, H, W]` on the images' own grid, of which the largest value of
-    each is 1. None if the model has no such head.
+    """Attention of the heads that have a method `attention` (`PoolingHead`): the mean over their
+    queries, as maps `[B, H, W]` on the images' own grid, each with the largest value 1. None if the
+    model has no such head.
 
     Args:
         model: which is left in evaluation mode.
@@ -130,10 +130,10 @@ def attention(model: PooledModel, images: Tensor) -> Tensor | None:
         model.inputs_of_heads(features, size),
         strict=True,
     ):
-        look: Any = getattr(head, 'attention', None)
+        look = getattr(type(head), 'attention', None)  # not a layer of this name
         if look is not None:
             # Without the prefix tokens, which may be kept among the descriptors.
-            weights = look(x).mean(1)[:, -math.prod(grid) :].unflatten(1, grid)
+            weights = look(head, x).mean(1)[:, -math.prod(grid) :].unflatten(1, grid)
             maps.append(F.interpolate(weights[:, None].float(), size, mode='bilinear')[:, 0])
     if not maps:
         return None

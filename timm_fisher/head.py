@@ -52,7 +52,7 @@ class PoolingHead(nn.Module):
     Attributes:
         in_features: channels C of one descriptor.
         out_features: length of the pooled vector.
-        context: keywords that `forward` asks for, and whether it cannot do without.
+        asks_for: keywords of `forward` beside the descriptors, and whether it cannot do without.
         least_descriptors: fewest descriptors N of an image that the head can pool. A head that
             needs more than one sets it in `__init__`, and its `forward` refuses fewer with an
             error that names both numbers.
@@ -61,13 +61,13 @@ class PoolingHead(nn.Module):
     in_features: int
     out_features: int
     least_descriptors: int = 1
-    context: ClassVar[dict[str, bool]] = {}
+    asks_for: ClassVar[dict[str, bool]] = {}
 
     def __init_subclass__(cls, **arguments: Any) -> None:
         super().__init_subclass__(**arguments)
         parameters = inspect.signature(cls.forward).parameters
         empty = inspect.Parameter.empty
-        cls.context = {
+        cls.asks_for = {
             name: parameters[name].default is empty for name in CONTEXT if name in parameters
         }
 
@@ -108,10 +108,10 @@ class PoolingHead(nn.Module):
     def __prepare_scriptable__(self) -> nn.Module:
         """What `torch.jit.script` takes in the head's place: the head traced, for TorchScript does
         not know all of Python. For inference: it does what the head does in evaluation mode."""
-        if self.context:
+        if self.asks_for:
             raise ValueError(
-                f'torch.jit.script takes a model whose head asks for {" and ".join(self.context)}, '
-                f'such as {type(self).__name__}, only as a whole. Script the model.'
+                f'torch.jit.script does not take {type(self).__name__} alone, which asks for '
+                f'{" and ".join(self.asks_for)}. Script the whole model.'
             )
         return nn.Sequential(trace(self, example(self)[0]))
 
@@ -130,7 +130,7 @@ def example(head: PoolingHead) -> tuple[Tensor, dict[str, Any]]:
     x = torch.randn(size, generator=torch.Generator('cpu').manual_seed(0), device='cpu')
     x = x.to(**like(head))
     context = {'grid': (rows, 10), 'class_token': x[:, 0]}
-    return x[:, 1:], {name: context[name] for name in head.context}
+    return x[:, 1:], {name: context[name] for name in head.asks_for}
 
 
 def trace(

@@ -3,6 +3,7 @@
 # No future annotations: torch.fx hands those of `forward` to TorchScript, which takes no text.
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -13,8 +14,16 @@ from timm.layers.helpers import to_2tuple
 from timm.models import group_parameters
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from timm_fisher.backbone import create_backbone, describe_weights, resize, set_size, wrap_cfg
+from timm_fisher.backbone import (
+    Backbone,
+    create_backbone,
+    describe_weights,
+    resize,
+    set_size,
+    wrap_cfg,
+)
 from timm_fisher.compose import ConcatHeads
 from timm_fisher.descriptors import Descriptors, StageDescriptors, read_last
 from timm_fisher.head import PoolingHead, Unpooled
@@ -119,6 +128,8 @@ class PooledModel(nn.Module):
         made = []
         for (name, _, options), place in zip(heads, places, strict=True):
             made.append(create_head(name, channels[place], **options))
+            if place == len(stages) - 1:
+                _check_number(name, made[-1], built)
             if torch.get_default_device().type != 'meta':  # where a saved model is built again
                 check_output(name, channels[place], options)
         single = isinstance(head, str) and len(made) == 1
@@ -131,8 +142,7 @@ class PooledModel(nn.Module):
         if class_token == 'append':
             self.head_hidden_size += self.num_features
         self.num_classes = num_classes
-        norm: Any = nn.BatchNorm1d if pre_norm else nn.Identity
-        self.pre_norm = norm(self.head_hidden_size, affine=False)
+        self.pre_norm = PreNorm(self.head_hidden_size) if pre_norm else nn.Identity()
         self.classifier = _create_classifier(self.head_hidden_size, num_classes)
         self.pretrained_cfg = wrap_cfg(
             self.backbone.pretrained_cfg, built.input_size, built.pool_size, num_classes
@@ -424,6 +434,19 @@ class PooledModel(nn.Module):
         """Nothing: timm's factory adds what it was called with, which the model knows."""
 
 
+class PreNorm(nn.BatchNorm1d):
+    """Batch norm without weights, by the running statistics also where a batch is one image. Its
+    floor is small beside the variance of vectors of length 1, which is below 1 / D."""
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__(num_features, eps=1e-6, affine=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        training = self.training and len(x) > 1
+        mean, var, momentum = self.running_mean, self.running_var, self.momentum or 0.0
+        return F.batch_norm(x, mean, var, None, None, training, momentum, self.eps)
+
+
 def with_place(build: Callable[..., Model]) -> Callable[..., Model]:
     """Give a function that builds a model the arguments `device` and `dtype` of its tensors."""
 
@@ -439,6 +462,17 @@ def with_place(build: Callable[..., Model]) -> Callable[..., Model]:
         return model if dtype is None else model.to(dtype=dtype)
 
     return call
+
+
+def _check_number(name: str, head: PoolingHead, built: Backbone) -> None:
+    """Refuse a head that needs more descriptors than an image has."""
+    number = math.prod(built.pool_size or (head.least_descriptors,))
+    if number < head.least_descriptors:
+        raise ValueError(
+            f"Head '{name}' as it is set needs {head.least_descriptors} descriptors, and an image "
+            f'of {built.input_size[1:]} has {number}. Change its arguments, or take larger images '
+            'or an earlier stage.'
+        )
 
 
 def _create_classifier(in_features: int, num_classes: int) -> nn.Module:

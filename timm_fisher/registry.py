@@ -18,6 +18,7 @@ from torch import Tensor
 from timm_fisher.head import CONTEXT, PoolingHead, example
 
 GROUP = 'timm_fisher.heads'
+VARIABLE = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
 
 
 def list_heads() -> list[str]:
@@ -72,12 +73,21 @@ def create_head(name: str, in_features: int, /, **arguments: Any) -> PoolingHead
         kind = next(known, RuntimeError)
         reason = f'{type(error).__name__}: {error}' if kind is RuntimeError else error
         raise kind(f'{title(name)} cannot be built: {reason}') from error
-    for key, parameter in list(inspect.signature(made.forward).parameters.items())[1:]:
-        if parameter.default is parameter.empty and key not in CONTEXT:
+    _, *asked = inspect.signature(made.forward).parameters.values()
+    for parameter in asked:
+        given = parameter.name in CONTEXT or parameter.kind in VARIABLE
+        if not given and parameter.default is parameter.empty:
             raise TypeError(
-                f"{title(name)} asks for '{key}' in forward, which models do not give. Beside the "
-                f'descriptors there are: {", ".join(CONTEXT)}. Give it a default.'
+                f"{title(name)} asks for '{parameter.name}' in forward, which models do not give. "
+                f'Beside the descriptors there are: {", ".join(CONTEXT)}. Give it a default.'
             )
+    taken = inspect.signature(made.forward_with_loss).parameters
+    missing = [key for key in made.asks_for if key not in taken]
+    if missing and not any(parameter.kind in VARIABLE for parameter in taken.values()):
+        raise TypeError(
+            f"{title(name)} asks for '{missing[0]}' in forward, but its forward_with_loss does not "
+            'take it. Give both the same keywords.'
+        )
     sizes = [getattr(made, key, None) for key in ('in_features', 'out_features')]
     if sizes[0] != in_features or not all(map(_is_size, sizes)):
         raise ValueError(
@@ -127,11 +137,10 @@ def check_arguments(
     Raises:
         TypeError: an unknown argument, with the nearest known ones, or a missing one.
     """
-    variable = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
     parameters = {
         key: parameter
         for key, parameter in inspect.signature(function).parameters.items()
-        if key not in given and parameter.kind not in variable
+        if key not in given and parameter.kind not in VARIABLE
     }
     for key in arguments:
         if key not in parameters:

@@ -119,7 +119,7 @@ def costs(settings: Settings, heads: list[tuple[Row, Any]], x: Tensor) -> list[R
     def forward(module: nn.Module) -> Any:
         # As if the first descriptor were a class token, and the descriptors one row.
         context = {'class_token': x[:, 0], 'grid': (1, x.shape[1])}
-        asked = {name: context[name] for name in getattr(module, 'context', ())}
+        asked = {name: context[name] for name in getattr(module, 'asks_for', ())}
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
             return module(x, **asked)
 
@@ -187,7 +187,7 @@ def takes(model: PooledModel, name: str) -> bool:
     """Whether a model's backbone gives what a head needs."""
     (reader,), grid = model.descriptors, model.pretrained_cfg['pool_size']
     head = create_head(name, reader.num_features)
-    needs = [key for key, needed in head.context.items() if needed]
+    needs = [key for key, needed in head.asks_for.items() if needed]
     return all(map(reader.can_give, needs)) and math.prod(grid) >= head.least_descriptors
 
 

@@ -18,6 +18,8 @@ HEADS = {
     'fisher': {'head': 'sparse_fisher', 'head_kwargs': {'reduce_dim': 8, 'code_dim': 4}},
     'netvlad': {'head': 'netvlad', 'head_kwargs': {'reduce_dim': 8, 'clusters': 4}},
     'both': {'head': 'avg + gem@-2', 'backbone_stage': -1},
+    'dropcov': {'head': 'dropcov', 'head_kwargs': {'reduce_dim': 6}},
+    'mpn_cov': {'head': 'mpn_cov', 'head_kwargs': {'reduce_dim': 6}},
 }
 
 
@@ -49,7 +51,7 @@ def of(metrics):
 def test_a_probe_is_the_same_beside_others(measured, images):
     folder, together = measured
     alone = configs(images, folder)
-    for name in ('netvlad, head, 0.003', 'both, head, 0.03', 'fisher, classifier, 0.003'):
+    for name in ('netvlad, head, 0.003', 'both, head, 0.03', 'dropcov, head, 0.03'):
         assert of(train_probes({name: alone[name]})[name]) == of(together[name])
 
 
@@ -112,13 +114,15 @@ def test_a_pass_for_all(images, tmp_path, monkeypatch):
     assert len(read) <= fit + epochs + end
 
 
-def test_a_rate_that_diverges_does_not_stop_the_others(images, tmp_path):
+@pytest.mark.parametrize(('name', 'lr'), [('netvlad', 1e30), ('mpn_cov', 1e10)])
+def test_a_rate_that_diverges_does_not_stop_the_others(images, tmp_path, name, lr):
     chosen = configs(images, tmp_path, epochs=2)
-    good = chosen['netvlad, head, 0.003']
-    options = {'opt': 'sgd', 'lr': 1e30, 'epochs': 2, 'train': 'head'}
-    bad = Config(**{**vars(good), 'stages': {'s': Stage(**options)}})
+    good, bad = chosen['netvlad, head, 0.003'], chosen[f'{name}, head, 0.03']
+    options = {'opt': 'sgd', 'lr': lr, 'epochs': 2, 'train': 'head'}
+    bad = Config(**{**vars(bad), 'stages': {'s': Stage(**options)}})
     result = train_probes({'good': good, 'bad': bad})
     assert result['bad']['diverged']
+    assert 0 < result['bad']['test']['accuracy'] < 1
     assert not result['good']['diverged']
     assert result['good']['steps'] == 16
     assert of(result['good']) == of(train_probes({'good': good})['good'])
@@ -132,7 +136,10 @@ def test_a_rate_that_diverges_does_not_stop_the_others(images, tmp_path):
         ({'stages': {'s': Stage(train='all')}}, "'b' is no probe: it takes one stage"),
         ({'stages': {'s': Stage(train='head'), 't': Stage(train='head')}}, "'b' is no probe"),
         ({'augment': {}, 'stages': {'s': Stage(train='head')}}, "'b' is no probe"),
-        ({'stages': {'s': Stage(train='head', sched='plateau')}}, 'no plateau schedule'),
+        (
+            {'stages': {'s': Stage(train='head', sched='plateau')}},
+            'probes know neither sched',
+        ),
     ],
 )
 def test_what_cannot_share_a_pass(images, tmp_path, change, message):
@@ -170,7 +177,7 @@ def test_nearest_neighbours():
 
 def test_lars_and_pre_norm(images, tmp_path):
     """The probing protocol's optimizer and norm."""
-    stage = Stage(train='head', epochs=2, opt='lars', lr=0.5)
+    stage = Stage(train='head', epochs=10, opt='lars', lr=0.1)
     good = configs(images, tmp_path)['netvlad, head, 0.003']
     probe = Config(**{**vars(good), 'stages': {'s': stage}, 'pre_norm': True})
     metrics = train_probes({'lars': probe})['lars']

@@ -15,7 +15,7 @@ k is a trained filter of three weights over neighbouring channels (that of ECA),
 channels are dropped the more, the less importance and correlation agree: dropout takes the place of
 a matrix power, decorrelating in training what is too correlated, and costs nothing at inference.
 
-This follows the authors' code (github.com/mingzeG/DropCov, CNNs/models/ResNet_ACD.py), where one
+This follows the authors' code (github.com/mingzeG/DropCov, acd/models/ResNet_ACD.py), where one
 probability is shared by the batch and no gradient passes through it. Assumed here: p is at most 0.9
 (the code allows 1, which drops everything), and a map without variance counts as a cosine of 0.
 

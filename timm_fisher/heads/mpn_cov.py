@@ -46,7 +46,8 @@ class MPNCov(PoolingHead):
         in_features: channels C of one descriptor.
         reduce_dim: d, dimensions after the reduction, at most C; None keeps C and leaves the
             reduction, with its batch norm and ReLU, out.
-        power: of the eigenvalues; 1 is the plain covariance.
+        power: of the eigenvalues; 1 is the plain covariance. Small ones have steep slopes: at 0.1
+            the gradient is off by some per cent in float32.
         log: the logarithm instead of the power, which then is without effect.
 
     Output: `[B, d (d + 1) / 2]`, the upper triangle row by row.

@@ -93,7 +93,7 @@ class SMSO(PoolingHead):
             )
         length = square.mean().sqrt()
         length = torch.where(length > 0, length, 1.0)
-        # Images alike have a deviation of zero, and rounding errors are not to be blown up.
+        # If all images are alike, the deviation is zero: do not blow up rounding errors.
         deviation = (square - mean.square()).clamp_min(0).sqrt()
         deviation = torch.maximum(deviation, 1e-3 * mean)
         deviation = torch.where(deviation > 0, deviation, length)

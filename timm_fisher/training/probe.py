@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import copy
 import json
-import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -46,6 +46,7 @@ from timm_fisher.training.stages import (
 
 # What the probes of a call may have of their own.
 OWN = ('output', 'head', 'head_kwargs', 'backbone_stage', 'pre_norm', 'drop_rate', 'stages')
+LATER = ('output', 'stages')  # of no consequence for the model that is fitted
 NEIGHBOURS = (1, 5, 20)  # numbers that validation images choose from
 
 
@@ -81,6 +82,9 @@ class Probe:
     best: dict[str, Any] = field(default_factory=lambda: {'val_accuracy': 0.0, 'epoch': 0})
     state: dict[str, Tensor] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        self._keep()
+
     @property
     def stage(self) -> Stage:
         """The only one."""
@@ -99,11 +103,14 @@ class Probe:
         return model.forward_head(x)
 
     def step(self, sources: dict[str, list[Tensor]], labels: Tensor) -> None:
-        """A step of the optimizer, unless an earlier loss was not finite."""
-        if self.diverged:
+        """A step of the optimizer; a loss that is not finite ends the training."""
+        # By the step, so that dropout does not depend on the other probes.
+        torch.manual_seed(1_000_003 * self.config.seed + self.steps)
+        try:
+            loss = self.objective(self.input(sources), labels)
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # an eigendecomposition of NaN
+            self.diverged = True
             return
-        start = time.perf_counter()
-        loss = self.objective(self.input(sources), labels)
         self.diverged = not loss.isfinite().item()
         if self.diverged:
             return
@@ -115,15 +122,17 @@ class Probe:
         self.model.project_()
         self.steps += 1
         self.scheduler.step_update(self.steps)
-        self.seconds += time.perf_counter() - start
 
     def keep_best(self, accuracy: float, epoch: int) -> None:
         """Keep the parameters if the validation accuracy is the best so far."""
-        if accuracy > self.best['val_accuracy'] and not self.diverged:
+        if accuracy > self.best['val_accuracy']:
             self.best = {'val_accuracy': accuracy, 'epoch': epoch + 1}
-            state = self.model.state_dict()
-            own = {key: state[key] for key in state if not key.startswith('backbone.')}
-            self.state = copy.deepcopy(own)
+            self._keep()
+
+    def _keep(self) -> None:
+        state = self.model.state_dict()
+        own = {key: state[key] for key in state if not key.startswith('backbone.')}
+        self.state = copy.deepcopy(own)
 
 
 def train_probes(configs: Mapping[str, Config]) -> dict[str, dict[str, Any]]:
@@ -136,12 +145,13 @@ def train_probes(configs: Mapping[str, Config]) -> dict[str, dict[str, Any]]:
     Returns:
         For each name what a run's metrics.json says; `knn`, for a head that is only fitted, is the
         accuracy of its nearest neighbours by cosine similarity. `diverged` is true if a loss was
-        not finite, and what was reached before counts.
+        not finite; what validated best before counts then.
 
     Raises:
         ValueError: configurations that cannot share a pass; the message names them.
     """
-    accelerator, common = Accelerator(), _check(configs)
+    common = _check(configs)
+    accelerator = Accelerator(mixed_precision=common.mixed_precision)
     set_seed(common.seed)
     splits, classes = load_splits(common)
     stages = sorted({head.stage for config in configs.values() for head in _heads(config)})
@@ -171,23 +181,20 @@ class Pool:
     features: dict[str, Cached]
     folder: Path
     accelerator: Accelerator
-    fitted: dict[str, tuple[dict[str, Tensor], float]] = field(default_factory=dict)
+    fitted: dict[str, tuple[PooledModel, float]] = field(default_factory=dict)
     pooled: dict[str, dict[str, Cached]] = field(default_factory=dict)
 
     def create(self, config: Config) -> Probe:
         """A probe with its head fitted."""
         name, stage = next(iter(config.stages.items()))
-        set_seed(config.seed)
-        model = create_model(replace(config, pretrained=False), self.classes)
-        model.backbone = self.reader.backbone
-        to_device(model, self.accelerator.device)
-        places = [self.stages.index(reader.stage) for reader in model.descriptors]
-        key = json.dumps([config.head, config.head_kwargs, config.backbone_stage])
+        key = json.dumps([getattr(config, option) for option in OWN if option not in LATER])
         if key not in self.fitted:
-            loader = DataLoader(self.features['train'].select(places), config.batch_size)
-            seconds, _ = timed(lambda: timm_fisher.fit(model, loader, from_features=True))
-            self.fitted[key] = copy.deepcopy(model.head.state_dict()), seconds
-        model.head.load_state_dict(self.fitted[key][0])
+            self.fitted[key] = self._fit(config)
+        fitted, seconds = self.fitted[key]
+        model = copy.deepcopy(fitted, {id(self.reader.backbone): self.reader.backbone})
+        set_seed(config.seed)
+        model.reset_classifier(self.classes)
+        places = [self.stages.index(reader.stage) for reader in model.descriptors]
         source = 'features'
         if stage.train == 'classifier' and not stage.head_loss:
             source = key
@@ -198,8 +205,18 @@ class Pool:
         optimizer = create_optimizer(model, stage)
         steps = -(-len(self.features['train']) // config.batch_size)
         scheduler = create_scheduler(optimizer, stage, steps)
-        seconds = self.fitted[key][1]
         return Probe(config, model, places, source, objective, optimizer, scheduler, seconds)
+
+    def _fit(self, config: Config) -> tuple[PooledModel, float]:
+        """A model with its head fitted, over the common backbone, and the seconds of the fit."""
+        set_seed(config.seed)
+        model = create_model(replace(config, pretrained=False), self.classes)
+        model.backbone = self.reader.backbone
+        to_device(model, self.accelerator.device)
+        places = [self.stages.index(reader.stage) for reader in model.descriptors]
+        loader = DataLoader(self.features['train'].select(places), config.batch_size)
+        fit = partial(timm_fisher.fit, model, loader, from_features=True)
+        return model, timed(fit, str(self.accelerator.device))[0]
 
     def _pool(self, model: PooledModel, places: list[int], config: Config) -> dict[str, Cached]:
         """Pooled vectors of all images, in files."""
@@ -231,8 +248,16 @@ def _check(configs: Mapping[str, Config]) -> Config:
                 f"'{name}' is no probe: it takes one stage, that trains a classifier or a head on "
                 'cached features, without augmentation.'
             )
-        if stage.sched == 'plateau':
-            raise ValueError(f"'{name}': probes have no plateau schedule. Give sched: cosine.")
+        for given, setting in (
+            (stage.sched, 'plateau'),
+            (config.mixed_precision, 'fp16'),
+            (config.grad_accum_steps > 1, True),
+        ):
+            if given == setting:
+                raise ValueError(
+                    f"'{name}': probes know neither sched: plateau, mixed_precision: fp16 nor "
+                    'grad_accum_steps.'
+                )
         mine, theirs = asdict(config), asdict(first)
         changed = [key for key in mine if key not in OWN and mine[key] != theirs[key]]
         if changed:
@@ -247,32 +272,40 @@ def _train(probes: dict[str, Probe], pool: Pool, config: Config) -> None:
     generator = torch.Generator().manual_seed(config.seed)
     sources = pool.sources('train', probes.values())
     loader = DataLoader(sources, config.batch_size, shuffle=True, generator=generator)
+    device = pool.accelerator.device
     epochs = max(probe.stage.epochs for probe in probes.values())
     for epoch in (bar := trange(epochs, desc=f'{len(probes)} probes', disable=None)):
-        running = [probe for probe in probes.values() if epoch < probe.stage.epochs]
+        running = [
+            probe for probe in probes.values() if epoch < probe.stage.epochs and not probe.diverged
+        ]
         for probe in running:
             probe.objective.train()
         for batch in loader:
-            x, y = send_to_device(batch, pool.accelerator.device)
-            for probe in running:
-                probe.step(x, y)
+            x, y = send_to_device(batch, device)
+            for probe in (probe for probe in running if not probe.diverged):
+                with pool.accelerator.autocast():
+                    probe.seconds += timed(partial(probe.step, x, y), str(device))[0]
+        running = [probe for probe in running if not probe.diverged]
         results = _accuracies(running, pool, 'val')
         for probe, result in zip(running, results, strict=True):
             probe.keep_best(result['accuracy'], epoch)
-        bar.set_postfix_str(f'best {max(probe.best["val_accuracy"] for probe in running):.2%}')
+        best = max(probe.best['val_accuracy'] for probe in probes.values())
+        bar.set_postfix_str(f'best {best:.2%}')
 
 
 @torch.no_grad()
 def _accuracies(probes: list[Probe], pool: Pool, split: str) -> list[dict[str, Any]]:
     """`accuracies` of each probe on a split, which is read once."""
     sources = pool.sources(split, probes)
+    batch_size = max((probe.config.batch_size for probe in probes), default=1)
     for probe in probes:
         probe.objective.eval()
     predicted: list[list[int]] = [[] for _ in probes]
-    for batch in DataLoader(sources, probes[0].config.batch_size):
+    for batch in DataLoader(sources, batch_size):
         x, _ = send_to_device(batch, pool.accelerator.device)
-        for probe, rows in zip(probes, predicted, strict=True):
-            rows += probe.logits(x).argmax(1).tolist()
+        with pool.accelerator.autocast():
+            for probe, rows in zip(probes, predicted, strict=True):
+                rows += probe.logits(x).argmax(1).tolist()
     return [accuracies(sources.labels.tolist(), rows) for rows in predicted]
 
 
@@ -280,8 +313,7 @@ def _measure(probes: dict[str, Probe], pool: Pool) -> dict[str, dict[str, Any]]:
     """Metrics of the best epoch of each probe."""
     split = 'test' if 'test' in pool.features else 'val'
     for probe in probes.values():
-        if probe.state:
-            probe.model.load_state_dict(probe.state, strict=False)
+        probe.model.load_state_dict(probe.state, strict=False)
     results = _accuracies(list(probes.values()), pool, split)
     neighbours = {name: nearest_neighbours(pooled, split) for name, pooled in pool.pooled.items()}
     measured: dict[str, dict[str, Any]] = {}
@@ -303,10 +335,14 @@ def nearest_neighbours(pooled: Mapping[str, Cached], split: str) -> dict[str, An
     """`accuracy` on a split of the labels of the k training vectors that are nearest by cosine,
     nearer ones with more weight, and `k`, which validation images choose."""
     vectors = {name: np.asarray(cached.arrays[0]) for name, cached in pooled.items()}
-    scores = {}
-    for k in NEIGHBOURS:
-        model = KNeighborsClassifier(k, metric='cosine', weights='distance')
-        model.fit(vectors['train'], pooled['train'].labels)
-        scores[k] = [model.score(vectors[name], pooled[name].labels) for name in ('val', split)]
-    best = max(scores, key=lambda k: scores[k][0])  # the first of equals
-    return {'k': best, 'accuracy': float(scores[best][1])}
+    models = [
+        KNeighborsClassifier(k, metric='cosine', weights='distance').fit(
+            vectors['train'], pooled['train'].labels
+        )
+        for k in NEIGHBOURS
+        if k <= len(vectors['train'])
+    ]
+    # The first of equals.
+    best = max(models, key=lambda model: model.score(vectors['val'], pooled['val'].labels))
+    accuracy = best.score(vectors[split], pooled[split].labels)
+    return {'k': best.n_neighbors, 'accuracy': float(accuracy)}

@@ -92,10 +92,10 @@ class Unsupervised(nn.Module):
         else:
             features, size = model.descriptors.features(model.backbone, x), x.shape[2:]
         losses = []
-        for head, y, context in model.inputs_of_heads(features, size):
+        for head, descriptors, context in model.inputs_of_heads(features, size):
             if self.training:
-                head.partial_fit(ListStream([y.detach()], [context]))
-            losses.append(head.forward_with_loss(y, **context)[1])
+                head.partial_fit(ListStream([descriptors.detach()], [context]))
+            losses.append(head.forward_with_loss(descriptors, **context)[1])
         return torch.stack(losses).sum()
 
     @torch.no_grad()
