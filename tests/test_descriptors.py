@@ -61,7 +61,7 @@ def sweep():
 @pytest.mark.parametrize(
     'name',
     [
-        name if i % 2 and name not in LARGE else pytest.param(name, marks=pytest.mark.slow)
+        name if i % 4 == 1 and name not in LARGE else pytest.param(name, marks=pytest.mark.slow)
         for i, name in enumerate(FAMILIES)
     ],
 )

@@ -123,6 +123,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
 
 
+@pytest.mark.slow
 def test_multiplications_for_a_huge_image():
     """19 GB as float32; counted without any of them."""
     done = subprocess.run(

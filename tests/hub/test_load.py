@@ -48,8 +48,10 @@ def files(folder):
 # What comes back
 
 
-@pytest.mark.parametrize('save', SAVE)
-@pytest.mark.parametrize('head', timm_fisher.list_heads())
+@pytest.mark.parametrize(
+    ('head', 'save'),
+    [('sparse_fisher', 'timm'), *((head, 'timm_fisher') for head in timm_fisher.list_heads())],
+)
 def test_every_head_comes_back(tmp_path, head, save):
     size = 160 if backbone_of(head) == 'test_vit' else 64
     model, x = create(head, **SMALL.get(head, {})), images(size=size)

@@ -56,7 +56,8 @@ def results(folder: Path) -> list[dict[str, Any]]:
 
 def check_costs(rows: list[dict[str, Any]]) -> None:
     for row in rows:
-        assert min(row['forward ms'], row['step ms'], row['forward MiB']) > 0
+        assert min(row['forward ms'], row['step ms']) > 0
+        assert row['forward MiB'] > 0 or row['head'] == 'cls'  # which computes nothing
         assert row['step MiB'] > row['forward MiB']
 
 

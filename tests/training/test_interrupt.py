@@ -118,6 +118,7 @@ def test_run_in_a_thread(recipe, few_images):
     assert (few_images.parent / 'run/metrics.json').exists()
 
 
+@pytest.mark.slow  # the tests above are its twins within this process
 def test_the_command(images, tmp_path):
     """The sentence, and the exit status of an interrupted command."""
     stages = {'long': {'train': 'head', 'epochs': 1000, 'lr': 0.001}}

@@ -76,6 +76,7 @@ def test_run_ends_with_who_waits_for_it(started, tmp_path, monkeypatch, error):
     assert calls == ['join', 'join', 'terminate', 'join']
 
 
+@pytest.mark.slow  # test_interrupted_run_is_resumed is its small twin
 def test_log_of_a_resumed_run_goes_on(tmp_path, monkeypatch):
     """A line of the interrupted run stays; a run with other options changes nothing."""
     for key, value in ENVIRONMENT.items():
