@@ -358,7 +358,8 @@ attempt('push', timm_fisher.push_to_hub, timm_fisher.from_pretrained('user/pull-
 """
 
 
-@pytest.mark.parametrize('faults', some_or_all(PULL_FAULTS), ids=['some', 'all'])
+@pytest.mark.slow  # as some of those of a push, which always run
+@pytest.mark.parametrize('faults', some_or_all(PULL_FAULTS)[1:], ids=['all'])
 def test_faults_of_a_pull(hub, tmp_path, faults):
     model = timm_fisher.create_model('test_resnet', num_classes=3)
     timm_fisher.save_pretrained(model, tmp_path / 'saved')

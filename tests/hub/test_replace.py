@@ -146,6 +146,7 @@ for call in range(1, 9):
 """
 
 
+@pytest.mark.slow
 def test_killed_save_leaves_no_mixture(tmp_path):
     """The process ends at each rename, with nothing cleaned up: the folder, complete before, is not
     loaded or pushed, until a model is saved there again."""

@@ -89,9 +89,9 @@ def test_cache_is_used_again(recipe, few_images, tmp_path, monkeypatch):
     [
         {'seed': 1},  # of the random weights
         {'img_size': 64},
-        {'crop_pct': 0.8},
+        pytest.param({'crop_pct': 0.8}, marks=pytest.mark.slow),
         {'backbone_stage': -3},
-        {'mixed_precision': 'bf16'},
+        pytest.param({'mixed_precision': 'bf16'}, marks=pytest.mark.slow),
     ],
     ids=str,
 )

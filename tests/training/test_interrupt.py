@@ -61,7 +61,9 @@ def test_signal_at_a_step(recipe, few_images, tmp_path, monkeypatch, number, ste
     check_same_runs(recipe(data_dir=few_images, resume=True, **OPTIONS), expected)
 
 
-@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    'number', [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize(
     ('owner', 'name', 'call', 'place'),
     [

@@ -135,7 +135,7 @@ def stop(recipe, tmp_path, monkeypatch):
     [
         slow({}, (2, 8, 14, 24)),
         ({'stages': UNSUPERVISED_FIRST}, (5, 8)),
-        ({'stages': {'first': UNSUPERVISED}}, (5,)),
+        slow({'stages': {'first': UNSUPERVISED}}, (5,)),
         # A head with a rule of its own; one that is trained through its forward.
         (
             {
