@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from timm.models import get_model_input_config, model_entrypoint
 from torch import Tensor, nn
 
 from timm_fisher.descriptors import StageDescriptors, find_descriptors, remove_unused
+from timm_fisher.head import PoolingHead
 from timm_fisher.registry import get_head, nearest
 from timm_fisher.specification import HeadSpec
 
@@ -120,6 +122,17 @@ def _check_context(backbone: str, head: HeadSpec, reader: Any) -> None:
                     else "class_token='drop', which keeps tokens without a place out."
                 )
             )
+
+
+def check_number(name: str, head: PoolingHead, built: Backbone) -> None:
+    """Refuse a head that needs more descriptors than an image has."""
+    number = math.prod(built.pool_size or (head.least_descriptors,))
+    if number < head.least_descriptors:
+        raise ValueError(
+            f"Head '{name}' as it is set needs {head.least_descriptors} descriptors, and an image "
+            f'of {built.input_size[1:]} has {number}. Change its arguments, or take larger images '
+            'or an earlier stage.'
+        )
 
 
 def create_features(

@@ -17,7 +17,8 @@ from torch import nn
 
 from timm_fisher.backbone import create_features
 from timm_fisher.hub.load import LOADING, load
-from timm_fisher.model import PooledModel, with_place
+from timm_fisher.model import PooledModel
+from timm_fisher.place import with_place
 from timm_fisher.registry import check_arguments, nearest
 from timm_fisher.specification import argument_names
 

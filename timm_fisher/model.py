@@ -2,12 +2,9 @@
 
 # No future annotations: torch.fx hands those of `forward` to TorchScript, which takes no text.
 
-import functools
-import math
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
 from timm.layers.helpers import to_2tuple
@@ -17,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from timm_fisher.backbone import (
-    Backbone,
+    check_number,
     create_backbone,
     describe_weights,
     resize,
@@ -30,8 +27,6 @@ from timm_fisher.head import PoolingHead, Unpooled
 from timm_fisher.registry import check_output, create_head
 from timm_fisher.script import scriptable
 from timm_fisher.specification import parse_heads
-
-Model = TypeVar('Model', bound=nn.Module)
 
 
 class PooledModel(nn.Module):
@@ -129,7 +124,7 @@ class PooledModel(nn.Module):
         for (name, _, options), place in zip(heads, places, strict=True):
             made.append(create_head(name, channels[place], **options))
             if place == len(stages) - 1:
-                _check_number(name, made[-1], built)
+                check_number(name, made[-1], built)
             if torch.get_default_device().type != 'meta':  # where a saved model is built again
                 check_output(name, channels[place], options)
         single = isinstance(head, str) and len(made) == 1
@@ -445,34 +440,6 @@ class PreNorm(nn.BatchNorm1d):
         training = self.training and len(x) > 1
         mean, var, momentum = self.running_mean, self.running_var, self.momentum or 0.0
         return F.batch_norm(x, mean, var, None, None, training, momentum, self.eps)
-
-
-def with_place(build: Callable[..., Model]) -> Callable[..., Model]:
-    """Give a function that builds a model the arguments `device` and `dtype` of its tensors."""
-
-    @functools.wraps(build)
-    def call(
-        *args: Any,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        **arguments: Any,
-    ) -> Model:
-        with nullcontext() if device is None else torch.device(device):
-            model = build(*args, **arguments)
-        return model if dtype is None else model.to(dtype=dtype)
-
-    return call
-
-
-def _check_number(name: str, head: PoolingHead, built: Backbone) -> None:
-    """Refuse a head that needs more descriptors than an image has."""
-    number = math.prod(built.pool_size or (head.least_descriptors,))
-    if number < head.least_descriptors:
-        raise ValueError(
-            f"Head '{name}' as it is set needs {head.least_descriptors} descriptors, and an image "
-            f'of {built.input_size[1:]} has {number}. Change its arguments, or take larger images '
-            'or an earlier stage.'
-        )
 
 
 def _create_classifier(in_features: int, num_classes: int) -> nn.Module:

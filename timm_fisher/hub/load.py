@@ -18,7 +18,8 @@ from timm_fisher.errors import LoadError
 from timm_fisher.hub.config import TRUST, SavedConfig, read_config
 from timm_fisher.hub.state import check_rebuildable, rebuild_derived_buffers
 from timm_fisher.hub.weights import Header, check_tensors, read_header, read_tensors
-from timm_fisher.model import PooledModel, with_place
+from timm_fisher.model import PooledModel
+from timm_fisher.place import with_place
 from timm_fisher.registry import check_arguments, nearest
 
 # Arguments of the factory that no model has.
