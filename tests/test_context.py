@@ -9,7 +9,7 @@ from small_models import create, images
 from torch.utils.data import DataLoader, TensorDataset
 
 import timm_fisher
-from timm_fisher import ListStream, PoolingHead, create_head
+from timm_fisher import ListStream, PoolingHead, create_head, explain
 from timm_fisher.fitting.stream import ModelStream
 
 SOURCE = """
@@ -53,6 +53,24 @@ class Optional(PoolingHead):
         flags = torch.tensor([grid is not None, class_token is not None], dtype=x.dtype)
         return torch.cat([flags.expand(len(x), 2), x.mean((1, 2))[:, None]], 1)
 
+class Variadic(PoolingHead):
+    '''Of before: takes what comes, and has a layer of a name that the contract knows.'''
+
+    def __init__(self, in_features):
+        super().__init__()
+        self.in_features = self.out_features = in_features
+        self.context = self.attention = torch.nn.Linear(in_features, in_features)
+
+    def forward(self, x, **others):
+        return self.context(x).mean(1)
+
+class Lossy(Variadic):
+    def forward(self, x, *, class_token):
+        return class_token
+
+    def forward_with_loss(self, x):
+        return self.context(x).mean(1), x.square().mean()
+
 class Masked(PoolingHead):
     def __init__(self, in_features):
         super().__init__()
@@ -63,10 +81,16 @@ class Masked(PoolingHead):
 """
 
 
+KINDS = {
+    'both': 'Both', 'optional': 'Optional', 'masked': 'Masked', 'variadic': 'Variadic',
+    'lossy': 'Lossy',
+}  # fmt: skip
+
+
 @pytest.fixture
 def heads(install):
-    """Installs the three heads above."""
-    for name, kind in (('both', 'Both'), ('optional', 'Optional'), ('masked', 'Masked')):
+    """Installs the heads above."""
+    for name, kind in KINDS.items():
         install(f'their_{name}', name, f'their_{name}:{kind}', SOURCE)
 
 
@@ -157,6 +181,33 @@ def test_other_keywords_are_refused():
     )
     with pytest.raises(TypeError, match=said):
         create_head('masked', 4)
+
+
+def test_a_loss_without_the_keyword_is_refused():
+    said = (
+        "Head 'lossy' of the .* asks for 'class_token' in forward, but its forward_with_loss does"
+    )
+    with pytest.raises(TypeError, match=said):
+        create_head('lossy', 4)
+
+
+def test_a_head_of_before():
+    model, x = create('test_vit', 'variadic', img_size=64), images()
+    assert model.head.asks_for == {}
+    assert explain.attention(model, x) is None  # a layer, not the method
+    pooled = model.pool(model.forward_features(x))
+    torch.testing.assert_close(pooled, model.head.context(tokens(model, x)[1]).mean(1))
+
+
+def test_more_descriptors_than_an_image_has():
+    said = (
+        r"^Head 'salad' as it is set needs 65 descriptors, and an image of \(64, 64\) has 16\. "
+        'Change its arguments, or take larger images'
+    )
+    with pytest.raises(ValueError, match=said):
+        create('test_vit', 'salad', img_size=64)
+    with pytest.raises(ValueError, match="Head 'salad' as it is set needs 65"):
+        create('resnet50', 'avg + salad')
 
 
 def test_composed_and_saved(tmp_path):
