@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 from references import dropcov as reference
+from torch.func import functional_call
 
+from timm_fisher.heads import dropcov
 from timm_fisher.heads.dropcov import MOST_DROPPED, DropCov, drop_probability
 
 
@@ -81,3 +83,17 @@ def test_the_filter_learns():
     made = head()
     made(descriptors()).square().sum().backward()
     assert made.filter.grad.abs().min() > 0
+
+
+def test_gradient_in_training(monkeypatch):
+    """Of descriptors and filter, through the importances: by differences, with the channels that
+    are dropped held fixed."""
+    monkeypatch.setattr(dropcov, 'drop_probability', lambda y, _: torch.tensor(0.3).to(y))
+    made, x = head().double().train(), descriptors(2)[:, :5].contiguous().requires_grad_()
+    names = [name for name, _ in made.named_parameters()]
+
+    def call(x, *values):
+        torch.manual_seed(0)
+        return functional_call(made, dict(zip(names, values, strict=True)), (x,))
+
+    assert torch.autograd.gradcheck(call, (x, *made.parameters()), eps=1e-6, atol=1e-5, rtol=1e-4)
