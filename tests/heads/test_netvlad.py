@@ -5,18 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from clustered import data
 from references import netvlad as reference
 from torch.nn import functional as F
 
 from timm_fisher import ListStream
 from timm_fisher.heads.netvlad import NetVLAD
-
-
-def data(images: int = 20, number: int = 15, channels: int = 12, seed: int = 0) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    centres = 3 * torch.randn(6, channels, generator=torch.Generator().manual_seed(7))
-    chosen = torch.randint(6, (images, number), generator=generator)
-    return (centres[chosen] + torch.randn(images, number, channels, generator=generator)).double()
 
 
 def head(x: torch.Tensor, **arguments: object) -> NetVLAD:

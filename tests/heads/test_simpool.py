@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from timm.layers import SimPool1d
+from timm_pool import check_equals_timm
 
 import timm_fisher
 from timm_fisher.heads.simpool import SimPool
@@ -28,19 +29,8 @@ def made(**arguments) -> SimPool:
 def test_equals_timm(arguments, dtype):
     """Output and gradients, of timm's own module with the same weights."""
     head = made(**arguments).to(dtype)
-    x = torch.randn(3, 10, 24, dtype=dtype)
-    results = []
     assert type(head.pool) is SimPool1d
-    for module in (head, head.pool):
-        head.zero_grad()
-        leaf = x.clone().requires_grad_()
-        out = module(leaf)
-        (out * torch.linspace(-1, 1, out.shape[1], dtype=dtype)).sum().backward()
-        results.append([out, leaf.grad, *(parameter.grad for parameter in head.parameters())])
-    (ours, *our_gradients), (theirs, *their_gradients) = results
-    assert (ours - theirs).abs().max() <= 1e-6 * theirs.abs().max()
-    tolerance = 1e-10 if dtype == torch.float64 else 1e-5
-    torch.testing.assert_close(our_gradients, their_gradients, rtol=tolerance, atol=tolerance)
+    check_equals_timm(head, dtype)
 
 
 def test_defaults_are_those_of_timm():

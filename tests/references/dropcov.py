@@ -5,23 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from references.isqrt_cov import covariance, linear_norm
-
-
-def triangle(y: np.ndarray) -> list[float]:
-    """Upper triangle of the covariance of `[N, d]`."""
-    matrix = covariance(y)
-    return [matrix[i, j] for i in range(len(matrix)) for j in range(i, len(matrix))]
+from references.isqrt_cov import covariance, reduced, triangle
 
 
 def pool(state: dict[str, np.ndarray], x: np.ndarray, arguments: dict[str, Any]) -> np.ndarray:
     """Upper triangles `[B, d (d + 1) / 2]` of descriptors `[B, N, C]`, in evaluation."""
     rows = []
     for descriptors in x:
-        y = descriptors
-        if arguments['reduce_dim'] is not None:
-            y = np.maximum(linear_norm(state, 'reduce', y), 0)
-        rows.append(triangle(y))
+        rows.append(triangle(covariance(reduced(state, descriptors, arguments))))
     return np.array(rows)
 
 
@@ -45,4 +36,4 @@ def training(filter: np.ndarray, images: np.ndarray, random: np.ndarray) -> tupl
     p = 1 - 10 / np.log2(images.shape[2]) * np.mean(cosines)
     p = min(max(p, 0), 0.9)
     kept = (random >= p) / (1 - p)
-    return np.array([triangle(y * k) for y, k in zip(weighted, kept, strict=True)]), p
+    return np.array([triangle(covariance(y * k)) for y, k in zip(weighted, kept, strict=True)]), p

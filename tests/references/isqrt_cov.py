@@ -15,6 +15,18 @@ def linear_norm(state: dict[str, np.ndarray], name: str, x: np.ndarray) -> np.nd
     return y * state[f'{name}.norm.weight'] + state[f'{name}.norm.bias']
 
 
+def reduced(state: dict[str, np.ndarray], x: np.ndarray, arguments: dict[str, Any]) -> np.ndarray:
+    """Descriptors `[N, d]` of `[N, C]`, in eval mode."""
+    if arguments['reduce_dim'] is None:
+        return x
+    return np.maximum(linear_norm(state, 'reduce', x), 0)
+
+
+def triangle(matrix: np.ndarray) -> list[float]:
+    """Upper triangle, row by row."""
+    return [matrix[i, j] for i in range(len(matrix)) for j in range(i, len(matrix))]
+
+
 def covariance(x: np.ndarray) -> np.ndarray:
     """Centred covariance of `[N, d]`."""
     total = np.zeros((x.shape[1], x.shape[1]))
@@ -36,9 +48,6 @@ def pool(state: dict[str, np.ndarray], x: np.ndarray, arguments: dict[str, Any])
     """Upper triangles `[B, d (d + 1) / 2]` of descriptors `[B, N, C]`."""
     rows = []
     for descriptors in x:
-        y = descriptors
-        if arguments['reduce_dim'] is not None:
-            y = np.maximum(linear_norm(state, 'reduce', y), 0)
-        matrix = root(covariance(y), arguments['iterations'])
-        rows.append([matrix[i, j] for i in range(len(matrix)) for j in range(i, len(matrix))])
+        y = reduced(state, descriptors, arguments)
+        rows.append(triangle(root(covariance(y), arguments['iterations'])))
     return np.array(rows)

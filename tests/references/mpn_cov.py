@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from references.isqrt_cov import covariance, linear_norm
+from references.isqrt_cov import covariance, reduced, triangle
 
 
 def normalize(matrix: np.ndarray, power: float, log: bool) -> np.ndarray:
@@ -20,9 +20,7 @@ def pool(state: dict[str, np.ndarray], x: np.ndarray, arguments: dict[str, Any])
     """Upper triangles `[B, d (d + 1) / 2]` of descriptors `[B, N, C]`."""
     rows = []
     for descriptors in x:
-        y = descriptors
-        if arguments['reduce_dim'] is not None:
-            y = np.maximum(linear_norm(state, 'reduce', y), 0)
+        y = reduced(state, descriptors, arguments)
         matrix = normalize(covariance(y), arguments['power'], arguments['log'])
-        rows.append([matrix[i, j] for i in range(len(matrix)) for j in range(i, len(matrix))])
+        rows.append(triangle(matrix))
     return np.array(rows)

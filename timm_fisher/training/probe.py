@@ -248,16 +248,12 @@ def _check(configs: Mapping[str, Config]) -> Config:
                 f"'{name}' is no probe: it takes one stage, that trains a classifier or a head on "
                 'cached features, without augmentation.'
             )
-        for given, setting in (
-            (stage.sched, 'plateau'),
-            (config.mixed_precision, 'fp16'),
-            (config.grad_accum_steps > 1, True),
-        ):
-            if given == setting:
-                raise ValueError(
-                    f"'{name}': probes know neither sched: plateau, mixed_precision: fp16 nor "
-                    'grad_accum_steps.'
-                )
+        fp16, accumulates = config.mixed_precision == 'fp16', config.grad_accum_steps > 1
+        if stage.sched == 'plateau' or fp16 or accumulates:
+            raise ValueError(
+                f"'{name}': probes know neither sched: plateau, mixed_precision: fp16 nor "
+                'grad_accum_steps.'
+            )
         mine, theirs = asdict(config), asdict(first)
         changed = [key for key in mine if key not in OWN and mine[key] != theirs[key]]
         if changed:
