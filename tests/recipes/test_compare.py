@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from dataclasses import asdict
@@ -10,7 +9,6 @@ from dataclasses import asdict
 import pytest
 import yaml
 from conftest import ROOT, TINY, load_script
-from PIL import Image
 
 from timm_fisher.training.config import Config, Stage
 from timm_fisher.training.run import create_model
@@ -24,36 +22,67 @@ def compare():
 def metrics(val, test, **more):
     result = {'accuracy': test, 'balanced_accuracy': test - 0.1}
     return {
-        'best': {'val_accuracy': val}, 'test': result, 'out_features': 7, 'head_parameters': 70,
-        'steps': 10, 'peak_memory_mb': 5, 'seconds': {'fit': 1.0, 'train': 2.0}, **more,
+        'best': {'val_accuracy': val}, 'test': result, 'backbone': 'resnet18', 'head': 'gem',
+        'head_kwargs': {}, 'backbone_stage': -1, 'out_features': 7, 'head_parameters': 70,
+        'steps': 10, 'peak_memory_mb': 5, 'seconds': {'fit': 1.0, 'train': 2.0}, 'device': 'cpu',
+        'commit': 'abc', 'versions': {}, **more,
     }  # fmt: skip
 
 
-def test_settings_are_chosen_on_validation_data_of_the_first_seed(compare, tmp_path, monkeypatch):
-    """A better test accuracy, or another seed, must not count."""
-    val = {0.1: 0.6, 0.2: 0.8, 0.3: 0.8, 0.4: 0.7}
+@pytest.fixture
+def launched(compare, monkeypatch):
+    """Runs that were launched, (settings, seed), in place of real ones."""
     calls = []
 
-    def measure(runs, seed, comparison, output):
-        rates = [run.settings['stages.a.lr'] for run in runs]
-        calls.append((rates, seed))
-        chosen = [(val[lr] if seed == 5 else 1.0 - val[lr], 1.0 - lr) for lr in rates]
-        return [metrics(accuracy, test + seed / 100) for accuracy, test in chosen]
+    def launch(options, output, log):
+        rate = options['stages']['a']['lr']
+        calls.append((rate, options['seed']))
+        val = {0.1: 0.6, 0.2: 0.8, 0.3: 0.8, 0.4: 0.7}[rate]
+        val = val if options['seed'] == 5 else 1 - val
+        said = compare.command(Config(**{**options, 'stages': {'a': Stage(lr=rate)}}), 'no', 1)
+        return metrics(val, 1 - rate + options['seed'] / 100, seed=options['seed'], command=said)
 
-    monkeypatch.setattr(compare, 'measure', measure)
-    comparison = compare.Comparison(
-        seeds=[5, 6], search={'stages.a.lr': list(val)}, variants={'x': {'head': 'avg'}}
-    )
-    (row,) = compare.compare_variants(['x'], comparison, tmp_path)
-    assert calls == [([0.1, 0.2, 0.3, 0.4], 5), ([0.2], 6)]
-    assert row['chosen'] == {'stages.a.lr': 0.2}
-    assert row['accuracy'] == pytest.approx([0.85, 0.86])
-    assert row['val_accuracy'] == pytest.approx([0.8, 0.2])
-    assert [entry['val_accuracy'] for entry in row['tried']] == [0.6, 0.8, 0.8, 0.7]
-    assert row['step_milliseconds'] == [200.0, 200.0]
-    assert '| lr 0.2 |' in compare.describe([row], comparison)
-    row['chosen'] = {'head_kwargs.reduce_dim': None, 'stages.a.sched': 'cosine'}
-    assert '| reduce_dim None, sched cosine |' in compare.describe([row], comparison)
+    monkeypatch.setattr(compare, 'launch', launch)
+    return calls
+
+
+def comparison_of(compare, tmp_path, **more):
+    return compare.Comparison(
+        output=str(tmp_path / 'out'), data_dir=str(tmp_path), seeds=[5, 6],
+        train={'stages': {'a': {'lr': 1.0}}}, search={'stages.a.lr': [0.1, 0.2, 0.3, 0.4]},
+        only=['x'], variants={'x': {'head': 'gem'}}, **more,
+    )  # fmt: skip
+
+
+def test_settings_are_chosen_on_validation_data_of_the_first_seed(compare, tmp_path, launched):
+    """A better test accuracy, or another seed, must not count."""
+    comparison = comparison_of(compare, tmp_path)
+    rows = list(compare.compare_variants(['x'], comparison, []))
+    assert launched == [(0.1, 5), (0.2, 5), (0.3, 5), (0.4, 5), (0.2, 6)]
+    assert [row.settings for row in rows] == [{'stages.a.lr': rate} for rate, _ in launched]
+    assert [row.accuracy for row in rows] == pytest.approx([0.95, 0.85, 0.75, 0.65, 0.86])
+    assert [row.val_accuracy for row in rows] == pytest.approx([0.6, 0.8, 0.8, 0.7, 0.2])
+    assert {(row.name, row.data, row.step_milliseconds) for row in rows} == {
+        ('x', tmp_path.name, 200.0)
+    }
+
+
+def test_known_runs_are_not_repeated(compare, tmp_path, launched):
+    """Those of a file of results; a run with other options is another run."""
+    compare.main(comparison_of(compare, tmp_path))
+    rows = compare.read_results(tmp_path / 'out/results.jsonl')
+    assert len(rows) == len(launched) == 15
+    kept = rows[:-1]
+    compare.write_results(kept, tmp_path / 'known.jsonl')
+    launched.clear()
+    compare.main(comparison_of(compare, tmp_path, known=str(tmp_path / 'known.jsonl')))
+    assert launched == [(0.2, 6)]
+    assert compare.read_results(tmp_path / 'out/results.jsonl') == rows
+    launched.clear()
+    other = comparison_of(compare, tmp_path, known=str(tmp_path / 'known.jsonl'))
+    other.train['batch_size'] = 7
+    compare.main(other)
+    assert len(launched) == 15
 
 
 def test_options_of_a_run(compare, tmp_path, monkeypatch):
@@ -63,7 +92,7 @@ def test_options_of_a_run(compare, tmp_path, monkeypatch):
     comparison = compare.Comparison(train=options, variants={'b + c': {}})
     settings = {'stages.a.lr': 0.5, 'head_kwargs.dim': 7, 'class_token': 'keep'}
     run = compare.Run('b + c', settings)
-    (made,) = compare.measure([run], 3, comparison, tmp_path)
+    (made,) = compare.launch_each([run], [run.config(comparison, 3)], tmp_path)
     changed, output, log = made
     config = Config(batch_size=8, seed=3, head_kwargs={'dim': 7}, class_token='keep')
     config.stages = {'a': Stage(lr=0.5, epochs=3)}
@@ -78,25 +107,6 @@ def test_grid(compare):
     comparison = compare.Comparison(search={'a': [1, 2], 'b.c': [3, 4]}, variants={'x': {}})
     tried = compare.settings_of('x', comparison)
     assert [(row['a'], row['b.c']) for row in tried] == [(1, 3), (1, 4), (2, 3), (2, 4)]
-
-
-def test_table_and_plot(compare, tmp_path, monkeypatch):
-    def measure(runs, seed, comparison, output):
-        return [metrics(0.5, 0.5 + seed / 10) for _ in runs]
-
-    monkeypatch.setattr(compare, 'measure', measure)
-    names = ('a', 'b + c')
-    comparison = compare.Comparison(seeds=[0, 1, 2], variants={key: {} for key in names})
-    rows = compare.compare_variants(list(names), comparison, tmp_path)
-    compare.write_results(rows, comparison, tmp_path)
-    lines = (tmp_path / 'table.md').read_text().splitlines()
-    cells = '7 | 70 | 50.0 ± 0.0 | 60.0 ± 10.0 | 50.0 ± 10.0 | 1.0 s | 200 ms | 5 MB |'
-    assert [line for line in lines if line.startswith(('| a', '| b'))] == [
-        f'| {name} | {cells}  |' for name in names
-    ]
-    assert json.loads((tmp_path / 'results.json').read_text())['rows'] == rows
-    with Image.open(tmp_path / 'plot.png') as picture:
-        picture.verify()
 
 
 def test_variants(compare):
@@ -149,11 +159,12 @@ def test_one_pass(compare, images, tmp_path, monkeypatch, capsys):
     header, _, *lines = [line.split(' | ') for line in table.splitlines() if line.startswith('|')]
     assert [line[0] for line in lines] == ['| avg', '| avg + power_l2', '| gem, trained', '| both']
     assert [bool(line[header.index('k-NN')]) for line in lines] == [True, True, False, True]
-    assert {line[-1] for line in lines} <= {'lr 0.001 |', 'lr 0.01 |'}
+    assert {line[header.index('chosen')] for line in lines} <= {'lr 0.001', 'lr 0.01'}
     compare.main(comparison)
     assert calls == [8, 4]
-    rows = json.loads((tmp_path / 'out/results.json').read_text())['rows']
-    assert [len(row['accuracy']) for row in rows] == [2, 2, 2, 2]
+    rows = compare.read_results(tmp_path / 'out/results.jsonl')
+    assert [row.seed for row in rows] == [0] * 8 + [1] * 4
+    assert {row.data for row in rows} == {images.name}
 
 
 COMMAND = [sys.executable, 'recipes/compare.py']

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import math
 import shlex
+import subprocess
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,8 @@ def describe(config: Config, model: PooledModel, accelerator: Accelerator) -> di
         'peak_memory_mb': round(peak / 2**20),
         'processes': accelerator.num_processes,
         'device': str(device),
-        'command': command(config, accelerator),
+        'command': command(config, accelerator.mixed_precision, accelerator.num_processes),
+        'commit': commit(),
         'versions': installed_versions(),
     }
 
@@ -52,7 +54,27 @@ def head_names(config: Config) -> str:
     return ' + '.join(map(str, heads))
 
 
-def command(config: Config, accelerator: Accelerator) -> str:
+def data_name(config: Config) -> str:
+    """Of the data set, or the last name of its folder."""
+    named = config.dataset not in ('', 'npz')
+    name = config.dataset if named else Path(config.data_dir).resolve().name
+    return str(hide_paths(name))
+
+
+def commit() -> str:
+    """Of the checkout that the package is in, `-dirty` if files differ from it; empty elsewhere."""
+    folder = Path(__file__).parent
+    try:
+        said = subprocess.run(
+            ['git', '-C', str(folder), 'describe', '--always', '--dirty', '--exclude', '*'],
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+    except (OSError, subprocess.CalledProcessError):
+        return ''
+    return said.stdout.strip()
+
+
+def command(config: Config, mixed_precision: str, processes: int) -> str:
     """The command that repeats a run, without its configuration file; PATH stands for the images,
     and of other folders only the last name is left."""
     settings = _changed(config)
@@ -62,9 +84,8 @@ def command(config: Config, accelerator: Accelerator) -> str:
         settings['data_dir'] = 'PATH'
     settings['stages'] = {name: _changed(stage) for name, stage in config.stages.items()}
     settings['seed'] = config.seed
-    if accelerator.mixed_precision != 'no':
-        settings['mixed_precision'] = accelerator.mixed_precision
-    processes = accelerator.num_processes
+    if mixed_precision != 'no':
+        settings['mixed_precision'] = mixed_precision
     option = f' --num_processes {processes}' if processes > 1 else ''
     parts = [f'accelerate launch{option} recipes/train.py']
     for name, value in hide_paths(settings).items():

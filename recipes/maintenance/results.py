@@ -1,0 +1,77 @@
+"""Rebuild the tables of results in the recipes' pages from the rows that runs left.
+
+    python recipes/maintenance/results.py
+    python recipes/maintenance/results.py runs/probe/results.jsonl
+
+The second adds rows first: your own, or those that somebody sent. Rows are kept in
+recipes/results/, a file for each protocol, one row for each run; of several rows of one run the
+last one counts. A page has a table between two lines, and what is between them is replaced:
+
+    <!-- results: probe -->
+    <!-- end of results -->
+
+Plots of the same rows go to .github/pictures/, named after the protocol.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from timm_fisher.files import write
+from timm_fisher.training.command_line import run
+from timm_fisher.training.results import describe, merge, note, plot, read_results, write_results
+
+ROOT = Path(__file__).resolve().parents[2]
+BLOCK = re.compile(r'(<!-- results: (\w+) -->\n).*?(<!-- end of results -->)', re.DOTALL)
+
+
+@dataclass
+class Settings:
+    """Rebuild the tables of results in the recipes' pages.
+
+    Args:
+        add: files of rows to add first.
+        results: folder of the rows.
+        pages: folder of the pages, those in its subfolders included.
+        pictures: folder of the plots.
+    """
+
+    add: list[Path] = field(default_factory=list)
+    results: Path = ROOT / 'recipes/results'
+    pages: Path = ROOT / 'recipes'
+    pictures: Path = ROOT / '.github/pictures'
+
+
+def main(settings: Settings) -> None:
+    added = [row for path in settings.add for row in read_results(path)]
+    for protocol in dict.fromkeys(row.protocol for row in added):
+        path = settings.results / f'{protocol}.jsonl'
+        kept = read_results(path) if path.exists() else []
+        rows = merge([*kept, *(row for row in added if row.protocol == protocol)])
+        write_results(rows, path)
+        print(f'{path.name}: {len(rows)} rows, {len(rows) - len(kept)} of them new')
+    for path in sorted(settings.results.glob('*.jsonl')):
+        plot(read_results(path), settings.pictures / f'{path.stem}.png')
+    for page in sorted(settings.pages.glob('**/*.md')):
+        text = page.read_text()
+        rebuilt = rebuild(text, settings.results)
+        if rebuilt != text:
+            write(page, rebuilt)
+            print(f'{page.name} rebuilt')
+
+
+def rebuild(text: str, results: Path) -> str:
+    """A page with its tables made anew."""
+
+    def table(match: re.Match[str]) -> str:
+        before, protocol, after = match.groups()
+        rows = read_results(results / f'{protocol}.jsonl')
+        return f'{before}{describe(rows)}\n\n{note(rows)}\n{after}'
+
+    return BLOCK.sub(table, text)
+
+
+if __name__ == '__main__':
+    run(main, Settings, positional='add')

@@ -1,0 +1,49 @@
+"""recipes/maintenance/results.py, and the tables of the pages."""
+
+from __future__ import annotations
+
+import pytest
+from conftest import ROOT, load_script
+
+from timm_fisher.training.results import read_results, write_results
+
+
+@pytest.fixture
+def results():
+    return load_script('maintenance/results')
+
+
+PAGES = [
+    page for page in sorted(ROOT.glob('recipes/**/*.md')) if '<!-- results:' in page.read_text()
+]
+
+
+@pytest.mark.parametrize('page', PAGES, ids=lambda page: page.name)
+def test_pages_show_the_rows(results, page):
+    """No figure of a table is typed by hand."""
+    text = page.read_text()
+    assert text.count('<!-- results:') == len(results.BLOCK.findall(text))
+    assert results.rebuild(text, ROOT / 'recipes/results') == text
+
+
+def test_rows_are_added(results, tmp_path, capsys):
+    """New ones, and those that replace others; the page around the table stays."""
+    rows = read_results(next(ROOT.glob('recipes/results/*.jsonl')))[:3]
+    protocol = rows[0].protocol
+    sent = tmp_path / 'sent.jsonl'
+    write_results(rows, sent)
+    folders = {name: tmp_path / name for name in ('results', 'pages', 'pictures')}
+    for folder in folders.values():
+        folder.mkdir()
+    write_results(rows[:1], folders['results'] / f'{protocol}.jsonl')
+    page = folders['pages'] / 'README.md'
+    page.write_text(f'before\n<!-- results: {protocol} -->\nold\n<!-- end of results -->\nafter\n')
+    results.main(results.Settings(add=[sent], **folders))
+    assert read_results(folders['results'] / f'{protocol}.jsonl') == rows
+    assert f'{protocol}.jsonl: 3 rows, 2 of them new' in capsys.readouterr().out
+    text = page.read_text()
+    assert text.startswith('before\n')
+    assert text.endswith('\nafter\n')
+    assert rows[0].name in text
+    assert 'old' not in text
+    assert (folders['pictures'] / f'{protocol}.png').exists()

@@ -1,0 +1,91 @@
+"""Rows of results: kept, merged, chosen from, shown."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from PIL import Image
+
+from timm_fisher.training.results import (
+    Result,
+    choose,
+    describe,
+    merge,
+    note,
+    plot,
+    read_results,
+    write_results,
+)
+
+ROW = Result(
+    protocol='probe', data='leaves', name='gem', settings={'stages.only.lr': 0.1},
+    backbone='resnet18', head='gem', head_kwargs={}, backbone_stage=-1, seed=0, split='test',
+    accuracy=0.5, balanced_accuracy=0.4, val_accuracy=0.6, out_features=7, head_parameters=70,
+    fit_seconds=1.0, step_milliseconds=20.0, peak_memory_mb=5, device='cpu', commit='abc',
+    versions={'torch': '2'}, command='train --seed 0',
+)  # fmt: skip
+
+
+def row(lr=0.1, seed=0, **changes):
+    command = f'train {changes.get("name", "")} --lr {lr} --seed {seed}'
+    return replace(ROW, settings={'stages.only.lr': lr}, seed=seed, command=command, **changes)
+
+
+def test_file(tmp_path):
+    """Read as written; a foreign line is named."""
+    rows = [row(), row(seed=1, knn_accuracy=0.3, diverged=True)]
+    path = tmp_path / 'rows.jsonl'
+    write_results(rows, path)
+    assert read_results(path) == rows
+    for line in ('{"accuracy": 1}', 'no JSON', '[]'):
+        path.write_text(path.read_text().splitlines()[0] + f'\n{line}\n')
+        with pytest.raises(ValueError, match=r"Line 2 of '.*rows.jsonl' is not a row of results"):
+            read_results(path)
+
+
+def test_merge():
+    """The last of one run counts; runs on other data are others."""
+    first, other, again = row(), row(seed=1), row(accuracy=0.9)
+    elsewhere = row(data='trees')
+    assert merge([first, other, again, elsewhere]) == [again, other, elsewhere]
+
+
+def test_choice():
+    """By validation, of the first seed only, the first of equals."""
+    rows = [
+        row(0.1, 3, val_accuracy=0.6, accuracy=0.9),
+        row(0.2, 3, val_accuracy=0.8, accuracy=0.1),
+        row(0.3, 3, val_accuracy=0.8, accuracy=0.9),
+        row(0.1, 4, val_accuracy=1.0, accuracy=1.0),
+        row(0.2, 4, val_accuracy=0.2, accuracy=0.2),
+    ]
+    assert choose(rows) == {'gem': [rows[1], rows[4]]}
+
+
+def test_table():
+    """Mean and deviation of the chosen rows; a line of one data set alone stays empty elsewhere."""
+    rows = [
+        row(0.1, 0), row(0.1, 1, accuracy=0.6), row(0.1, 0, name='a | <b>', knn_accuracy=0.25),
+        row(0.1, 0, data='trees', out_features=9), row(0.1, 1, data='trees'),
+    ]  # fmt: skip
+    assert describe(rows).splitlines() == [
+        '| head | pooled vector | leaves: validation | leaves: test | leaves: k-NN '
+        '| leaves: chosen | trees: validation | trees: test | trees: chosen | fit | step |',
+        '| --- |' + ' ---: |' * 10,
+        '| gem | 7 | 60.0 ± 0.0 | 55.0 ± 7.1 |  | lr 0.1 | 60.0 ± 0.0 | 50.0 ± 0.0 | lr 0.1 '
+        '| 1.0 s | 20 ms |',
+        '| a \\| &lt;b&gt; | 7 | 60.0 | 50.0 (1 of 2 seeds) | 25.0 | lr 0.1 |  |  |  '
+        '| 1.0 s | 20 ms |',
+    ]
+    one = describe(rows[:2]).splitlines()
+    assert one[0] == '| head | pooled vector | validation | test | chosen | fit | step |'
+    assert 'seeds 0, 1' in note(rows)
+    assert 'k-NN' in note(rows)
+    assert 'k-NN' not in note(rows[:2])
+
+
+def test_plot(tmp_path):
+    plot([row(), row(seed=1), row(data='trees', name='$x')], tmp_path / 'plot.png')
+    with Image.open(tmp_path / 'plot.png') as picture:
+        assert picture.height > 1000  # a line of plots for each data set
