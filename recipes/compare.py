@@ -1,6 +1,6 @@
 """Train several heads on one data set under identical conditions, and show what each brings.
 
-    python recipes/compare.py --config recipes/configs/compare.yaml --data-dir PATH
+    python recipes/compare.py --config recipes/configs/probe.yaml --data-dir PATH
 
 Every run is one of recipes/train.py, with the same splits, seeds and budget. Each head's settings
 are chosen from a grid by the validation accuracy of the first seed, and then run with all seeds;

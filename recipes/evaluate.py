@@ -3,19 +3,27 @@
     python recipes/evaluate.py --model NAME_OR_FOLDER_OR_HUB_ID --data-dir PATH
 
 PATH is a folder with test/CLASS/IMAGE, or with the split that is asked for; or a file FILE.npz, as
-recipes/train.py takes it.
+recipes/train.py takes it. `--confusion FILE.png` draws what is taken for what.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
+from matplotlib.figure import Figure
+from sklearn.metrics import ConfusionMatrixDisplay, confusion_matrix, recall_score
 
+from timm_fisher.explain import class_names
+from timm_fisher.files import save_png
 from timm_fisher.hub.pypi import from_pretrained_or_pypi
 from timm_fisher.training.command_line import run
-from timm_fisher.training.evaluate import evaluate
+from timm_fisher.training.evaluate import accuracies, predict
+from timm_fisher.training.tables import records
 
 
 @dataclass
@@ -27,6 +35,7 @@ class Evaluation:
         data_dir: folder of images, or FILE.npz.
         split: which of its splits.
         backbone: local-dir:FOLDER of an adapter's backbone.
+        confusion: PNG file for the share of each class that is taken for each class.
         batch_size: images per step.
         workers: processes that load images.
     """
@@ -35,20 +44,43 @@ class Evaluation:
     data_dir: str
     split: Literal['train', 'val', 'test'] = 'test'
     backbone: str | None = None
+    confusion: Path | None = None
     batch_size: int = 32
     workers: int = 2
 
 
 def main(settings: Evaluation) -> None:
-    """Print accuracy and balanced accuracy."""
+    """Print accuracy, balanced accuracy and the share of each class that is right."""
     model = from_pretrained_or_pypi(settings.model, settings.backbone)
     model.to('cuda' if torch.cuda.is_available() else 'cpu')
     options = {'batch_size': settings.batch_size, 'workers': settings.workers}
-    result = evaluate(model, settings.data_dir, settings.split, **options)
+    labels, predicted = predict(model, settings.data_dir, settings.split, **options)
+    result = accuracies(labels, predicted)
     print(
         f'{settings.model}, {settings.split}: accuracy {result["accuracy"]:.2%}, balanced accuracy '
         f'{result["balanced_accuracy"]:.2%} of {result["samples"]} images'
     )
+    names = class_names(model)
+    shares = recall_score(labels, predicted, labels=range(len(names)), average=None)
+    rows = zip(names, shares, np.bincount(labels, minlength=len(names)), strict=True)
+    lines = [{'class': name, 'right': f'{share:.1%}', 'images': n} for name, share, n in rows]
+    print(f'\n{records(lines)}')
+    if settings.confusion:
+        draw_confusion(labels, predicted, names, settings.confusion)
+
+
+def draw_confusion(
+    labels: list[int], predicted: list[int], names: Sequence[str], path: Path
+) -> None:
+    """Percent of each class (row) that is taken for each class."""
+    size = 2 + 0.4 * len(names)
+    figure = Figure(figsize=(size, size), layout='tight')
+    counts = confusion_matrix(labels, predicted, labels=range(len(names)))
+    shares = 100 * counts / counts.sum(1, keepdims=True).clip(1)
+    ConfusionMatrixDisplay(shares, display_labels=names).plot(
+        ax=figure.subplots(), cmap='Blues', values_format='.0f', xticks_rotation=90, colorbar=False
+    )
+    save_png(figure, path)
 
 
 if __name__ == '__main__':

@@ -23,11 +23,12 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / 'README.md').read_text()
 PROJECT = tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']
 PAGES = [
-    Path(page)
-    for page in (
-        'README.md', 'recipes/README.md', 'hub_cards/README.md', 'timm_fisher/heads/README.md',
+    page.relative_to(ROOT)
+    for pattern in (
+        'README.md', 'recipes/**/*.md', 'hub_cards/README.md', 'timm_fisher/heads/README.md',
         '.github/CONTRIBUTING.md', '.github/CHANGELOG.md',
     )
+    for page in sorted(ROOT.glob(pattern))
 ]  # fmt: skip
 CARDS = [path.relative_to(ROOT) for path in sorted(ROOT.glob('hub_cards/*/README.md'))]
 CONFIGURATIONS = [path.relative_to(ROOT) for path in sorted(ROOT.glob('recipes/configs/*.yaml'))]

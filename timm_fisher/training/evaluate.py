@@ -41,7 +41,15 @@ def accuracies(labels: Sequence[int], predicted: Sequence[int]) -> dict[str, Any
 def evaluate(
     model: PooledModel, data_dir: str, split: str, *, batch_size: int = 32, workers: int = 2
 ) -> dict[str, Any]:
-    """`accuracies` on a split, by the model's own preprocessing, on the model's device.
+    """`accuracies` of what `predict` gives, whose arguments and errors it has."""
+    return accuracies(*predict(model, data_dir, split, batch_size=batch_size, workers=workers))
+
+
+def predict(
+    model: PooledModel, data_dir: str, split: str, *, batch_size: int = 32, workers: int = 2
+) -> tuple[list[int], list[int]]:
+    """Classes of the images of a split, and those that the model predicts, by its own
+    preprocessing, on its device.
 
     Args:
         model: with a classifier.
@@ -72,7 +80,7 @@ def evaluate(
             predicted += logits.argmax(1).tolist()
     finally:
         model.train(was_training)
-    return accuracies(images.labels.tolist(), predicted)
+    return images.labels.tolist(), predicted
 
 
 def _load_split(data_dir: str, split: str, model: PooledModel) -> Split:
