@@ -167,7 +167,11 @@ def train_machine(
         upper = Machine(hidden, below, generator, down=2.0)
         upper.train(below, epochs, learning_rate)
         machine.weights = [*lower.weights, *upper.weights]
-        machine.biases = [*lower.biases, upper.biases[1]]
         machine.centres = [*lower.centres, upper.centres[1]]
+        # The layer above takes the place of the doubled input. Around the centres that changes
+        # nothing; the bias takes up the difference of what the two sides give at the centres.
+        visible, _, above = machine.centres
+        middle = lower.biases[1] + visible @ lower.weights[0] - upper.weights[0] @ above
+        machine.biases = [lower.biases[0], middle, upper.biases[1]]
     machine.train(v, epochs, learning_rate)
     return machine
