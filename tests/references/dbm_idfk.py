@@ -6,6 +6,7 @@ from itertools import pairwise, product
 from typing import Any
 
 import numpy as np
+from scipy.optimize import minimize
 
 
 def logistic(x: np.ndarray) -> np.ndarray:
@@ -107,3 +108,38 @@ def model_moments(weights: list[np.ndarray], biases: list[np.ndarray]) -> np.nda
     return np.concatenate(
         [(chance[:, None] * below).T.dot(above).ravel() for below, above in pairwise(every)]
     )
+
+
+def statistics(layers: list[np.ndarray]) -> np.ndarray:
+    """What the parameters multiply: `v h1^T | h1 h2^T | v | h1 | h2` of layers `[n, size]`."""
+    pairs = pairwise(layers)
+    products = [(a[:, :, None] * b[:, None, :]).reshape(len(a), -1) for a, b in pairs]
+    return np.concatenate([*products, *layers], 1)
+
+
+def log_likelihood_and_gradient(
+    parameters: np.ndarray, share: np.ndarray, every: np.ndarray
+) -> tuple[float, np.ndarray]:
+    """Mean log-likelihood of data that have each visible state with frequency `share`, and its
+    gradient: the moments of the data, with exact posteriors, minus those of the model. `every`
+    holds the statistics of all states."""
+    joint = (every @ parameters).reshape(len(share), -1)  # by visible state and hidden state
+    joint -= joint.max()
+    visible = np.logaddexp.reduce(joint, 1)
+    log_z = np.logaddexp.reduce(visible)
+    clamped = share[:, None] * np.exp(joint - visible[:, None])
+    gradient = (clamped - np.exp(joint - log_z)).ravel() @ every
+    return float(share @ visible - log_z), gradient
+
+
+def best_log_likelihood(share: np.ndarray, every: np.ndarray, starts: int = 4) -> float:
+    """The largest mean log-likelihood that L-BFGS finds from several random starts."""
+
+    def falling(parameters: np.ndarray) -> tuple[float, np.ndarray]:
+        value, gradient = log_likelihood_and_gradient(parameters, share, every)
+        return -value, -gradient
+
+    rng = np.random.default_rng(0)
+    starts_at = rng.normal(size=(starts, every.shape[1]))
+    ends = [minimize(falling, start, jac=True, method='L-BFGS-B') for start in starts_at]
+    return -min(end.fun for end in ends)
