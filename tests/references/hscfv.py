@@ -10,7 +10,7 @@ from references.sparse_fisher import lista
 
 def codes(state: dict[str, np.ndarray], x: np.ndarray, arguments: dict[str, Any]) -> tuple:
     """Both codes of one descriptor `[C]`, and what they leave of it."""
-    left = state['reduce.weight'] @ x + state['reduce.bias']
+    left = state['reduce.weight'] @ x / state['reduce.scale'] + state['reduce.bias']
     found = []
     for name in ('common', 'residual'):
         part = {
@@ -18,7 +18,7 @@ def codes(state: dict[str, np.ndarray], x: np.ndarray, arguments: dict[str, Any]
             for key, value in state.items()
             if key.startswith(f'{name}.')
         }
-        same = {'reduce.weight': np.eye(len(left)), 'reduce.bias': np.zeros(len(left))}
+        same = {'reduce.weight': np.eye(len(left)), 'reduce.scale': 1, 'reduce.bias': 0 * left}
         _, u = lista({**part, **same}, left, {'iterations': arguments['iterations']})
         left = left - part['dictionary'] @ u
         found.append(u)

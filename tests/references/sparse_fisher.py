@@ -13,7 +13,7 @@ def soft_threshold(v: np.ndarray, threshold: np.ndarray) -> np.ndarray:
 
 def lista(state: dict[str, np.ndarray], x: np.ndarray, arguments: dict[str, Any]) -> tuple:
     """Reduced descriptor `[d]` and its code `[m]`, for one descriptor `[C]`."""
-    y = state['reduce.weight'] @ x + state['reduce.bias']
+    y = state['reduce.weight'] @ x / state['reduce.scale'] + state['reduce.bias']
     dictionary = state['dictionary']
     if arguments.get('tied'):
         step = 1 / (2 * np.linalg.eigvalsh(dictionary.T @ dictionary).max())

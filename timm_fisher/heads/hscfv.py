@@ -1,6 +1,6 @@
 """HSCFV: Fisher vector of a compositional model, with a common and a residual dictionary.
 
-    y = R x + r                                  reduction C -> d, started from PCA
+    y = R x / scale + r                          reduction C -> d, started from PCA
     u = sparse code of y over m atoms B          LISTA, as in sparse_fisher
     v = sparse code of y - B u over n atoms B'   LISTA with weights of its own
     e = y - B u - B' v
@@ -28,12 +28,12 @@ Vector Coding for Image Classification", TPAMI 2017.
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from timm_fisher.fitting.stream import DescriptorStream
 from timm_fisher.head import MOST_FEATURES, MOST_ITERATIONS, PoolingHead, check_range
-from timm_fisher.numerics.clustering import start_reduction
-from timm_fisher.numerics.linalg import Linear, power_l2, precise
+from timm_fisher.numerics.linalg import power_l2, precise
+from timm_fisher.numerics.reduction import Reduction
 from timm_fisher.numerics.sparse_coding import SparseCoder, learn_dictionary
 
 FIT_SAMPLE = 10_000  # descriptors that PCA and dictionaries are fitted to
@@ -79,9 +79,7 @@ class HybridFisher(PoolingHead):
         self.in_features = in_features
         self.out_features = d * (code_dim + residual_code_dim)
         self.sparsity = sparsity
-        self.reduce = Linear(in_features, d)
-        nn.init.orthogonal_(self.reduce.weight)
-        nn.init.zeros_(self.reduce.bias)
+        self.reduce = Reduction(in_features, d)
         self.common = SparseCoder(d, code_dim, iterations, sparsity)
         self.residual = SparseCoder(d, residual_code_dim, iterations, sparsity)
 
@@ -107,7 +105,7 @@ class HybridFisher(PoolingHead):
     @torch.no_grad()
     def fit(self, stream: DescriptorStream) -> None:
         """PCA for the reduction, then a dictionary, and another of what its codes leave."""
-        y = start_reduction(self.reduce, stream.sample(FIT_SAMPLE))
+        y = self.reduce.start(stream.sample(FIT_SAMPLE))
         for coder in (self.common, self.residual):
             coder.start(learn_dictionary(y, coder.dictionary.shape[1], self.sparsity))
             _, y = coder(y)

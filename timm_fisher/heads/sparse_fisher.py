@@ -1,6 +1,6 @@
 """Deep sparse coding Fisher vector.
 
-    y  = R x + r                                reduction C -> d, started from PCA
+    y  = R x / scale + r                        reduction C -> d, started from PCA
     u0 = T(W y),  uk = T(S u(k-1) + W y)        LISTA: sparse code over the atoms of B
     G  = 1/N sum_i (y_i - B u_i) u_i^T          Fisher code, d x m (eq. 4)
     z  = power_l2(vec G)
@@ -12,7 +12,8 @@ Where the paper is silent, and what is done here:
 - The normalisation at the end is the one of the off-the-shelf method that the paper builds on
   (Liu et al., NIPS 2014).
 - The penalty is absolute, so its effect would depend on the backbone's scale. `fit` therefore
-  scales the reduction by one number, such that the mean squared length of y is 1.
+  scales the reduction by one number, such that the mean squared length of y is 1. The data's scale
+  is a buffer: in R it made the warm-up diverge at the paper's learning rate.
 - Eq. 1 alone can be lowered without end by longer atoms and shorter codes. `project_` keeps each
   atom within the unit ball, the usual constraint of dictionary learning.
 - Eq. 1 is least, zero, where the reduction gives zero. So its y is held fixed: the unsupervised
@@ -29,8 +30,8 @@ from torch import Tensor, nn
 
 from timm_fisher.fitting.stream import DescriptorStream
 from timm_fisher.head import MOST_FEATURES, MOST_ITERATIONS, PoolingHead, check_range
-from timm_fisher.numerics.clustering import start_reduction
-from timm_fisher.numerics.linalg import Linear, power_l2, precise
+from timm_fisher.numerics.linalg import power_l2, precise
+from timm_fisher.numerics.reduction import Reduction
 from timm_fisher.numerics.sparse_coding import ista, learn_dictionary, lista
 
 FIT_SAMPLE = 10_000  # descriptors that PCA and dictionary are fitted to (section 3.3)
@@ -83,9 +84,7 @@ class SparseFisher(PoolingHead):
         self.tied = tied
         self.normalize = normalize
 
-        self.reduce = Linear(in_features, d)
-        nn.init.orthogonal_(self.reduce.weight)
-        nn.init.zeros_(self.reduce.bias)
+        self.reduce = Reduction(in_features, d)
         self.dictionary = nn.Parameter(F.normalize(torch.randn(d, code_dim), dim=0))
         if not tied:
             self.encoder = nn.Parameter(torch.empty(code_dim, d))
@@ -108,7 +107,7 @@ class SparseFisher(PoolingHead):
     @torch.no_grad()
     def fit(self, stream: DescriptorStream) -> None:
         """PCA for the reduction, dictionary learning for B, then W, S and the threshold from B."""
-        y = start_reduction(self.reduce, stream.sample(FIT_SAMPLE))
+        y = self.reduce.start(stream.sample(FIT_SAMPLE))
         self.dictionary.copy_(learn_dictionary(y, self.dictionary.shape[1], self.sparsity))
         if not self.tied:
             self._start_from_dictionary()
