@@ -23,6 +23,7 @@ if 'PYTEST_XDIST_WORKER' in os.environ:  # one of several processes: as many thr
     torch.set_num_threads(1)
 
 ROOT = Path(__file__).parent.parent
+DATA = Path(os.environ.get('TIMM_FISHER_DATA', ROOT.parent / 'shared' / 'data'))
 COLOURS = {'blue': (70, 70, 200), 'green': (70, 200, 70), 'red': (200, 70, 70)}
 TINY = {
     'backbone': 'test_resnet', 'backbone_stage': -2, 'img_size': 32, 'crop_pct': 1.0,

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
 import timm
 import torch
-from conftest import ROOT, load_script
+from conftest import DATA, ROOT, load_script
 from huggingface_hub import ModelCard
 from huggingface_hub.utils import validate_repo_id
 from safetensors import safe_open
@@ -24,7 +22,6 @@ from timm_fisher.hub.pypi import write_lite0
 from timm_fisher.hub.save import FILES
 
 CARDS = ROOT / 'hub_cards'
-DATA = Path(os.environ.get('TIMM_FISHER_DATA', ROOT.parent / 'shared' / 'data'))
 MACHINE = re.compile(r'(?<![\w.~/-])/(?:work|tmp|home|root|Users|mnt|data|opt|var|venv)\b')
 RELEASED = timm_fisher.list_pretrained()
 released = pytest.mark.parametrize('name', RELEASED)
