@@ -126,6 +126,7 @@ def test_a_rate_that_diverges_does_not_stop_the_others(images, tmp_path, name, l
     assert not result['good']['diverged']
     assert result['good']['steps'] == 16
     assert of(result['good']) == of(train_probes({'good': good})['good'])
+    assert of(result['bad']) == of(train_probes({'bad': bad})['bad'])  # none is left
 
 
 @pytest.mark.parametrize(

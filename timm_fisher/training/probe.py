@@ -266,16 +266,18 @@ def _check(configs: Mapping[str, Config]) -> Config:
 
 def _train(probes: dict[str, Probe], pool: Pool, config: Config) -> None:
     generator = torch.Generator().manual_seed(config.seed)
-    sources = pool.sources('train', probes.values())
-    loader = DataLoader(sources, config.batch_size, shuffle=True, generator=generator)
     device = pool.accelerator.device
     epochs = max(probe.stage.epochs for probe in probes.values())
     for epoch in (bar := trange(epochs, desc=f'{len(probes)} probes', disable=None)):
         running = [
             probe for probe in probes.values() if epoch < probe.stage.epochs and not probe.diverged
         ]
+        if not running:
+            break
         for probe in running:
             probe.objective.train()
+        sources = pool.sources('train', running)
+        loader = DataLoader(sources, config.batch_size, shuffle=True, generator=generator)
         for batch in loader:
             x, y = send_to_device(batch, device)
             for probe in (probe for probe in running if not probe.diverged):
@@ -292,8 +294,10 @@ def _train(probes: dict[str, Probe], pool: Pool, config: Config) -> None:
 @torch.no_grad()
 def _accuracies(probes: list[Probe], pool: Pool, split: str) -> list[dict[str, Any]]:
     """`accuracies` of each probe on a split, which is read once."""
+    if not probes:
+        return []
     sources = pool.sources(split, probes)
-    batch_size = max((probe.config.batch_size for probe in probes), default=1)
+    batch_size = max(probe.config.batch_size for probe in probes)
     for probe in probes:
         probe.objective.eval()
     predicted: list[list[int]] = [[] for _ in probes]
