@@ -122,7 +122,9 @@ def test_variants(compare):
             compare.Comparison(seeds=seeds)
 
 
-@pytest.mark.parametrize('name', ['compare_finetune', 'probe'])
+@pytest.mark.parametrize(
+    'name', ['compare_finetune', 'probe', 'release_search', 'sparse_fisher_steps']
+)
 def test_configuration_is_one_of_train(compare, name):
     """Each variant of a configuration that is shipped is a model that can be built."""
     config = yaml.safe_load((ROOT / f'recipes/configs/{name}.yaml').read_text())
