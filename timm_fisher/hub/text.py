@@ -9,8 +9,9 @@ from typing import Any
 LONGEST_LABEL = 200  # characters of the name of a class
 # Spaces and joiners that ordinary names hold, though Python does not count them as printable.
 _ALLOWED = {'\u00a0', '\u200c', '\u200d'}
-# What means something anywhere in a line; between words; and at its beginning.
-_MARKDOWN = re.compile(r'[\\`*\[\]|~]|(?<!\w)_|_(?!\w)|^[#+=-]|(?<=\d)[.)](?=\s|$)')
+# What means something anywhere in a line, between words, and at its beginning; a list's number.
+_MARKDOWN = re.compile(r'[\\`*\[\]|~]|(?<!\w)_|_(?!\w)|^[#+=-]')
+_NUMBERED = re.compile(r'^(\d+)([.)])(?=\s|$)')
 # What a local path begins with: ~user/, ./, ../, /, a drive or \\; but not the // of https://.
 _LOCAL = r'(?:~[\w.-]*[\\/]|\.\.?[\\/]|/(?!/)|[A-Za-z]:[\\/](?!/)|\\\\)'
 _REPOSITORY = r'\w[\w.-]*(?:/\w[\w.-]*)?'
@@ -51,7 +52,8 @@ def is_shown(character: str) -> bool:
 
 def escape_markdown(text: str) -> str:
     """A text of one line that Markdown, in a table too, shows as it is."""
-    return _MARKDOWN.sub(r'\\\g<0>', html.escape(text.strip(), quote=False))
+    escaped = _MARKDOWN.sub(r'\\\g<0>', html.escape(text.strip(), quote=False))
+    return _NUMBERED.sub(r'\1\\\2', escaped)
 
 
 def code_block(text: str, language: str) -> str:
