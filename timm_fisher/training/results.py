@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from timm_fisher.files import save_png, write
 from timm_fisher.hub.text import escape_markdown
@@ -201,26 +202,38 @@ def _unique(field: str, results: Iterable[Result]) -> list[Any]:
 
 
 def plot(results: Iterable[Result], path: Path) -> None:
-    """Accuracy against the size of the pooled vector and against the time of a step, a row of
-    plots for each data set, with bars of one standard deviation."""
+    """Accuracy of each head, numbered as in the table, and the same against the size of the pooled
+    vector and the time of a step, a row of plots for each data set; bars of one standard
+    deviation."""
     chosen = by_data(results)
-    figure = Figure(figsize=(14, 5.5 * len(chosen)), layout='tight')
-    plots = figure.subplots(len(chosen), len(AXES), squeeze=False)
-    for (data, named), of_data in zip(chosen.items(), plots, strict=True):
-        for (field, title), axes in zip(AXES.items(), of_data, strict=True):
-            for i, (name, rows) in enumerate(named.items()):
+    numbers = {
+        name: i for i, name in enumerate(dict.fromkeys(n for c in chosen.values() for n in c))
+    }
+    height = 1.5 + 0.22 * len(numbers)
+    figure = Figure(figsize=(16, height * len(chosen)), layout='tight')
+    plots = figure.subplots(len(chosen), 1 + len(AXES), squeeze=False)
+    for (data, named), (of_heads, *others) in zip(chosen.items(), plots, strict=True):
+        split = next(iter(named.values()))[0].split
+        for name, rows in named.items():
+            accuracies = [100 * row.accuracy for row in rows]
+            mean, number = statistics.mean(accuracies), numbers[name]
+            spread = statistics.stdev(accuracies) if len(rows) > 1 else 0.0
+            style: dict[str, Any] = {'fmt': 'o', 'capsize': 3, 'color': f'C{number % 10}'}
+            of_heads.errorbar(mean, number, xerr=spread, **style)
+            for field, axes in zip(AXES, others, strict=True):
                 x = statistics.median(getattr(row, field) for row in rows)
-                accuracies = [100 * row.accuracy for row in rows]
-                y = statistics.mean(accuracies)
-                spread = statistics.stdev(accuracies) if len(rows) > 1 else 0.0
-                colour = f'C{i % 10}'
-                axes.errorbar(x, y, spread, fmt='o', capsize=3, color=colour)
+                axes.errorbar(x, mean, spread, alpha=0.7, **style)
                 axes.annotate(
-                    name, (x, y), xytext=(6, 4), textcoords='offset points', fontsize=8,
-                    color=colour, parse_math=False,
+                    str(number + 1), (x, mean), xytext=(4, 3), textcoords='offset points',
+                    fontsize=8, color=style['color'],
                 )  # fmt: skip
-            split = next(iter(named.values()))[0].split
-            axes.set(xscale='log', xlabel=title, ylabel=f'{data}: {split} accuracy (%)')
-            axes.margins(x=0.15)
+        labels = [f'{name}  {number + 1}' for name, number in numbers.items()]
+        of_heads.set_yticks(range(len(labels)), labels, fontsize=8, parse_math=False)
+        of_heads.set(xlabel=f'{data}: {split} accuracy (%)', ylim=(len(labels) - 0.5, -0.5))
+        for title, axes in zip(AXES.values(), others, strict=True):
+            axes.set_xscale('log')
+            axes.xaxis.set_minor_formatter(NullFormatter())
+            axes.set(xlabel=title, ylabel=f'{data}: {split} accuracy (%)')
+        for axes in (of_heads, *others):
             axes.grid(alpha=0.3)
     save_png(figure, path)
