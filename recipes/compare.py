@@ -9,7 +9,7 @@ the test split is only ever reported. A head that is trained may have a grid of 
 features of a frozen backbone, which is much faster; their models are not kept.
 
 Leaves in `--output`: table.md, results.jsonl (a row for each run, of the search too), plot.png
-(accuracy against size of the pooled vector and against time of a step) and the runs; a comparison
+(accuracy, also against size of the pooled vector and time of training) and the runs; a comparison
 that was interrupted goes on where it stopped, at the last run or pass.
 """
 
@@ -58,8 +58,8 @@ class Comparison:
         data_dir: as train.py takes it; empty for that of `train`.
         seeds: of the runs; the first chooses the settings.
         only: names of variants to run, besides the baselines; empty for all.
-        known: file of results, such as recipes/results/finetune.jsonl; runs that are in it are not
-            repeated.
+        known: file of results, such as recipes/results/finetune.jsonl; runs that are in it, of
+            whatever commit, on data of this name, are not repeated.
         one_pass: train all heads and settings of a seed side by side, as
             `timm_fisher.training.probe.train_probes` does.
         train: options of train.py for every run.
@@ -87,6 +87,10 @@ class Comparison:
                 f'--only names {sorted(unknown)}; the variants are {list(self.variants)}.'
             )
         command_line.check_lists(self, 'seeds')
+        grids = [self.search, *(v['search'] for v in self.variants.values() if 'search' in v)]
+        for key, values in (pair for grid in grids for pair in grid.items()):
+            if len({json.dumps(value) for value in values}) < max(1, len(values)):
+                raise ValueError(f'search has {key}: {values}; give one or more, all different.')
         if self.data_dir:
             self.train = {**self.train, 'data_dir': self.data_dir}
         kept = {*BASELINES, *(self.only or self.variants)}
@@ -162,6 +166,8 @@ def measure(
     commands = [command(config, config.mixed_precision or 'no', 1) for config in configs]
     data = data_name(configs[0])
     missing = [i for i, words in enumerate(commands) if (data, words) not in known_as]
+    if known:
+        print(f'{len(runs) - len(missing)} of {len(runs)} runs of seed {seed} are known')
     measured = (train_all if comparison.one_pass else launch_each)(
         [runs[i] for i in missing], [configs[i] for i in missing], Path(comparison.output)
     )

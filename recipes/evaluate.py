@@ -61,9 +61,14 @@ def main(settings: Evaluation) -> None:
         f'{result["balanced_accuracy"]:.2%} of {result["samples"]} images'
     )
     names = class_names(model)
-    shares = recall_score(labels, predicted, labels=range(len(names)), average=None)
+    shares = recall_score(
+        labels, predicted, labels=range(len(names)), average=None, zero_division=np.nan
+    )
     rows = zip(names, shares, np.bincount(labels, minlength=len(names)), strict=True)
-    lines = [{'class': name, 'right': f'{share:.1%}', 'images': n} for name, share, n in rows]
+    lines = [
+        {'class': name, 'right': f'{share:.1%}' if n else '', 'images': n}
+        for name, share, n in rows
+    ]
     print(f'\n{records(lines)}')
     if settings.confusion:
         draw_confusion(labels, predicted, names, settings.confusion)

@@ -62,9 +62,7 @@ def test_settings_are_chosen_on_validation_data_of_the_first_seed(compare, tmp_p
     assert [row.settings for row in rows] == [{'stages.a.lr': rate} for rate, _ in launched]
     assert [row.accuracy for row in rows] == pytest.approx([0.95, 0.85, 0.75, 0.65, 0.86])
     assert [row.val_accuracy for row in rows] == pytest.approx([0.6, 0.8, 0.8, 0.7, 0.2])
-    assert {(row.name, row.data, row.step_milliseconds) for row in rows} == {
-        ('x', tmp_path.name, 200.0)
-    }
+    assert {(row.name, row.data, row.train_seconds) for row in rows} == {('x', tmp_path.name, 2.0)}
 
 
 def test_known_runs_are_not_repeated(compare, tmp_path, launched):
@@ -164,6 +162,9 @@ def test_one_pass(compare, images, tmp_path, monkeypatch, capsys):
     assert {line[header.index('chosen')] for line in lines} <= {'lr 0.001', 'lr 0.01'}
     compare.main(comparison)
     assert calls == [8, 4]
+    comparison.known, comparison.output = str(tmp_path / 'out/results.jsonl'), str(tmp_path / 'b')
+    compare.main(comparison)
+    assert calls == [8, 4]
     rows = compare.read_results(tmp_path / 'out/results.jsonl')
     assert [row.seed for row in rows] == [0] * 8 + [1] * 4
     assert {row.data for row in rows} == {images.name}
@@ -205,6 +206,12 @@ def test_the_command(images, tmp_path):
     assert second.returncode == 0, second.stderr
     assert '| fisher |' in second.stdout
     assert {path: path.stat().st_mtime_ns for path in before} == before
+    # Rows are recognised by their command, from wherever they come.
+    known = ['--known', str(tmp_path / 'out/results.jsonl'), '--output', str(tmp_path / 'new')]
+    third = subprocess.run([*command, *known], cwd=ROOT, capture_output=True, text=True)
+    assert third.returncode == 0, third.stderr
+    assert third.stdout.endswith(second.stdout)
+    assert not [*tmp_path.glob('new/**/metrics.json')]
 
 
 def test_unsupervised_stages_are_refused(compare, tmp_path):
@@ -228,6 +235,11 @@ def test_mistyped_stage_of_a_search_is_refused(compare, tmp_path, capsys):
         compare.main(comparison)
     assert "stages has no 'onyl', only ['only']" in capsys.readouterr().err
     assert not (tmp_path / 'out').exists()
+
+
+def test_equal_values_of_a_search_are_refused(compare):
+    with pytest.raises(ValueError, match=r'search has a.lr: \[1, 1\]; give one or more'):
+        compare.Comparison(variants={'x': {'search': {'a.lr': [1, 1]}}})
 
 
 def test_wrong_variant_is_named(compare):

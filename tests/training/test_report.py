@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shlex
 from dataclasses import asdict
-from types import SimpleNamespace
 
 import pytest
 import timm
@@ -15,6 +14,7 @@ from conftest import TINY, write_images
 from PIL import Image
 from run_checks import parse_config
 
+from timm_fisher.training import report
 from timm_fisher.training.config import Config
 from timm_fisher.training.report import command, draw_curve, head_names
 
@@ -75,15 +75,14 @@ def test_command_repeats_a_run(arguments, tmp_path):
     of_place = ['--cache_dir', str(tmp_path), '--output', str(tmp_path)]
     weights = ['--backbone', f'local-dir:{tmp_path}/weights', '--seed', '3']
     config = parse_config(['--config', str(file), *arguments, *of_place, *weights])
-    accelerator = SimpleNamespace(mixed_precision='no', num_processes=1)
-    text = command(config, accelerator)
+    text = command(config, 'no', 1)
     assert str(tmp_path) not in text
     words = shlex.split(text.replace('\\\n', ' '))
     assert words[:3] == ['accelerate', 'launch', 'recipes/train.py']
     again = {**asdict(config), 'data_dir': 'PATH', 'backbone': 'local-dir:weights'}
-    again |= {key: getattr(Config, key) for key in ('output', 'cache_dir')}
+    again |= {key: getattr(Config, key) for key in ('output', 'cache_dir', 'workers')}
     assert asdict(parse_config(words[3:])) == again
-    text = command(config, SimpleNamespace(mixed_precision='bf16', num_processes=2))
+    text = command(config, 'bf16', 2)
     assert 'accelerate launch --num_processes 2 ' in text
     assert '--mixed_precision bf16' in text
 
@@ -113,3 +112,10 @@ def test_curve(tmp_path, supervised):
     with Image.open(tmp_path / 'curve.png') as picture:
         assert picture.format == 'PNG'
         assert picture.width > 1000
+
+
+def test_commit_of_the_checkout_alone(tmp_path, monkeypatch):
+    """Not of a checkout that the package happens to be installed in."""
+    assert report._commit() == report._git('describe', '--always', '--dirty', '--exclude', '*')
+    monkeypatch.setattr(report.timm_fisher, '__file__', f'{tmp_path}/.venv/timm_fisher/__init__.py')
+    assert report._commit() == ''

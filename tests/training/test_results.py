@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
 
 import pytest
 from PIL import Image
@@ -21,8 +22,9 @@ from timm_fisher.training.results import (
 ROW = Result(
     protocol='probe', data='leaves', name='gem', settings={'stages.only.lr': 0.1},
     backbone='resnet18', head='gem', head_kwargs={}, backbone_stage=-1, seed=0, split='test',
-    accuracy=0.5, balanced_accuracy=0.4, val_accuracy=0.6, out_features=7, head_parameters=70,
-    fit_seconds=1.0, step_milliseconds=20.0, peak_memory_mb=5, device='cpu', commit='abc',
+    accuracy=0.5, balanced_accuracy=0.4, val_accuracy=0.6, best_stage='only', out_features=7,
+    head_parameters=70, fit_seconds=1.0, train_seconds=20.0, steps=100, peak_memory_mb=5,
+    device='cpu', commit='abc',
     versions={'torch': '2'}, command='train --seed 0',
 )  # fmt: skip
 
@@ -32,13 +34,25 @@ def row(lr=0.1, seed=0, **changes):
     return replace(ROW, settings={'stages.only.lr': lr}, seed=seed, command=command, **changes)
 
 
+def replace_in(result, **changes):
+    """The line of a row with other values."""
+    return json.dumps({**asdict(result), **changes})
+
+
 def test_file(tmp_path):
     """Read as written; a foreign line is named."""
     rows = [row(), row(seed=1, knn_accuracy=0.3, diverged=True)]
     path = tmp_path / 'rows.jsonl'
     write_results(rows, path)
     assert read_results(path) == rows
-    for line in ('{"accuracy": 1}', 'no JSON', '[]'):
+    foreign = [
+        replace_in(rows[0], **change)
+        for change in (
+            {'accuracy': '0.9'}, {'accuracy': float('nan')}, {'val_accuracy': 2.0},
+            {'protocol': '../x'}, {'name': 'a\n# b'}, {'settings': {'a': '\x1b'}}, {'split': '|'},
+        )
+    ]  # fmt: skip
+    for line in ('{"accuracy": 1}', 'no JSON', '[]', *foreign):
         path.write_text(path.read_text().splitlines()[0] + f'\n{line}\n')
         with pytest.raises(ValueError, match=r"Line 2 of '.*rows.jsonl' is not a row of results"):
             read_results(path)
@@ -61,6 +75,14 @@ def test_choice():
         row(0.2, 4, val_accuracy=0.2, accuracy=0.2),
     ]
     assert choose(rows) == {'gem': [rows[1], rows[4]]}
+    # Rows of several machines, in any order; a run that was repeated counts once.
+    again = row(0.2, 4, val_accuracy=0.3)
+    assert choose([*rows[3:], *rows[:3], again]) == {'gem': [again, rows[1]]}
+
+
+def test_other_backbones_are_other_lines():
+    rows = [row(), row(backbone='vit', accuracy=0.9)]
+    assert choose(rows) == {'gem, resnet18': rows[:1], 'gem, vit': rows[1:]}
 
 
 def test_table():
@@ -71,18 +93,29 @@ def test_table():
     ]  # fmt: skip
     assert describe(rows).splitlines() == [
         '| head | pooled vector | leaves: validation | leaves: test | leaves: k-NN '
-        '| leaves: chosen | trees: validation | trees: test | trees: chosen | fit | step |',
+        '| leaves: chosen | trees: validation | trees: test | trees: chosen | fit | training |',
         '| --- |' + ' ---: |' * 10,
         '| gem | 7 | 60.0 ± 0.0 | 55.0 ± 7.1 |  | lr 0.1 | 60.0 ± 0.0 | 50.0 ± 0.0 | lr 0.1 '
-        '| 1.0 s | 20 ms |',
+        '| 1.0 s | 20 s |',
         '| a \\| &lt;b&gt; | 7 | 60.0 | 50.0 (1 of 2 seeds) | 25.0 | lr 0.1 |  |  |  '
-        '| 1.0 s | 20 ms |',
+        '| 1.0 s | 20 s |',
     ]
     one = describe(rows[:2]).splitlines()
-    assert one[0] == '| head | pooled vector | validation | test | chosen | fit | step |'
+    assert one[0] == '| head | pooled vector | validation | test | chosen | fit | training |'
     assert 'seeds 0, 1' in note(rows)
     assert 'k-NN' in note(rows)
     assert 'k-NN' not in note(rows[:2])
+
+
+def test_columns_of_lines_that_share_none():
+    """A head on each data set, one with a test split; on two devices times are not shown; what
+    was best in the first of two stages is told."""
+    rows = [row(), row(name='b', data='trees', split='val', device='gpu', best_stage='all')]
+    assert describe(rows).splitlines()[0] == (
+        '| head | pooled vector | leaves: validation | leaves: test | leaves: best in '
+        '| leaves: chosen | trees: validation | trees: val | trees: best in | trees: chosen |'
+    )
+    assert '| all 1 |' in describe(rows)
 
 
 def test_plot(tmp_path):

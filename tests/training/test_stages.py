@@ -185,8 +185,8 @@ def test_head_lr_scale(step):
     once = step(options, lr=0.1, start=start)
     scaled = step(options, lr=0.1, head_lr_scale=10.0, start=start)
     # project_ cuts the dictionary's atoms back after the step.
-    parts = ('classifier.', 'head.reduce.weight', 'head.encoder', 'head.lateral')
-    for part in parts:
+    trained = ('classifier.', 'head.reduce.weight', 'head.reduce.bias', 'head.encoder')
+    for part in (*trained, 'head.lateral'):
         for name, change in parameters_of(once, part).items():
             assert change.norm() > 0, name
             torch.testing.assert_close(scaled[name], 10 * change, atol=1e-5, rtol=1e-3)

@@ -15,6 +15,7 @@ import torch
 from accelerate import Accelerator
 from matplotlib.figure import Figure
 
+import timm_fisher
 from timm_fisher import PooledModel
 from timm_fisher.files import save_png
 from timm_fisher.hub.card import installed_versions
@@ -43,7 +44,7 @@ def describe(config: Config, model: PooledModel, accelerator: Accelerator) -> di
         'processes': accelerator.num_processes,
         'device': str(device),
         'command': command(config, accelerator.mixed_precision, accelerator.num_processes),
-        'commit': commit(),
+        'commit': COMMIT,
         'versions': installed_versions(),
     }
 
@@ -55,30 +56,41 @@ def head_names(config: Config) -> str:
 
 
 def data_name(config: Config) -> str:
-    """Of the data set, or the last name of its folder."""
+    """Name of the data set, or of its folder."""
     named = config.dataset not in ('', 'npz')
     name = config.dataset if named else Path(config.data_dir).resolve().name
     return str(hide_paths(name))
 
 
-def commit() -> str:
-    """Of the checkout that the package is in, `-dirty` if files differ from it; empty elsewhere."""
-    folder = Path(__file__).parent
+def _git(*arguments: str) -> str:
+    folder = str(Path(__file__).parent)
     try:
-        said = subprocess.run(
-            ['git', '-C', str(folder), 'describe', '--always', '--dirty', '--exclude', '*'],
-            capture_output=True, text=True, check=True,
-        )  # fmt: skip
+        done = subprocess.run(
+            ['git', '-C', folder, *arguments], capture_output=True, text=True, check=True
+        )
     except (OSError, subprocess.CalledProcessError):
         return ''
-    return said.stdout.strip()
+    return done.stdout.strip()
+
+
+def _commit() -> str:
+    """Of the checkout that the package is in, `-dirty` if files differ from it; empty where the
+    package is installed, be it inside the checkout of something else."""
+    top = _git('rev-parse', '--show-toplevel')
+    if not top or Path(top).resolve() != Path(timm_fisher.__file__).resolve().parents[1]:
+        return ''
+    return _git('describe', '--always', '--dirty', '--exclude', '*')
+
+
+# As the code is imported: somebody may commit while it runs.
+COMMIT = _commit()
 
 
 def command(config: Config, mixed_precision: str, processes: int) -> str:
     """The command that repeats a run, without its configuration file; PATH stands for the images,
     and of other folders only the last name is left."""
     settings = _changed(config)
-    for key in ('output', 'resume', 'cache_dir'):
+    for key in ('output', 'resume', 'cache_dir', 'workers'):
         settings.pop(key, None)
     if config.data_dir:
         settings['data_dir'] = 'PATH'

@@ -7,7 +7,10 @@ putting one file after the other. They may come from anybody, so their text is e
 from __future__ import annotations
 
 import json
+import math
+import re
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -17,11 +20,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
 from timm_fisher.files import save_png, write
-from timm_fisher.hub.text import escape_markdown
+from timm_fisher.hub.text import escape_markdown, problem
 from timm_fisher.training.tables import percent, records
 
-# Columns of plots, by the value that they show.
-AXES = {'out_features': 'pooled vector', 'step_milliseconds': 'step of training (ms)'}
+AXES = {'out_features': 'pooled vector', 'train_seconds': 'training (s)'}  # of plots
+LONGEST = 500  # characters of a text that a table shows
 
 
 @dataclass(frozen=True)
@@ -31,18 +34,23 @@ class Result:
     Attributes:
         protocol: what all runs of the comparison share; the name of its configuration.
         data: name of the data set.
-        name: of its line in the table.
+        name: of the head with its settings, as the table has it.
         settings: dotted options of train.py that were chosen from a grid.
         backbone, head, head_kwargs, backbone_stage, seed: options of train.py.
         split: that accuracies are of: 'test', or 'val' where there is none.
         accuracy, balanced_accuracy: of that split, 0 to 1.
-        val_accuracy: of the best epoch, the highest; settings are chosen by it.
+        val_accuracy: the highest of an epoch, 0 to 1; settings are chosen by it.
+        best_stage: stage of training that this epoch was in.
         out_features: size of the pooled vector.
         head_parameters: of head and classifier.
-        fit_seconds, step_milliseconds, peak_memory_mb: what it cost on `device`.
+        fit_seconds, train_seconds, steps, peak_memory_mb: what it cost on `device`; training
+            includes validation, unless many heads were trained in one pass.
         commit, versions, command: what repeats it.
-        diverged: a loss was not finite.
+        diverged: a loss was not finite; only a probe's row can say so.
         knn_accuracy: of nearest neighbours, for a head that is only fitted.
+
+    Raises:
+        ValueError: a value that a table cannot show; rows may come from anybody.
     """
 
     protocol: str
@@ -58,10 +66,12 @@ class Result:
     accuracy: float
     balanced_accuracy: float
     val_accuracy: float
+    best_stage: str
     out_features: int
     head_parameters: int
     fit_seconds: float
-    step_milliseconds: float
+    train_seconds: float
+    steps: int
     peak_memory_mb: float
     device: str
     commit: str
@@ -70,17 +80,31 @@ class Result:
     diverged: bool = False
     knn_accuracy: float | None = None
 
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r'\w+', str(self.protocol)) or self.split not in ('test', 'val'):
+            raise ValueError(f'protocol {self.protocol!r}, split {self.split!r}')
+        settings = [f'{key} {value}' for key, value in dict(self.settings).items()]
+        shown = [self.data, self.name, self.backbone, self.best_stage, self.device, *settings]
+        for text in shown:
+            if wrong := problem(text, LONGEST):
+                raise ValueError(f'a text {wrong}')
+        shares = [self.accuracy, self.balanced_accuracy, self.val_accuracy]
+        shares += [] if self.knn_accuracy is None else [self.knn_accuracy]
+        costs = [self.out_features, self.fit_seconds, self.train_seconds, self.seed]
+        if not all(isinstance(v, int | float) and math.isfinite(v) for v in [*shares, *costs]):
+            raise ValueError(f'numbers that are none among {[*shares, *costs]}')
+        if not all(0 <= share <= 1 for share in shares):
+            raise ValueError(f'accuracies {shares} outside 0 to 1')
+
 
 def result_of(
     metrics: Mapping[str, Any], *, protocol: str, data: str, name: str, settings: dict[str, Any]
 ) -> Result:
     """The row of a run, from its metrics.json."""
     split = 'test' if 'test' in metrics else 'val'
-    as_they_are = {
-        field.name: metrics[field.name] for field in fields(Result) if field.name in metrics
-    }
+    common = {field.name: metrics[field.name] for field in fields(Result) if field.name in metrics}
     return Result(
-        **as_they_are,
+        **common,
         protocol=protocol,
         data=data,
         name=name,
@@ -89,10 +113,11 @@ def result_of(
         accuracy=metrics[split]['accuracy'],
         balanced_accuracy=metrics[split]['balanced_accuracy'],
         val_accuracy=metrics['best']['val_accuracy'],
+        best_stage=metrics['best'].get('stage', ''),
         fit_seconds=metrics['seconds']['fit'],
-        step_milliseconds=1000 * metrics['seconds']['train'] / max(1, metrics['steps']),
+        train_seconds=metrics['seconds']['train'],
         knn_accuracy=metrics['knn']['accuracy'] if 'knn' in metrics else None,
-    )  # fmt: skip
+    )
 
 
 def read_results(path: Path) -> list[Result]:
@@ -105,7 +130,7 @@ def read_results(path: Path) -> list[Result]:
     for number, line in enumerate(path.read_text().splitlines(), 1):
         try:
             results.append(Result(**json.loads(line)))
-        except (TypeError, json.JSONDecodeError) as error:
+        except (TypeError, ValueError) as error:
             raise ValueError(
                 f"Line {number} of '{path}' is not a row of results: {error}"
             ) from error
@@ -126,52 +151,73 @@ def merge(results: Iterable[Result]) -> list[Result]:
 
 
 def choose(results: Iterable[Result]) -> dict[str, list[Result]]:
-    """Rows by name, of the settings that validated best with the name's first seed, the first of
-    equals; a row for each seed."""
+    """By name, and backbone where there are several, rows of the settings that validated best with
+    the seed of the search, that with which most settings were tried. One row for each seed; ties
+    go to the first."""
+    results = list(results)
+    several = len({result.backbone for result in results}) > 1
     named: dict[str, list[Result]] = {}
     for result in results:
-        named.setdefault(result.name, []).append(result)
+        label = f'{result.name}, {result.backbone}' if several else result.name
+        named.setdefault(label, []).append(result)
     chosen = {}
-    for name, rows in named.items():
-        searched = [row for row in rows if row.seed == rows[0].seed]
+    for label, rows in named.items():
+        runs = {(row.seed, json.dumps(row.settings)) for row in rows}
+        tried = Counter(seed for seed, _ in runs)
+        seed = max((row.seed for row in rows), key=lambda seed: tried[seed])
+        searched = [row for row in rows if row.seed == seed]
         best = max(searched, key=lambda row: row.val_accuracy)
-        chosen[name] = [row for row in rows if row.settings == best.settings]
+        of_seeds = {row.seed: row for row in rows if row.settings == best.settings}
+        chosen[label] = list(of_seeds.values())
     return chosen
 
 
 def by_data(results: Iterable[Result]) -> dict[str, dict[str, list[Result]]]:
     """What `choose` gives, for each data set."""
-    named: dict[str, list[Result]] = {}
+    grouped: dict[str, list[Result]] = {}
     for result in results:
-        named.setdefault(result.data, []).append(result)
-    return {data: choose(rows) for data, rows in named.items()}
+        grouped.setdefault(result.data, []).append(result)
+    return {data: choose(rows) for data, rows in grouped.items()}
 
 
 def describe(results: Iterable[Result]) -> str:
     """Markdown table; mean and standard deviation over the seeds. Rows are of one protocol."""
+    results = list(results)
     chosen = by_data(results)
-    names = list(dict.fromkeys(name for named in chosen.values() for name in named))
     seeds = max(len(rows) for named in chosen.values() for rows in named.values())
-    lines = []
-    for name in names:
-        of_data = {data: named.get(name, []) for data, named in chosen.items()}
-        rows = next(rows for rows in of_data.values() if rows)
-        line = {'head': escape_markdown(name), 'pooled vector': str(rows[0].out_features)}
-        for data, its_rows in of_data.items():
+    stages, devices = (
+        {getattr(row, field) for row in results} for field in ('best_stage', 'device')
+    )
+    lines, titles = [], ['head', 'pooled vector']
+    for label in _labels(chosen):
+        of_data = {data: named[label] for data, named in chosen.items() if label in named}
+        rows = next(iter(of_data.values()))
+        line = {'head': escape_markdown(label), 'pooled vector': str(rows[0].out_features)}
+        for data, measured in of_data.items():
             prefix = f'{escape_markdown(data)}: ' if len(chosen) > 1 else ''
-            cells = _accuracies(its_rows, seeds)
+            cells = _accuracies(measured, seeds)
+            if len(stages) > 1:
+                best = Counter(row.best_stage for row in measured)
+                cells['best in'] = ', '.join(f'{escape_markdown(k)} {n}' for k, n in best.items())
             line |= {f'{prefix}{title}': cell for title, cell in cells.items()}
-        line['fit'] = f'{statistics.median(row.fit_seconds for row in rows):.1f} s'
-        line['step'] = f'{statistics.median(row.step_milliseconds for row in rows):.0f} ms'
+        if len(devices) == 1:  # else times cannot be compared
+            line['fit'] = f'{statistics.median(row.fit_seconds for row in rows):.1f} s'
+            line['training'] = f'{statistics.median(row.train_seconds for row in rows):.0f} s'
         lines.append(line)
-    titles = [title for title in lines[0] if any(line.get(title) for line in lines)]
-    return records(lines, titles)
+    for data in chosen:
+        prefix = f'{escape_markdown(data)}: ' if len(chosen) > 1 else ''
+        kinds = ('validation', 'val', 'test', 'k-NN', 'best in', 'chosen')
+        titles += [f'{prefix}{kind}' for kind in kinds]
+    titles += ['fit', 'training']
+    return records(lines, [title for title in titles if any(line.get(title) for line in lines)])
+
+
+def _labels(chosen: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(label for named in chosen.values() for label in named))
 
 
 def _accuracies(rows: list[Result], seeds: int) -> dict[str, str]:
-    """The cells of a name and a data set."""
-    if not rows:
-        return {}
+    """The cells of a head and a data set."""
     neighbours = [row.knn_accuracy for row in rows if row.knn_accuracy is not None]
     fewer = f' ({len(rows)} of {seeds} seeds)' if len(rows) < seeds else ''
     settings = rows[0].settings.items()
@@ -186,37 +232,38 @@ def _accuracies(rows: list[Result], seeds: int) -> dict[str, str]:
 def note(results: Iterable[Result]) -> str:
     """What a reader of the table must know."""
     results = list(results)
-    text = (
-        f'Mean and standard deviation over seeds {", ".join(map(str, _unique("seed", results)))}. '
-        'Settings chosen by the validation accuracy of the first seed. Step: of training, its '
-        'share of validation included unless all heads were trained in one pass; where the head '
-        'is frozen, that of the classifier alone.'
+    seeds, devices = (
+        ', '.join(str(value) for value in dict.fromkeys(getattr(row, field) for row in results))
+        for field in ('seed', 'device')
+    )
+    text = f'Mean and standard deviation over seeds {seeds}.'
+    if any(result.settings for result in results):
+        text += ' Settings are chosen by the validation accuracy of the first seed.'
+    if len({result.best_stage for result in results}) > 1:
+        text += ' Best in: stages that the best epochs were in, and how many.'
+    text += (
+        f' Times are medians of the first data set, on {escape_markdown(devices)}. Training '
+        'includes validation, unless all heads were trained in one pass.'
     )
     if any(result.knn_accuracy is not None for result in results):
         text += ' k-NN: of heads that are only fitted, k chosen on validation images, cosine.'
     return text
 
 
-def _unique(field: str, results: Iterable[Result]) -> list[Any]:
-    return list(dict.fromkeys(getattr(result, field) for result in results))
-
-
 def plot(results: Iterable[Result], path: Path) -> None:
-    """Accuracy of each head, numbered as in the table, and the same against the size of the pooled
-    vector and the time of a step, a row of plots for each data set; bars of one standard
+    """Accuracy of each head, with a number, and by that number against the size of the pooled
+    vector and the time of training, a row of plots for each data set; bars of one standard
     deviation."""
     chosen = by_data(results)
-    numbers = {
-        name: i for i, name in enumerate(dict.fromkeys(n for c in chosen.values() for n in c))
-    }
+    numbers = {label: i for i, label in enumerate(_labels(chosen))}
     height = 1.5 + 0.22 * len(numbers)
     figure = Figure(figsize=(16, height * len(chosen)), layout='tight')
     plots = figure.subplots(len(chosen), 1 + len(AXES), squeeze=False)
     for (data, named), (of_heads, *others) in zip(chosen.items(), plots, strict=True):
-        split = next(iter(named.values()))[0].split
-        for name, rows in named.items():
+        accuracy = f'{data}: {next(iter(named.values()))[0].split} accuracy (%)'
+        for label, rows in named.items():
             accuracies = [100 * row.accuracy for row in rows]
-            mean, number = statistics.mean(accuracies), numbers[name]
+            mean, number = statistics.mean(accuracies), numbers[label]
             spread = statistics.stdev(accuracies) if len(rows) > 1 else 0.0
             style: dict[str, Any] = {'fmt': 'o', 'capsize': 3, 'color': f'C{number % 10}'}
             of_heads.errorbar(mean, number, xerr=spread, **style)
@@ -227,13 +274,15 @@ def plot(results: Iterable[Result], path: Path) -> None:
                     str(number + 1), (x, mean), xytext=(4, 3), textcoords='offset points',
                     fontsize=8, color=style['color'],
                 )  # fmt: skip
-        labels = [f'{name}  {number + 1}' for name, number in numbers.items()]
+        labels = [f'{label}  {number + 1}' for label, number in numbers.items()]
         of_heads.set_yticks(range(len(labels)), labels, fontsize=8, parse_math=False)
-        of_heads.set(xlabel=f'{data}: {split} accuracy (%)', ylim=(len(labels) - 0.5, -0.5))
+        of_heads.set_ylim(len(labels) - 0.5, -0.5)
+        of_heads.set_xlabel(accuracy, parse_math=False)
         for title, axes in zip(AXES.values(), others, strict=True):
             axes.set_xscale('log')
             axes.xaxis.set_minor_formatter(NullFormatter())
-            axes.set(xlabel=title, ylabel=f'{data}: {split} accuracy (%)')
+            axes.set_xlabel(title)
+            axes.set_ylabel(accuracy, parse_math=False)
         for axes in (of_heads, *others):
             axes.grid(alpha=0.3)
     save_png(figure, path)
