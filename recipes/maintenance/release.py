@@ -1,6 +1,6 @@
 """Train a released model, and write its folder of hub_cards: weights, card and figures.
 
-    python recipes/maintenance/release.py trashnet-sparse-fisher --data-dir PATH
+    python recipes/maintenance/release.py trashnet-fisher --data-dir PATH
 
 recipes/configs/release.yaml says how. Trains once for each seed, of which the first gives the
 weights; a run that is finished is kept, one that was interrupted goes on. The folder takes the

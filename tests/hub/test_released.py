@@ -20,6 +20,7 @@ from timm_fisher import PooledModel
 from timm_fisher.hub.load import HUB_USER
 from timm_fisher.hub.pypi import write_lite0
 from timm_fisher.hub.save import FILES
+from timm_fisher.specification import parse_heads
 
 CARDS = ROOT / 'hub_cards'
 MACHINE = re.compile(r'(?<![\w.~/-])/(?:work|tmp|home|root|Users|mnt|data|opt|var|venv)\b')
@@ -148,7 +149,8 @@ def test_card_is_valid(name):
     assert data.library_name == 'timm'
     assert data.pipeline_tag == 'image-classification'
     assert data.model_name == name
-    assert {'timm', 'timm_fisher', metrics['head']} <= set(data.tags)
+    heads = {head.name for head in parse_heads(metrics['head'], {}, -1)}
+    assert {'timm', 'timm_fisher', *heads} <= set(data.tags)
     for dataset in data.datasets:
         validate_repo_id(dataset)
     weights = config['model_args'].get('backbone_weights')

@@ -31,10 +31,10 @@ RELEASED = (
     'mnist-dbm-idfk',
     'trashnet-3g',
     'trashnet-dbm-idfk',
+    'trashnet-fisher',
     'trashnet-gmm-fisher',
     'trashnet-gsnmf',
     'trashnet-isqrt-cov',
-    'trashnet-sparse-fisher',
 )
 BACKBONE_VARIABLE = 'TIMM_FISHER_BACKBONE'  # for scripts that hand no arguments to a model
 CHECKOUT = Path(__file__).parents[2] / 'hub_cards'
@@ -51,7 +51,7 @@ def from_pretrained(
     """Load a saved model, everything that was saved.
 
     ```python
-    from_pretrained('trashnet-sparse-fisher', num_classes=3)
+    from_pretrained('trashnet-fisher', num_classes=3)
     ```
 
     Args:
