@@ -428,9 +428,7 @@ def test_cards_on_the_hub(hub, tmp_path, monkeypatch):
 
 
 def test_names():
-    with pytest.raises(
-        ValueError, match=r"'trashnet-isqrt_cov' is no released.*-isqrt-cov"
-    ):
+    with pytest.raises(ValueError, match=r"'trashnet-isqrt_cov' is no released.*-isqrt-cov"):
         timm_fisher.from_pretrained('trashnet-isqrt_cov')
     with pytest.raises(ValueError, match='is no released model, no folder, and no USER/NAME'):
         timm_fisher.from_pretrained('a/b/c')
