@@ -8,9 +8,9 @@ the test split is only ever reported. A head that is trained may have a grid of 
 `one_pass`, as in configs/probe.yaml, heads and settings are trained side by side on the cached
 features of a frozen backbone, which is much faster; their models are not kept.
 
-Leaves in `--output`: table.md, results.jsonl (a row for each run, of the search too), plot.png
-(accuracy, also against size of the pooled vector and time of training) and the runs; a comparison
-that was interrupted goes on where it stopped, at the last run or pass.
+Leaves in `--output`: table.md, results.jsonl (a row for each run, of the search too), plot.png,
+costs.png (accuracy against size of the pooled vector and time of training) and the runs; a
+comparison that was interrupted goes on where it stopped, at the last run or pass.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from timm_fisher.training.results import (
     describe,
     note,
     plot,
+    plot_costs,
     read_results,
     result_of,
     write_results,
@@ -118,6 +119,7 @@ def main(comparison: Comparison) -> None:
             write_results(results, output / 'results.jsonl')
         write(output / 'table.md', f'{describe(results)}\n\n{note(results)}\n')
         plot(results, output / 'plot.png')
+        plot_costs(results, output / 'costs.png')
     print((output / 'table.md').read_text())
 
 

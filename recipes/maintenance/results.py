@@ -21,7 +21,15 @@ from pathlib import Path
 
 from timm_fisher.files import write
 from timm_fisher.training.command_line import run
-from timm_fisher.training.results import describe, merge, note, plot, read_results, write_results
+from timm_fisher.training.results import (
+    describe,
+    merge,
+    note,
+    plot,
+    plot_costs,
+    read_results,
+    write_results,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 BLOCK = re.compile(r'(<!-- results: (\w+) -->\n).*?(<!-- end of results -->)', re.DOTALL)
@@ -53,7 +61,9 @@ def main(settings: Settings) -> None:
         write_results(rows, path)
         print(f'{path.name}: {len(rows)} rows, {len(rows) - len(kept)} of them new')
     for path in sorted(settings.results.glob('*.jsonl')):
-        plot(read_results(path), settings.pictures / f'{path.stem}.png')
+        rows = read_results(path)
+        plot(rows, settings.pictures / f'{path.stem}.png')
+        plot_costs(rows, settings.pictures / f'{path.stem}_costs.png')
     for page in sorted(settings.pages.glob('**/*.md')):
         text = page.read_text()
         rebuilt = rebuild(text, settings.results)

@@ -15,6 +15,7 @@ from timm_fisher.training.results import (
     merge,
     note,
     plot,
+    plot_costs,
     read_results,
     write_results,
 )
@@ -118,12 +119,13 @@ def test_columns_of_lines_that_share_none():
     assert '| all 1 |' in describe(rows)
 
 
-def test_plot(tmp_path):
-    """A line of plots for each data set."""
+@pytest.mark.parametrize(('draw', 'side'), [(plot, 'width'), (plot_costs, 'height')])
+def test_plot(draw, side, tmp_path):
+    """More room for another data set."""
     rows = [row(), row(seed=1), row(data='trees', name='$x')]
-    heights = []
+    sizes = []
     for count in (2, 3):
-        plot(rows[:count], tmp_path / 'plot.png')
+        draw(rows[:count], tmp_path / 'plot.png')
         with Image.open(tmp_path / 'plot.png') as picture:
-            heights.append(picture.height)
-    assert heights[1] > 1.5 * heights[0]
+            sizes.append(getattr(picture, side))
+    assert sizes[1] > 1.4 * sizes[0]

@@ -251,38 +251,63 @@ def note(results: Iterable[Result]) -> str:
 
 
 def plot(results: Iterable[Result], path: Path) -> None:
-    """Accuracy of each head, with a number, and by that number against the size of the pooled
-    vector and the time of training, a row of plots for each data set; bars of one standard
+    """Accuracy of each head, numbered, in a column for each data set; bars of one standard
     deviation."""
     chosen = by_data(results)
-    numbers = {label: i for i, label in enumerate(_labels(chosen))}
-    height = 1.5 + 0.22 * len(numbers)
-    figure = Figure(figsize=(16, height * len(chosen)), layout='tight')
-    plots = figure.subplots(len(chosen), 1 + len(AXES), squeeze=False)
-    for (data, named), (of_heads, *others) in zip(chosen.items(), plots, strict=True):
-        accuracy = f'{data}: {next(iter(named.values()))[0].split} accuracy (%)'
+    numbers = _numbers(chosen)
+    figure = Figure(figsize=(4 + 4 * len(chosen), 1.2 + 0.22 * len(numbers)), layout='tight')
+    columns = figure.subplots(1, len(chosen), squeeze=False, sharey=True)[0]
+    for (data, named), axes in zip(chosen.items(), columns, strict=True):
         for label, rows in named.items():
-            accuracies = [100 * row.accuracy for row in rows]
-            mean, number = statistics.mean(accuracies), numbers[label]
-            spread = statistics.stdev(accuracies) if len(rows) > 1 else 0.0
-            style: dict[str, Any] = {'fmt': 'o', 'capsize': 3, 'color': f'C{number % 10}'}
-            of_heads.errorbar(mean, number, xerr=spread, **style)
-            for field, axes in zip(AXES, others, strict=True):
+            mean, spread = _mean(rows)
+            axes.errorbar(mean, numbers[label], xerr=spread, **_style(numbers[label]))
+        axes.set_xlabel(_accuracy(data, named), parse_math=False)
+        axes.grid(alpha=0.3)
+    labels = [f'{label}  {number}' for label, number in numbers.items()]
+    columns[0].set_yticks(range(1, len(labels) + 1), labels, fontsize=8, parse_math=False)
+    columns[0].set_ylim(len(labels) + 0.5, 0.5)
+    save_png(figure, path)
+
+
+def plot_costs(results: Iterable[Result], path: Path) -> None:
+    """Accuracy against the size of the pooled vector and against the time of training, a row of
+    plots for each data set; heads have the numbers of `plot`."""
+    chosen = by_data(results)
+    numbers = _numbers(chosen)
+    figure = Figure(figsize=(12, 5 * len(chosen)), layout='tight')
+    plots = figure.subplots(len(chosen), len(AXES), squeeze=False)
+    for (data, named), of_data in zip(chosen.items(), plots, strict=True):
+        for (field, title), axes in zip(AXES.items(), of_data, strict=True):
+            for label, rows in named.items():
+                mean, spread = _mean(rows)
                 x = statistics.median(getattr(row, field) for row in rows)
+                style = _style(numbers[label])
                 axes.errorbar(x, mean, spread, alpha=0.7, **style)
                 axes.annotate(
-                    str(number + 1), (x, mean), xytext=(4, 3), textcoords='offset points',
+                    str(numbers[label]), (x, mean), xytext=(4, 3), textcoords='offset points',
                     fontsize=8, color=style['color'],
                 )  # fmt: skip
-        labels = [f'{label}  {number + 1}' for label, number in numbers.items()]
-        of_heads.set_yticks(range(len(labels)), labels, fontsize=8, parse_math=False)
-        of_heads.set_ylim(len(labels) - 0.5, -0.5)
-        of_heads.set_xlabel(accuracy, parse_math=False)
-        for title, axes in zip(AXES.values(), others, strict=True):
             axes.set_xscale('log')
             axes.xaxis.set_minor_formatter(NullFormatter())
             axes.set_xlabel(title)
-            axes.set_ylabel(accuracy, parse_math=False)
-        for axes in (of_heads, *others):
+            axes.set_ylabel(_accuracy(data, named), parse_math=False)
             axes.grid(alpha=0.3)
     save_png(figure, path)
+
+
+def _numbers(chosen: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
+    return {label: number for number, label in enumerate(_labels(chosen), 1)}
+
+
+def _mean(rows: list[Result]) -> tuple[float, float]:
+    """Of the accuracy in percent, with its standard deviation."""
+    accuracies = [100 * row.accuracy for row in rows]
+    return statistics.mean(accuracies), statistics.stdev(accuracies) if len(rows) > 1 else 0.0
+
+
+def _style(number: int) -> dict[str, Any]:
+    return {'fmt': 'o', 'capsize': 3, 'color': f'C{number % 10}'}
+
+
+def _accuracy(data: str, named: Mapping[str, list[Result]]) -> str:
+    return f'{data}: {next(iter(named.values()))[0].split} accuracy (%)'
