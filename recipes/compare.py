@@ -59,7 +59,7 @@ class Comparison:
         data_dir: as train.py takes it; empty for that of `train`.
         seeds: of the runs; the first chooses the settings.
         only: names of variants to run, besides the baselines; empty for all.
-        known: file of results, such as recipes/results/finetune.jsonl; runs that are in it, of
+        known: file of results, such as recipes/results/probe.jsonl; runs that are in it, of
             whatever commit, on data of this name, are not repeated.
         one_pass: train all heads and settings of a seed side by side, as
             `timm_fisher.training.probe.train_probes` does.

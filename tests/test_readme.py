@@ -198,3 +198,17 @@ def test_citation_is_of_this_version():
     assert citation['version'] == PROJECT['version']
     assert citation['license'] == PROJECT['license']
     assert citation['title'] == PROJECT['name']
+
+
+@pytest.mark.parametrize('page', ['README.md', 'timm_fisher/heads/README.md'])
+def test_claims_point_to_results(page):
+    """A sentence that ranks heads links to the table that it is from, in its paragraph or item."""
+    text = re.sub(r'```.*?```|^\|.*?$', '', (ROOT / page).read_text(), flags=re.S | re.M)
+    claims = [
+        part
+        for part in re.split(r'\n\s*\n|\n(?=- )', text)
+        if re.search(r'\b(ahead of|beats?|gains?|wins?|the best|better (by|than)|best of)\b', part)
+    ]
+    assert claims
+    for claim in claims:
+        assert re.search(r'\]\([^)]*recipes/[^)]*\)', claim), claim

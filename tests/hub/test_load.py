@@ -337,7 +337,7 @@ def test_truncated_weights(saved, keep):
         ),
         (
             lambda w: [w.pop(key) for key in list(w) if key.startswith('head.')],
-            r'6 differences.*missing head\.',
+            r'7 differences.*missing head\.',
         ),
         (lambda w: w.clear(), r'not of this model \(ResNet with SparseFisher'),
     ],

@@ -16,6 +16,7 @@ from safetensors import safe_open
 
 import timm_fisher
 from timm_fisher.hub.save import FILES
+from timm_fisher.specification import parse_heads
 from timm_fisher.training import command_line
 from timm_fisher.training.evaluate import evaluate
 
@@ -148,7 +149,8 @@ def test_every_released_model_has_its_settings(release):
     path = release.Settings.models
     for name in timm_fisher.list_pretrained():
         options, published = release.read_release(path, name)
-        assert timm_fisher.get_head(options['head'])
+        for head in parse_heads(options['head'], options.get('head_kwargs', {}), -1):
+            assert timm_fisher.get_head(head.name)
         assert published['card']['description']
         assert f'release.py {name} --data-dir PATH' in published['card']['commands'][1]
 

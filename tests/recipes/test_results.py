@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from conftest import ROOT, load_script
 
@@ -35,6 +37,17 @@ def test_pages_show_the_rows(results, page):
     text = page.read_text()
     assert text.count('<!-- results:') == len(results.BLOCK.findall(text))
     assert results.rebuild(text, ROOT / 'recipes/results') == text
+
+
+@pytest.mark.parametrize('page', PAGES, ids=lambda page: page.name)
+def test_figures_of_the_text_are_in_the_table(results, page):
+    """Of the section that a table is in."""
+    for section in re.split(r'^#+ ', page.read_text(), flags=re.M):
+        tables = ' '.join(match[0] for match in results.BLOCK.finditer(section))
+        figures = (
+            set(re.findall(r'\b\d\d\.\d\b', results.BLOCK.sub('', section))) if tables else set()
+        )
+        assert not {figure for figure in figures if f'| {figure} ±' not in tables}
 
 
 def test_rows_are_added(results, tmp_path, capsys):
