@@ -186,6 +186,8 @@ def measure(
 
 def train_all(runs: list[Run], configs: list[Config], output: Path) -> Iterator[dict[str, Any]]:
     """Metrics of runs in one pass."""
+    if not runs:
+        return
     named = {
         json.dumps([run.name, run.settings]): config
         for run, config in zip(runs, configs, strict=True)
@@ -196,10 +198,9 @@ def train_all(runs: list[Run], configs: list[Config], output: Path) -> Iterator[
     ]
     key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
     path = output / f'pass-{key}.json'
-    if named and not path.exists():
+    if not path.exists():
         write(path, json.dumps(train_probes(named), indent=2) + '\n')
-    if named:
-        yield from json.loads(path.read_text()).values()
+    yield from json.loads(path.read_text()).values()
 
 
 def launch_each(runs: list[Run], configs: list[Config], output: Path) -> Iterator[dict[str, Any]]:

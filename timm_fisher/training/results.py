@@ -188,27 +188,25 @@ def describe(results: Iterable[Result]) -> str:
     stages, devices = (
         {getattr(row, field) for row in results} for field in ('best_stage', 'device')
     )
-    lines, titles = [], ['head', 'pooled vector']
+    prefixes = {data: f'{escape_markdown(data)}: ' if len(chosen) > 1 else '' for data in chosen}
+    lines = []
     for label in _labels(chosen):
         of_data = {data: named[label] for data, named in chosen.items() if label in named}
         rows = next(iter(of_data.values()))
         line = {'head': escape_markdown(label), 'pooled vector': str(rows[0].out_features)}
         for data, measured in of_data.items():
-            prefix = f'{escape_markdown(data)}: ' if len(chosen) > 1 else ''
             cells = _accuracies(measured, seeds)
             if len(stages) > 1:
                 best = Counter(row.best_stage for row in measured)
                 cells['best in'] = ', '.join(f'{escape_markdown(k)} {n}' for k, n in best.items())
-            line |= {f'{prefix}{title}': cell for title, cell in cells.items()}
+            line |= {f'{prefixes[data]}{title}': cell for title, cell in cells.items()}
         if len(devices) == 1:  # else times cannot be compared
             line['fit'] = f'{statistics.median(row.fit_seconds for row in rows):.1f} s'
             line['training'] = f'{statistics.median(row.train_seconds for row in rows):.0f} s'
         lines.append(line)
-    for data in chosen:
-        prefix = f'{escape_markdown(data)}: ' if len(chosen) > 1 else ''
-        kinds = ('validation', 'val', 'test', 'k-NN', 'best in', 'chosen')
-        titles += [f'{prefix}{kind}' for kind in kinds]
-    titles += ['fit', 'training']
+    kinds = ('validation', 'val', 'test', 'k-NN', 'best in', 'chosen')
+    columns = [f'{prefix}{kind}' for prefix in prefixes.values() for kind in kinds]
+    titles = ['head', 'pooled vector', *columns, 'fit', 'training']
     return records(lines, [title for title in titles if any(line.get(title) for line in lines)])
 
 
