@@ -3,14 +3,16 @@
     python recipes/maintenance/results.py
     python recipes/maintenance/results.py runs/probe/results.jsonl
 
-The second adds rows first: your own, or those that somebody sent. Rows are kept in
-recipes/results/, a file for each protocol, one row for each run; of several rows of one run the
-last one counts. A page has a table between two lines, and what is between them is replaced:
+The second adds rows first: your own, or those that somebody sent. Rows of comparisons
+(results.jsonl) are kept in recipes/results/, a file for each protocol, one row for each run; of
+several rows of one run the last one counts. Those of the papers' experiments (measurements.jsonl)
+are kept in recipes/results/papers/, a file for each table. A page has a table between two lines,
+and what is between them is replaced:
 
     <!-- results: probe -->
     <!-- end of results -->
 
-Plots of the same rows go to .github/pictures/, named after the protocol.
+Plots of comparisons go to .github/pictures/, named after the protocol.
 """
 
 from __future__ import annotations
@@ -21,6 +23,12 @@ from pathlib import Path
 
 from timm_fisher.files import write
 from timm_fisher.training.command_line import run
+from timm_fisher.training.measurements import (
+    merge_measurements,
+    read_measurements,
+    table_of,
+    write_measurements,
+)
 from timm_fisher.training.results import (
     describe,
     merge,
@@ -53,7 +61,17 @@ class Settings:
 
 
 def main(settings: Settings) -> None:
-    added = [row for path in settings.add for row in read_results(path)]
+    experiments = [path for path in settings.add if path.name == 'measurements.jsonl']
+    lines = [line for path in experiments for line in read_measurements(path)]
+    for table in dict.fromkeys(line.table for line in lines):
+        path = settings.results / 'papers' / f'{table}.jsonl'
+        path.parent.mkdir(exist_ok=True)
+        known = read_measurements(path) if path.exists() else []
+        merged = merge_measurements([*known, *(line for line in lines if line.table == table)])
+        write_measurements(merged, path)
+        print(f'papers/{path.name}: {len(merged)} lines, {len(merged) - len(known)} of them new')
+    comparisons = [path for path in settings.add if path not in experiments]
+    added = [row for path in comparisons for row in read_results(path)]
     for protocol in dict.fromkeys(row.protocol for row in added):
         path = settings.results / f'{protocol}.jsonl'
         kept = read_results(path) if path.exists() else []
@@ -77,6 +95,9 @@ def rebuild(text: str, results: Path) -> str:
 
     def table(match: re.Match[str]) -> str:
         before, protocol, after = match.groups()
+        experiment = results / 'papers' / f'{protocol}.jsonl'
+        if experiment.exists():
+            return f'{before}{table_of(read_measurements(experiment))}\n{after}'
         rows = read_results(results / f'{protocol}.jsonl')
         return f'{before}{describe(rows)}\n\n{note(rows)}\n{after}'
 

@@ -15,7 +15,7 @@ L2-normalised, they are clustered by k-means and spectral clustering, with as ma
 are classes. Labels serve to measure: accuracy and mutual information of the clusters, and a linear
 SVM on the labelled training images (table 5), whose C is chosen on the validation split.
 
-Leaves in `--output`: table.md, results.json, tsne.png, the models, loadable by
+Leaves in `--output`: table.md, measurements.jsonl, results.json, tsne.png, the models, loadable by
 `timm.create_model('local-dir:...', pretrained=True)`, and a log of each fine-tuning; interrupted,
 it goes on where it stopped.
 
@@ -41,15 +41,16 @@ from timm_fisher.training.classifiers import validated_svm
 from timm_fisher.training.clusters import evaluate_clusters
 from timm_fisher.training.data import load_splits
 from timm_fisher.training.launch import launch
+from timm_fisher.training.measurements import Measurement, table_name, table_of, write_measurements
+from timm_fisher.training.report import COMMIT, data_name
 from timm_fisher.training.run import load_weights
-from timm_fisher.training.tables import percent, records
 from timm_fisher.training.tsne import plot_tsne
 
 COLUMNS = {
-    'kmeans_accuracy': 'k-means, accuracy',
-    'kmeans_nmi': 'k-means, NMI',
-    'spectral_accuracy': 'spectral, accuracy',
-    'spectral_nmi': 'spectral, NMI',
+    'kmeans_accuracy': 'k-means: accuracy',
+    'kmeans_nmi': 'k-means: NMI',
+    'spectral_accuracy': 'spectral: accuracy',
+    'spectral_nmi': 'spectral: NMI',
     'svm_accuracy': 'linear SVM',
 }
 
@@ -66,6 +67,7 @@ class Clustering:
             training images are made), and the stages of fine-tuning, all of them unsupervised.
         clustered: the test split, or all images; all are where there is no test split in the data.
         neighbours: of each image in the graph of spectral clustering.
+        paper: its figures in per cent, by representation and column of the table, shown beside.
     """
 
     output: str = 'runs/cluster'
@@ -74,6 +76,7 @@ class Clustering:
     train: dict[str, Any] = field(default_factory=dict)
     clustered: Literal['test', 'all'] = 'test'
     neighbours: int = 10
+    paper: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         command_line.check_lists(self, 'seeds')
@@ -84,7 +87,9 @@ class Clustering:
 
 def main(clustering: Clustering) -> None:
     output = Path(clustering.output)
-    settings = {k: v for k, v in asdict(clustering).items() if k not in ('output', 'seeds')}
+    settings = {
+        k: v for k, v in asdict(clustering).items() if k not in ('output', 'seeds', 'paper')
+    }
     keep_settings(output, settings)
     results = []
     for seed in clustering.seeds:
@@ -92,9 +97,10 @@ def main(clustering: Clustering) -> None:
         if not path.exists():
             write(path, json.dumps(measure(clustering, seed, output), indent=2) + '\n')
         results.append(json.loads(path.read_text()))
-        seeds = clustering.seeds[: len(results)]
-        write(output / 'table.md', report(results, seeds))
-        everything = {'seeds': seeds, 'settings': asdict(clustering), 'results': results}
+        measured = measurements(results, clustering.paper)
+        write_measurements(measured, output / 'measurements.jsonl')
+        write(output / 'table.md', f'{table_of(measured)} {describe(results[0])}\n')
+        everything = {'settings': asdict(clustering), 'results': results}
         write(output / 'results.json', json.dumps(everything, indent=2) + '\n')
     print((output / 'table.md').read_text())
 
@@ -156,24 +162,36 @@ def measure(clustering: Clustering, seed: int, output: Path) -> dict[str, Any]:
         svm = {'svm_accuracy': accuracy, 'svm_C': c}
         rows[name] = {'dimensions': points.shape[1], **clusters, **svm}
         print(f'seed {seed}, {name}: {rows[name]}', flush=True)
-    about = {'clustered': len(truth), 'splits': chosen, 'classes': len(classes)}
-    return {**about, 'images': {name: len(y) for name, y in labels.items()}, 'rows': rows}
+    about = {'seed': seed, 'data': data_name(config), 'commit': COMMIT, 'splits': chosen}
+    counts = {'clustered': len(truth), 'classes': len(classes)}
+    images = {name: len(y) for name, y in labels.items()}
+    return {**about, **counts, 'images': images, 'rows': rows}
 
 
-def report(results: list[dict[str, Any]], seeds: list[int]) -> str:
-    """Markdown; mean and standard deviation over the seeds, in per cent."""
-    first = results[0]
-    rows = []
-    for name, row in first['rows'].items():
-        rows.append({'representation': name, 'dimensions': row['dimensions']})
-        for key, title in COLUMNS.items():
-            rows[-1][title] = percent([result['rows'][name][key] for result in results])
-    images = ', '.join(f'{count} {name}' for name, count in first['images'].items())
+def measurements(
+    results: list[dict[str, Any]], paper: dict[str, dict[str, float]]
+) -> list[Measurement]:
+    """Lines of all representations and seeds."""
+    return [
+        Measurement(
+            table=table_name('cluster', result['data']),
+            row=name,
+            seed=result['seed'],
+            shares={title: row[key] for key, title in COLUMNS.items()},
+            paper=paper.get(name, {}),
+            commit=result['commit'],
+        )
+        for result in results
+        for name, row in result['rows'].items()
+    ]
+
+
+def describe(result: dict[str, Any]) -> str:
+    """What was clustered."""
+    images = ', '.join(f'{count} {name}' for name, count in result['images'].items())
     return (
-        f'{records(rows)}\n\n'
-        f'{first["clustered"]} images of {first["classes"]} classes clustered '
-        f'({" + ".join(first["splits"])}); {images} images. Mean and standard deviation over seeds '
-        f'{", ".join(map(str, seeds))}.\n'
+        f'{result["clustered"]} images of {result["classes"]} classes clustered '
+        f'({" + ".join(result["splits"])}); {images} images.'
     )
 
 

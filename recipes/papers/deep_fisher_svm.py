@@ -9,9 +9,9 @@ one for each (eq. 4, mode `single`).
 
 C is chosen on the validation split with the EM mixture, and the mixture for kernel transfer by its
 average precision there. Leaves in `--output`: tables.md (tables 2 and 3 of the paper),
-metrics.json, log.jsonl, objective.png, config.yaml and the models of table (b), loadable by
-`timm.create_model('local-dir:...', pretrained=True)`: base/ and model/, or in mode `single` one
-model-CLASS/ with one output for each class.
+measurements.jsonl, metrics.json, log.jsonl, objective.png, config.yaml and the models of table (b),
+loadable by `timm.create_model('local-dir:...', pretrained=True)`: base/ and model/, or in mode
+`single` one model-CLASS/ with one output for each class.
 
 Paper: Sydorov, Sakurada and Lampert, "Deep Fisher Kernels - End to End Learning of the Fisher
 Kernel GMM Parameters", CVPR 2014.
@@ -41,6 +41,8 @@ from timm_fisher.training import command_line, embeddings, tables
 from timm_fisher.training import deep_fisher_svm as algorithm
 from timm_fisher.training.config import Config
 from timm_fisher.training.data import load_splits, preprocessing
+from timm_fisher.training.measurements import Measurement, table_name, write_measurements
+from timm_fisher.training.report import data_name
 
 
 @dataclass
@@ -173,6 +175,7 @@ def main(config: DeepFisher) -> None:
     }
     text = table(results, config)
     write(output / 'tables.md', text)
+    write_measurements([measurement(results, config)], output / 'measurements.jsonl')
     write(output / 'metrics.json', json.dumps(metrics, indent=2) + '\n')
     print(f'\n{text}\n-> {output}')
 
@@ -208,6 +211,18 @@ def evaluate(scores: Tensor, signs: Tensor, classes: list[str]) -> dict[str, Any
         'mean_average_precision': precision.mean(),
         'accuracy': (scores.argmax(1) == signs.argmax(1)).double().mean().item(),
     }
+
+
+def measurement(results: dict[str, Any], config: DeepFisher) -> Measurement:
+    """The line of this run: mean average precisions."""
+    groups = {'val': '(a) validation', 'test': '(a) test', 'transfer': '(b) test'}
+    shares = {
+        f'{title}: {kind}': results[group][kind]['mean_average_precision']
+        for (group, title), kind in product(groups.items(), ('base', 'deep'))
+    }
+    row = f'{config.mode}, {"with" if config.bias else "without"} bias'
+    table = table_name('deep_fisher_svm', data_name(config))
+    return Measurement(table, row, config.seed, shares)
 
 
 def table(results: dict[str, Any], config: DeepFisher) -> str:

@@ -15,10 +15,10 @@ They go to a linear SVM and to the nearest neighbour (1-NN), less the mean over 
 with the first seed, in each fold by itself; then the classifiers are trained on training and
 validation images, and measured on the test images, for every seed.
 
-Leaves in `--output`: table.md, results.json; of the first fold the models of each seed, with the
-largest rank (`timm.create_model('local-dir:...')`), and model/, with rank and ridge as chosen for
-the SVM; and figures 2 to 4 of the paper, of the first seed and fold: tsne.png, features.png (linear
-SHAP values) and sgd.png. Interrupted, it goes on where it stopped.
+Leaves in `--output`: table.md, measurements.jsonl, results.json; of the first fold the models of
+each seed, with the largest rank (`timm.create_model('local-dir:...')`), and model/, with rank and
+ridge as chosen for the SVM; and figures 2 to 4 of the paper, of the first seed and fold: tsne.png,
+features.png (linear SHAP values) and sgd.png. Interrupted, it goes on where it stopped.
 
 Paper: Ahmed, Azim, Early and Ramchurn, "Revisiting Deep Fisher Vectors: Using Fisher Information to
 Improve Object Classification".
@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 from dataclasses import asdict, dataclass, field
 from itertools import product
 from pathlib import Path
@@ -46,6 +47,8 @@ from timm_fisher.training.boltzmann_kernels import BoltzmannKernel
 from timm_fisher.training.classifiers import nearest_labels, stack
 from timm_fisher.training.config import Config
 from timm_fisher.training.data import load_splits, preprocessing
+from timm_fisher.training.measurements import Measurement, table_name, write_measurements
+from timm_fisher.training.report import COMMIT, data_name
 from timm_fisher.training.tables import percent, records
 from timm_fisher.training.tsne import plot_tsne
 
@@ -70,6 +73,7 @@ class Kernels:
         ridges: to choose from.
         svm_c: C of the linear SVM, to choose from.
         search_images: at most this many training images are used by the search.
+        paper: its figures in per cent, by Fisher vectors and classifier, for the pages.
     """
 
     output: str = 'runs/kernel'
@@ -81,6 +85,7 @@ class Kernels:
     ridges: list[float] = field(default_factory=lambda: [0.0001, 0.001, 0.01])
     svm_c: list[float] = field(default_factory=lambda: [1.0, 10.0, 100.0])
     search_images: int = 10_000
+    paper: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         command_line.check_lists(self, 'seeds', 'ranks', 'ridges', 'svm_c')
@@ -97,7 +102,7 @@ class Kernels:
 
 def main(kernels: Kernels) -> None:
     output = Path(kernels.output)
-    settings = {k: v for k, v in asdict(kernels).items() if k not in ('output', 'seeds')}
+    settings = {k: v for k, v in asdict(kernels).items() if k not in ('output', 'seeds', 'paper')}
     settings['first_seed'] = kernels.seeds[0]  # which chooses
     keep_settings(output, settings)
 
@@ -121,6 +126,8 @@ def main(kernels: Kernels) -> None:
             write(path, json.dumps(measure(vectors, chosen), indent=2) + '\n')
         results.append(json.loads(path.read_text()))
         write(output / 'table.md', report(results))
+        measured = measurements(results, kernels.paper)
+        write_measurements(measured, output / 'measurements.jsonl')
         everything = {'settings': asdict(kernels), 'results': results}
         write(output / 'results.json', json.dumps(everything, indent=2) + '\n')
     print((output / 'table.md').read_text())
@@ -201,6 +208,8 @@ def measure(vectors: Vectors, chosen: dict[str, Any]) -> dict[str, Any]:
             rows[method][classifier] = {'accuracy': share, 'dimensions': dimensions, **setting}
         print(f'seed {seed}, {method}: {rows[method]}', flush=True)
     return {
+        'data': data_name(vectors.config),
+        'commit': COMMIT,
         'fold': vectors.config.fold,
         'seed': seed,
         'images': {name: len(part) for name, part in vectors.labels.items()},
@@ -209,6 +218,23 @@ def measure(vectors: Vectors, chosen: dict[str, Any]) -> dict[str, Any]:
         'saturated': {name: machine.saturated for name, machine in vectors.machines.items()},
         'rows': rows,
     }
+
+
+def measurements(
+    results: list[dict[str, Any]], paper: dict[str, dict[str, float]]
+) -> list[Measurement]:
+    """Lines of all methods and seeds, means over folds."""
+    measured = []
+    for seed, method in product(sorted({result['seed'] for result in results}), METHODS):
+        folds = [result for result in results if result['seed'] == seed]
+        shares = {
+            title: statistics.mean(each['rows'][method][key]['accuracy'] for each in folds)
+            for key, title in CLASSIFIERS.items()
+        }
+        about = {'paper': paper.get(method, {}), 'commit': folds[0]['commit']}
+        table = table_name('kernel', folds[0]['data'])
+        measured.append(Measurement(table, method, seed, shares, **about))
+    return measured
 
 
 def report(results: list[dict[str, Any]]) -> str:

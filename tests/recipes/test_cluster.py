@@ -16,6 +16,7 @@ from PIL import Image
 
 from timm_fisher.training.command_line import parse
 from timm_fisher.training.embeddings import parse_options
+from timm_fisher.training.measurements import table_of
 from timm_fisher.training.run import train
 
 CONFIGS = sorted(ROOT.glob('recipes/configs/cluster_*.yaml'))
@@ -27,17 +28,22 @@ def cluster():
 
 
 def test_table(cluster):
-    def result(value):
+    def result(seed, value):
         row = {'dimensions': 7, **dict.fromkeys(cluster.COLUMNS, value)}
         return {
+            'seed': seed, 'data': 'leaves.npz', 'commit': 'abc',
             'clustered': 9, 'splits': ['train', 'test'], 'classes': 3,
             'images': {'train': 5, 'test': 4}, 'rows': {'CNN': row},
         }  # fmt: skip
 
-    text = cluster.report([result(0.5), result(0.7)], [4, 6])
-    assert f'| CNN | 7 |{" 60.0 ± 14.1 |" * 5}' in text
-    assert '9 images of 3 classes clustered (train + test); 5 train, 4 test images.' in text
+    paper = {'CNN': {'linear SVM': 46.7}}
+    lines = cluster.measurements([result(4, 0.5), result(6, 0.7)], paper)
+    assert {line.table for line in lines} == {'cluster_leaves'}
+    text = table_of(lines)
+    assert f'| CNN |{" 60.0 ± 14.1 |" * 5} 46.7 |' in text
     assert 'over seeds 4, 6.' in text
+    text = cluster.describe(result(4, 0.5))
+    assert text == '9 images of 3 classes clustered (train + test); 5 train, 4 test images.'
 
 
 @pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)

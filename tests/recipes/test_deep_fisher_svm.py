@@ -14,6 +14,7 @@ from sklearn.metrics import average_precision_score
 from torch.utils.data import DataLoader
 
 from timm_fisher.training.command_line import parse
+from timm_fisher.training.measurements import read_measurements
 
 SMALL = {'reduce_dim': 6, 'components': 4, 'iterations': 3, 'C': 100.0}
 SMALL |= {key: value for key, value in TINY.items() if key != 'img_size'} | {'img_size': 32}
@@ -81,6 +82,8 @@ def test_run_leaves_everything(script, run, images, mode, monkeypatch):
     folder = run(mode=mode, data_dir=images, bias=mode == 'single')
     metrics = json.loads((folder / 'metrics.json').read_text())
     check_tables(folder, metrics)
+    (line,) = read_measurements(folder / 'measurements.jsonl')
+    assert line.shares['(b) test: deep'] == metrics['transfer']['deep']['mean_average_precision']
     assert metrics['images'] == {'train': 120, 'val': 33, 'test': 51}
     assert set(metrics['C'].values()) == {100.0}
     classes = ['blue', 'green', 'red']
@@ -96,7 +99,8 @@ def test_run_leaves_everything(script, run, images, mode, monkeypatch):
     # The saved models give the figures of table (b).
     names = ['model'] if mode == 'multi' else [f'model-{name}' for name in classes]
     assert {each.name for each in folder.iterdir()} == {
-        'base', *names, 'config.yaml', 'log.jsonl', 'metrics.json', 'objective.png', 'tables.md',
+        'base', *names, 'config.yaml', 'log.jsonl', 'measurements.jsonl', 'metrics.json',
+        'objective.png', 'tables.md',
     }  # fmt: skip
     for kind, folders in (('base', ['base']), ('deep', names)):
         found = [decisions(folder / each, images, 'test') for each in folders]

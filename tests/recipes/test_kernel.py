@@ -18,6 +18,7 @@ from sklearn.preprocessing import normalize
 from timm_fisher.training.command_line import parse
 from timm_fisher.training.data import load_splits
 from timm_fisher.training.embeddings import create_embedder
+from timm_fisher.training.measurements import read_measurements
 
 CONFIGS = sorted(ROOT.glob('recipes/configs/kernel_*.yaml'))
 
@@ -75,6 +76,9 @@ def test_run_leaves_everything(run, capsys):
     # Four classes: 25 % by chance.
     assert min(row[key]['accuracy'] for row in rows.values() for key in ('svm', '1nn')) > 0.6
     assert '| IDFK |' in (output / 'table.md').read_text()
+    lines = read_measurements(output / 'measurements.jsonl')
+    assert [(line.row, line.seed) for line in lines] == [(name, 0) for name in rows]
+    assert lines[1].shares['1-NN'] == rows['DFK']['1nn']['accuracy']
     capsys.readouterr()
 
     # Another seed goes on where the first one stopped; other settings are refused.
@@ -145,6 +149,9 @@ def test_folds_choose_for_themselves(run, tmp_path):
     for fold, result in enumerate(results):
         chosen = json.loads((output / f'chosen-f{fold}.json').read_text())
         assert result['rows']['IDFK']['svm']['ridge'] == chosen['IDFK']['svm']['ridge']
+    (line, *_) = read_measurements(output / 'measurements.jsonl')
+    of_folds = [result['rows']['IDFK']['svm']['accuracy'] for result in results]
+    assert line.shares['linear SVM'] == pytest.approx(np.mean(of_folds))
     assert 'of the mean over 3 folds' in (output / 'table.md').read_text()
 
 

@@ -7,6 +7,7 @@ import re
 import pytest
 from conftest import ROOT, load_script
 
+from timm_fisher.training.measurements import Measurement, write_measurements
 from timm_fisher.training.results import read_results, result_of, write_results
 
 
@@ -70,3 +71,18 @@ def test_rows_are_added(results, tmp_path, capsys):
     assert '| a \\| b |' in text
     assert 'old' not in text
     assert (folders['pictures'] / f'{protocol}.png').exists()
+
+
+def test_lines_of_experiments_are_added(results, tmp_path):
+    """New ones beside those that are kept; the page has the table of all."""
+    folders = {name: tmp_path / name for name in ('results', 'pages', 'pictures')}
+    for folder in folders.values():
+        folder.mkdir()
+    page = folders['pages'] / 'cluster.md'
+    page.write_text('before\n<!-- results: cluster_leaves -->\n<!-- end of results -->\nafter\n')
+    sent = tmp_path / 'measurements.jsonl'
+    for seed, share in ((0, 0.5), (1, 0.7)):
+        write_measurements([Measurement('cluster_leaves', 'CNN', seed, {'k-means': share})], sent)
+        results.main(results.Settings(add=[sent], **folders))
+    assert '| CNN | 60.0 ± 14.1 |' in page.read_text()
+    assert page.read_text().endswith('seeds 0, 1.\n<!-- end of results -->\nafter\n')

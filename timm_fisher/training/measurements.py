@@ -1,0 +1,88 @@
+"""What the papers' experiments measured: a line for each row of a table and seed, which tables are
+made from."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import timm
+import torch
+
+from timm_fisher.files import write
+from timm_fisher.hub.text import escape_markdown
+from timm_fisher.training.report import COMMIT
+from timm_fisher.training.tables import percent, records
+
+VERSIONS = {'torch': torch.__version__, 'timm': timm.__version__}
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A row of a table, of one seed.
+
+    Attributes:
+        table: its name, as `table_name` gives it.
+        row: its title.
+        seed: of everything random.
+        shares: by title of the column, 0 to 1.
+        paper: likewise what the paper has, in per cent, where it has something.
+        commit, versions: of the code that measured.
+
+    Raises:
+        ValueError: the name of the table could not be that of a file.
+    """
+
+    table: str
+    row: str
+    seed: int
+    shares: dict[str, float]
+    paper: dict[str, float] = field(default_factory=dict)
+    commit: str = COMMIT
+    versions: dict[str, str] = field(default_factory=lambda: VERSIONS)
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r'\w+', self.table):
+            raise ValueError(f"table is {self.table!r}; give letters, digits and '_'.")
+
+
+def table_name(experiment: str, data: str) -> str:
+    """Of an experiment on a data set, by its name in `timm_fisher.training.report.data_name`."""
+    return re.sub(r'\W+', '_', f'{experiment}_{data.removesuffix(".npz")}')
+
+
+def read_measurements(path: Path) -> list[Measurement]:
+    """Lines of a file."""
+    return [Measurement(**json.loads(line)) for line in path.read_text().splitlines()]
+
+
+def write_measurements(measurements: Iterable[Measurement], path: Path) -> None:
+    """A file of lines."""
+    write(path, ''.join(json.dumps(asdict(measured)) + '\n' for measured in measurements))
+
+
+def merge_measurements(measurements: Iterable[Measurement]) -> list[Measurement]:
+    """All of them; of several of one row and seed the last, in the place of the first."""
+    return list({(m.table, m.row, m.seed): m for m in measurements}.values())
+
+
+def table_of(measurements: Iterable[Measurement], digits: int = 1) -> str:
+    """Markdown table, in per cent: mean and standard deviation over the seeds; beside them the
+    paper's figures."""
+    rows: dict[str, list[Measurement]] = {}
+    for measured in measurements:
+        rows.setdefault(measured.row, []).append(measured)
+    lines: list[Mapping[str, str]] = []
+    for title, of_seeds in rows.items():
+        line = {'': escape_markdown(title)}
+        for column in of_seeds[0].shares:
+            line[column] = percent([m.shares[column] for m in of_seeds], digits)
+            if column in of_seeds[0].paper:
+                line[f'{column}: paper'] = f'{of_seeds[0].paper[column]:g}'
+        lines.append(line)
+    columns = list(dict.fromkeys(column for line in lines for column in line))
+    seeds = ', '.join(str(s) for s in dict.fromkeys(m.seed for of in rows.values() for m in of))
+    return f'{records(lines, columns)}\n\nIn %, mean and standard deviation over seeds {seeds}.'
