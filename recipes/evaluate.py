@@ -8,21 +8,18 @@ recipes/train.py takes it. `--confusion FILE.png` draws what is taken for what.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
-from sklearn.metrics import ConfusionMatrixDisplay, confusion_matrix, recall_score
+from sklearn.metrics import recall_score
 
 from timm_fisher.explain import class_names
-from timm_fisher.files import save_png
 from timm_fisher.hub.pypi import from_pretrained_or_pypi
 from timm_fisher.training.command_line import run
-from timm_fisher.training.evaluate import accuracies, predict
+from timm_fisher.training.evaluate import accuracies, draw_confusion, predict
 from timm_fisher.training.tables import records
 
 
@@ -72,20 +69,6 @@ def main(settings: Evaluation) -> None:
     print(f'\n{records(lines)}')
     if settings.confusion:
         draw_confusion(labels, predicted, names, settings.confusion)
-
-
-def draw_confusion(
-    labels: list[int], predicted: list[int], names: Sequence[str], path: Path
-) -> None:
-    """Percent of each class (row) that is taken for each class."""
-    size = 2 + 0.4 * len(names)
-    figure = Figure(figsize=(size, size), layout='tight')
-    counts = confusion_matrix(labels, predicted, labels=range(len(names)))
-    shares = 100 * counts / counts.sum(1, keepdims=True).clip(1)
-    ConfusionMatrixDisplay(shares, display_labels=names).plot(
-        ax=figure.subplots(), cmap='Blues', values_format='.0f', xticks_rotation=90, colorbar=False
-    )
-    save_png(figure, path)
 
 
 if __name__ == '__main__':

@@ -15,6 +15,7 @@ from timm_fisher.hub.push import push_folder, push_to_hub
 from timm_fisher.hub.save import save_model, save_pretrained
 from timm_fisher.model import PooledModel
 from timm_fisher.registry import create_head, get_head, list_heads
+from timm_fisher.vectors import embed
 
 __all__ = [
     'DescriptorStream',
@@ -25,6 +26,7 @@ __all__ = [
     'PushError',
     'create_head',
     'create_model',
+    'embed',
     'fit',
     'from_pretrained',
     'get_head',

@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from sklearn.metrics import accuracy_score, balanced_accuracy_score
+from matplotlib.figure import Figure
+from sklearn.metrics import (
+    ConfusionMatrixDisplay,
+    accuracy_score,
+    balanced_accuracy_score,
+    confusion_matrix,
+)
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from timm_fisher import PooledModel
 from timm_fisher.explain import class_names
+from timm_fisher.files import save_png
 from timm_fisher.training.config import Config
 from timm_fisher.training.data import (
     Split,
@@ -81,6 +89,20 @@ def predict(
     finally:
         model.train(was_training)
     return images.labels.tolist(), predicted
+
+
+def draw_confusion(
+    labels: Sequence[int], predicted: Sequence[int], names: Sequence[str], path: Path
+) -> None:
+    """Percent of each class (row) that is taken for each class."""
+    size = 2 + 0.4 * len(names)
+    figure = Figure(figsize=(size, size), layout='tight')
+    counts = confusion_matrix(labels, predicted, labels=range(len(names)))
+    shares = 100 * counts / counts.sum(1, keepdims=True).clip(1)
+    ConfusionMatrixDisplay(shares, display_labels=names).plot(
+        ax=figure.subplots(), cmap='Blues', values_format='.0f', xticks_rotation=90, colorbar=False
+    )
+    save_png(figure, path)
 
 
 def _load_split(data_dir: str, split: str, model: PooledModel) -> Split:
