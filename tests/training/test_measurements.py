@@ -30,7 +30,7 @@ def test_table():
     lines = [line('a | b', 0, 0.5, paper={'k-means': 46.75}), line('c', 0, 0.25)]
     lines.append(line('a | b', 1, 0.7))
     assert table_of(lines).splitlines() == [
-        '|  | k-means | k-means: paper |', '| --- | ---: | ---: |',
+        '|  | k-means | k-means (paper) |', '| --- | ---: | ---: |',
         '| a \\| b | 60.0 ± 14.1 | 46.75 |', '| c | 25.0 |  |', '',
         'In %, mean and standard deviation over seeds 0, 1.',
     ]  # fmt: skip

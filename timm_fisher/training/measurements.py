@@ -81,7 +81,7 @@ def table_of(measurements: Iterable[Measurement], digits: int = 1) -> str:
         for column in of_seeds[0].shares:
             line[column] = percent([m.shares[column] for m in of_seeds], digits)
             if column in of_seeds[0].paper:
-                line[f'{column}: paper'] = f'{of_seeds[0].paper[column]:g}'
+                line[f'{column} (paper)'] = f'{of_seeds[0].paper[column]:g}'
         lines.append(line)
     columns = list(dict.fromkeys(column for line in lines for column in line))
     seeds = ', '.join(str(s) for s in dict.fromkeys(m.seed for of in rows.values() for m in of))
