@@ -11,7 +11,6 @@ from timm.layers.helpers import to_2tuple
 from timm.models import group_parameters
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from timm_fisher.backbone import (
     check_number,
@@ -24,6 +23,7 @@ from timm_fisher.backbone import (
 from timm_fisher.compose import ConcatHeads
 from timm_fisher.descriptors import Descriptors, StageDescriptors, read_last
 from timm_fisher.head import PoolingHead, Unpooled
+from timm_fisher.layers import PreNorm, Projection, create_classifier
 from timm_fisher.registry import check_output, create_head
 from timm_fisher.script import scriptable
 from timm_fisher.specification import parse_heads
@@ -48,6 +48,8 @@ class PooledModel(nn.Module):
         num_classes: outputs of the classifier; 0 gives embeddings.
         in_chans: channels of the image; None for the backbone's own.
         img_size: input size, side or (height, width); None for the backbone's own.
+        projection: dimensions that pooled vectors are brought to, by a linear map that `fit` starts
+            from their principal components; None leaves them as they are.
         pre_norm: batch norm without weights between head and classifier, as probes of frozen
             backbones have it.
         drop_rate: dropout between head and classifier.
@@ -82,6 +84,7 @@ class PooledModel(nn.Module):
         num_classes: int = 1000,
         in_chans: int | None = None,
         img_size: int | tuple[int, int] | None = None,
+        projection: int | None = None,
         pre_norm: bool = False,
         drop_rate: float = 0.0,
         drop_path_rate: float | None = None,
@@ -136,9 +139,13 @@ class PooledModel(nn.Module):
         self.head_hidden_size = self.head.out_features
         if class_token == 'append':
             self.head_hidden_size += self.num_features
+        self.projection: nn.Module = nn.Identity()
+        if projection is not None:
+            self.projection = Projection(self.head_hidden_size, projection)
+            self.head_hidden_size = projection
         self.num_classes = num_classes
         self.pre_norm = PreNorm(self.head_hidden_size) if pre_norm else nn.Identity()
-        self.classifier = _create_classifier(self.head_hidden_size, num_classes)
+        self.classifier = create_classifier(self.head_hidden_size, num_classes)
         self.pretrained_cfg = wrap_cfg(
             self.backbone.pretrained_cfg, built.input_size, built.pool_size, num_classes
         )
@@ -156,6 +163,7 @@ class PooledModel(nn.Module):
             'head_kwargs': head_kwargs or None,
             'backbone_kwargs': options or None,
             'img_size': img_size,
+            'projection': projection,
             'pre_norm': pre_norm or None,
             'stage': stage if stage != -1 else None,
             'class_token': class_token if class_token != 'drop' else None,
@@ -236,6 +244,12 @@ class PooledModel(nn.Module):
             x: what `forward_features` gives: one tensor, or one for each stage.
             size: height and width of the images; by default those of `pretrained_cfg`.
         """
+        return cast(Tensor, self.projection(self.pool_unprojected(x, size)))
+
+    def pool_unprojected(
+        self, x: Tensor | list[Tensor], size: Sequence[int] | None = None
+    ) -> Tensor:
+        """As `pool`, without the projection."""
         size = self.pretrained_cfg['input_size'][1:] if size is None else size
         features, arguments, context = self._read(x, size)
         return self._append(self.head(arguments, **context), features)
@@ -250,7 +264,7 @@ class PooledModel(nn.Module):
         """As `pool`, and the heads' unsupervised loss."""
         features, descriptors, context = self._read(x, size)
         pooled, loss = self.head.forward_with_loss(descriptors, **context)
-        return self._append(pooled, features), loss
+        return self.projection(self._append(pooled, features)), loss
 
     def _read(
         self, x: Tensor | list[Tensor], size: Sequence[int]
@@ -304,7 +318,7 @@ class PooledModel(nn.Module):
             )
         like = next(iter([*self.classifier.parameters(), *self.parameters()]))
         self.num_classes = num_classes
-        self.classifier = _create_classifier(self.head_hidden_size, num_classes)
+        self.classifier = create_classifier(self.head_hidden_size, num_classes)
         self.classifier.to(device=like.device, dtype=like.dtype).train(self.training)
 
     def train(self, mode: bool = True) -> Self:
@@ -383,7 +397,8 @@ class PooledModel(nn.Module):
             self.descriptors = read_last(
                 self.backbone, last, self.num_features, self.pretrained_cfg['input_size']
             )
-            self.head, self.pre_norm = Unpooled(self.num_features), nn.Identity()
+            self.head = Unpooled(self.num_features)
+            self.projection = self.pre_norm = nn.Identity()
             self.head_hidden_size = self.num_features
             self.reset_classifier(0)
         return stages
@@ -427,20 +442,3 @@ class PooledModel(nn.Module):
     @_model_args.setter
     def _model_args(self, arguments: dict[str, Any]) -> None:
         """Nothing: timm's factory adds what it was called with, which the model knows."""
-
-
-class PreNorm(nn.BatchNorm1d):
-    """Batch norm without weights, by the running statistics also where a batch is one image. Its
-    floor is small beside the variance of vectors of length 1, which is below 1 / D."""
-
-    def __init__(self, num_features: int) -> None:
-        super().__init__(num_features, eps=1e-6, affine=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        training = self.training and len(x) > 1
-        mean, var, momentum = self.running_mean, self.running_var, self.momentum or 0.0
-        return F.batch_norm(x, mean, var, None, None, training, momentum, self.eps)
-
-
-def _create_classifier(in_features: int, num_classes: int) -> nn.Module:
-    return nn.Linear(in_features, num_classes) if num_classes > 0 else nn.Identity()

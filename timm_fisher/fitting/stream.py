@@ -231,10 +231,16 @@ class ModelStream(DescriptorStream):
             context = self.descriptors.context(self.head, self.model.backbone, features, size)
             yield self.descriptors(features), context
 
+    def _of_batch(self, x: Any) -> Any:
+        """The backbone's features of a batch of the loader."""
+        if self.from_features:
+            return (x[self.place] if isinstance(x, tuple | list) else x).to(self.device)
+        return self.descriptors.features(self.model.backbone, x.to(self.device))
+
     @torch.no_grad()
     def _features(
         self, images: Sequence[int]
-    ) -> Iterator[tuple[Sequence[int], Tensor, Sequence[int]]]:
+    ) -> Iterator[tuple[Sequence[int], Any, Sequence[int]]]:
         """As `read`, the backbone's features of images of a height and width."""
         world_size, rank = _ranks()
         starts = range(rank * self.batch_size, len(images), world_size * self.batch_size)
@@ -251,16 +257,35 @@ class ModelStream(DescriptorStream):
             progress = tqdm(loader, 'fit: descriptors', leave=False, disable=rank > 0 or None)
             for batch, item in zip(batches, progress, strict=True):
                 x: Any = item[0] if isinstance(item, tuple | list) else item
-                size = self.model.pretrained_cfg['input_size'][1:]
                 if self.from_features:
-                    features = x[self.place] if isinstance(x, tuple | list) else x
-                    features = features.to(self.device)
+                    size = self.model.pretrained_cfg['input_size'][1:]
                 else:
                     size = x.shape[2:]
-                    features = self.descriptors.features(self.model.backbone, x.to(self.device))
-                yield batch, features, size
+                yield batch, self._of_batch(x), size
         finally:
             self.model.train(was_training)
+
+
+class PooledStream(ModelStream):
+    """What all heads of a model together pool of the images of a data loader, before a projection:
+    one vector `[B, 1, D]` for each. Arguments and errors are those of `ModelStream`."""
+
+    def __init__(
+        self, model: PooledModel, loader: DataLoader[Any], *, from_features: bool = False
+    ) -> None:
+        super().__init__(model, loader, from_features=from_features)
+        projection: Any = model.projection
+        self.num_features = getattr(projection, 'in_features', model.head_hidden_size)
+
+    def read(self, images: Sequence[int]) -> Iterator[tuple[Sequence[int], Tensor]]:
+        for batch, features, size in self._features(images):
+            yield batch, self.model.pool_unprojected(features, size)[:, None]
+
+    def _of_batch(self, x: Any) -> Any:
+        if self.from_features:
+            several = isinstance(x, tuple | list)
+            return [one.to(self.device) for one in x] if several else x.to(self.device)
+        return self.model.forward_features(x.to(self.device))
 
 
 def _ranks() -> tuple[int, int]:

@@ -18,6 +18,7 @@ import timm
 from timm.layers.helpers import to_2tuple
 
 from timm_fisher.errors import LoadError
+from timm_fisher.head import MOST_FEATURES
 from timm_fisher.hub.text import LONGEST_LABEL, problem
 from timm_fisher.hub.weights import find_file
 from timm_fisher.registry import nearest
@@ -178,6 +179,7 @@ _ARGUMENTS: dict[str, _Check] = {
     'img_size': ('one or two whole numbers', _is_size(1, 2, 2**31)),
     'drop_rate': ('a number from 0 to 1', _is_number(0, 1)),
     'drop_path_rate': ('a number from 0 to 1', _is_number(0, 1)),
+    'projection': (f'a whole number from 1 to {MOST_FEATURES}', _is_whole(1, MOST_FEATURES)),
     'pre_norm': ('true or false', lambda value: isinstance(value, bool)),
     'stage': ('a whole number from -64 to -1', _is_whole(-64, -1)),
     'class_token': ('drop, keep or append', _is_one_of('drop', 'keep', 'append')),

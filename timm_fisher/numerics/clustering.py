@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 ROUNDING = 1e-14  # of the largest squared length: what may be left of a squared distance of zero
@@ -32,8 +33,15 @@ def pca(rows: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     rows = rows.double()
     mean = rows.mean(0)
     centred = rows - mean
-    _, vectors = torch.linalg.eigh(centred.T @ centred)
-    components = vectors.flip(1).T[:dim]
+    components = None
+    if dim < len(rows) < rows.shape[1]:
+        # By way of the smaller side, if there are so many directions in which rows differ.
+        variances, vectors = torch.linalg.eigh(centred @ centred.T)
+        if variances[-dim] > ROUNDING * variances[-1]:
+            components = F.normalize(vectors[:, -dim:].flip(1).T @ centred, dim=1)
+    if components is None:
+        _, vectors = torch.linalg.eigh(centred.T @ centred)
+        components = vectors.flip(1).T[:dim]
     largest = components.gather(1, components.abs().argmax(1, keepdim=True))
     return components * torch.where(largest < 0, -1.0, 1.0), mean
 

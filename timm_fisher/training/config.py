@@ -100,6 +100,9 @@ class Config:
             stage; or a list of heads, each with its name, stage and arguments.
         head_kwargs: arguments of a head that is named; of several, each goes to the only one that
             has it.
+        projection: dimensions that pooled vectors are brought to, by PCA and then by stages that
+            train the head; null for none.
+        whiten: strength of whitening by that PCA, from 0 to 1.
         pre_norm: batch norm without weights before the classifier, as in probes.
         drop_rate: dropout before the classifier.
         img_size: side of the input image; null for the backbone's own.
@@ -138,6 +141,8 @@ class Config:
     last_stride: int | None = None
     head: str | list[dict[str, Any]] = 'avg'
     head_kwargs: dict[str, Any] = field(default_factory=dict)
+    projection: int | None = None
+    whiten: float = 0.0
     pre_norm: bool = False
     drop_rate: float = 0.0
     img_size: int | None = None

@@ -45,7 +45,17 @@ from timm_fisher.training.stages import (
 )
 
 # What the probes of a call may have of their own.
-OWN = ('output', 'head', 'head_kwargs', 'backbone_stage', 'pre_norm', 'drop_rate', 'stages')
+OWN = (
+    'output',
+    'head',
+    'head_kwargs',
+    'backbone_stage',
+    'projection',
+    'whiten',
+    'pre_norm',
+    'drop_rate',
+    'stages',
+)
 LATER = ('output', 'stages')  # of no consequence for the model that is fitted
 NEIGHBOURS = (1, 5, 20)  # numbers that validation images choose from
 
@@ -215,7 +225,7 @@ class Pool:
         to_device(model, self.accelerator.device)
         places = [self.stages.index(reader.stage) for reader in model.descriptors]
         loader = DataLoader(self.features['train'].select(places), config.batch_size)
-        fit = partial(timm_fisher.fit, model, loader, from_features=True)
+        fit = partial(timm_fisher.fit, model, loader, from_features=True, whiten=config.whiten)
         return model, timed(fit, str(self.accelerator.device))[0]
 
     def _pool(self, model: PooledModel, places: list[int], config: Config) -> dict[str, Cached]:

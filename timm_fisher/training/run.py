@@ -118,6 +118,7 @@ def create_model(config: Config, num_classes: int) -> PooledModel:
         head_kwargs=config.head_kwargs,
         backbone_kwargs=config.backbone_kwargs,
         img_size=config.img_size,
+        projection=config.projection,
         pre_norm=config.pre_norm,
         drop_rate=config.drop_rate,
         stage=config.backbone_stage,
@@ -164,7 +165,10 @@ class Run:
         dataset = self._datasets(next(iter(self.config.stages.values())))['train']
         loader = create_loader(dataset, self.config)
         with self._timed('fit'):
-            timm_fisher.fit(self.model, loader, from_features=dataset.gives == 'features')
+            from_features = dataset.gives == 'features'
+            timm_fisher.fit(
+                self.model, loader, from_features=from_features, whiten=self.config.whiten
+            )
 
     def resume(self, checkpoint: Path) -> None:
         """Go back to a checkpoint; `train_stage` takes the rest of its state."""

@@ -137,6 +137,7 @@ def freeze(model: PooledModel, name: str, stage: Stage) -> None:
             parameter.requires_grad_(True)
     if stage.train in ('classifier', 'backbone'):
         model.head.requires_grad_(False)
+        model.projection.requires_grad_(False)
     if stage.train == 'backbone' or stage.unsupervised:
         model.classifier.requires_grad_(False)
     if not any(parameter.requires_grad for parameter in model.parameters()):
@@ -172,9 +173,10 @@ def create_optimizer(model: PooledModel, stage: Stage) -> torch.optim.Optimizer:
     """An optimizer of what has gradients: no weight decay on vectors, head and classifier with
     learning rates of their own."""
     groups = []
+    after = ('head', 'projection', 'classifier')
     for scale, modules in (
         (1.0, {'backbone': model.backbone}),
-        (stage.head_lr_scale, {'head': model.head, 'classifier': model.classifier}),
+        (stage.head_lr_scale, {name: getattr(model, name) for name in after}),
     ):
         for group in param_groups_weight_decay(
             nn.ModuleDict(modules), stage.weight_decay, no_weight_decay_list=model.no_weight_decay()
