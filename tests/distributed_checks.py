@@ -23,6 +23,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import timm_fisher
 from timm_fisher.fitting.stream import ListStream
+from timm_fisher.training.config import Stage
+from timm_fisher.training.metric_learning import MetricLearning
 
 SMALL = {  # faster than the default, or fit for a handful of descriptors
     'bilinear': {'reduce_dim': 8},
@@ -109,6 +111,25 @@ def updated(rank: int = 0, world_size: int = 1) -> dict[str, Any]:
     }
 
 
+def metric_learning() -> MetricLearning:
+    """An objective whose loss depends on all pairs of a batch, and one that has weights."""
+    stage = Stage(train='head', loss={'name': 'ProxyAnchorLoss'}, miner={'name': 'BatchHardMiner'})
+    objective = MetricLearning(create('sparse_fisher'), stage, 'images', 3)
+    objective.model.eval()  # batch norm would see half of the images
+    return objective
+
+
+def metric_gradients(module: nn.Module, rank: int = 0, world_size: int = 1) -> dict[str, Tensor]:
+    """Of its loss on this rank's share of 12 images."""
+    images, labels = (tensor[rank::world_size] for tensor in create_images(12))
+    module(images, labels).backward()
+    return {
+        name.removeprefix('module.'): parameter.grad
+        for name, parameter in module.named_parameters()
+        if parameter.grad is not None
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument('--output', type=Path, required=True)
@@ -123,6 +144,9 @@ def main() -> None:
         module = accelerator.prepare_model(WithLoss(create(head)))
         results['gradients'][head] = gradients(module, rank, world_size)
     results['updated'] = updated(rank, world_size)
+    torch.manual_seed(0)
+    module = accelerator.prepare_model(metric_learning())
+    results['metric_gradients'] = metric_gradients(module, rank, world_size)
     torch.save(results, output / f'rank{rank}.pt')
     accelerator.end_training()
 

@@ -114,3 +114,14 @@ def test_own_update_on_two_ranks_equals_that_on_the_whole_batch(ranks):
         torch.testing.assert_close(rank['updated'], expected, atol=1e-6, rtol=1e-6)
     alone = distributed_checks.updated(0, 2)  # of half of the images, without the other rank
     assert (alone['basis'] - expected['basis']).abs().max() > 0.01
+
+
+def test_metric_learning_on_two_ranks_equals_that_on_the_whole_batch(ranks):
+    """Pairs of images on different ranks count, and the weights of a loss are trained alike."""
+    torch.manual_seed(0)
+    expected = distributed_checks.metric_gradients(distributed_checks.metric_learning())
+    assert 'loss.proxies' in expected
+    for rank in ranks:
+        torch.testing.assert_close(rank['metric_gradients'], expected, atol=1e-5, rtol=1e-4)
+    half = distributed_checks.metric_gradients(distributed_checks.metric_learning(), 0, 2)
+    assert (half['loss.proxies'] - expected['loss.proxies']).abs().max() > 1e-3

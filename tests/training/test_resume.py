@@ -162,8 +162,24 @@ def stop(recipe, tmp_path, monkeypatch):
             },
             (5,),
         ),
+        # A loss with weights of its own, and an order of its own.
+        (
+            {
+                'projection': 6,
+                'stages': {
+                    'search': {
+                        'train': 'all',
+                        'epochs': 2,
+                        'lr': 0.001,
+                        'per_class': 4,
+                        'loss': {'name': 'ProxyAnchorLoss'},
+                    }
+                },
+            },
+            (5,),
+        ),
     ],
-    ids=['memory', 'unsupervised first', 'unsupervised', 'gsnmf', 'dbm_idfk', 'dropcov'],
+    ids=['memory', 'unsupervised first', 'unsupervised', 'gsnmf', 'dbm_idfk', 'dropcov', 'metric'],
 )
 def test_run_stopped_at_a_step_resumes_exactly(recipe, stop, few_images, tmp_path, change, steps):
     """Before any checkpoint, in the first stage, in the first and in the last epoch of the second:

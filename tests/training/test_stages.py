@@ -200,16 +200,16 @@ def test_head_lr_scale(step):
     ('train', 'trained'),
     [
         ('classifier', {'classifier'}),
-        ('head', {'classifier', 'head'}),
-        ('all', {'classifier', 'head', 'backbone'}),
+        ('head', {'classifier', 'head', 'projection'}),
+        ('all', {'classifier', 'head', 'projection', 'backbone'}),
         ('backbone', {'backbone'}),
     ],
 )
 def test_stage_trains_what_it_says(step, train, trained):
-    options = {'head': 'sparse_fisher', 'head_kwargs': {'code_dim': 4}}
+    options = {'head': 'sparse_fisher', 'head_kwargs': {'code_dim': 4}, 'projection': 6}
     start = step(options, train=train, lr=0.0)
     change = step(options, train=train, lr=0.1, start=start)
-    for part in ('classifier', 'head', 'backbone'):
+    for part in ('classifier', 'projection', 'head', 'backbone'):
         moved = [tensor.any().item() for tensor in parameters_of(change, part).values()]
         assert any(moved) == (part in trained), part
     statistics = [tensor for name, tensor in change.items() if 'running_mean' in name]

@@ -104,13 +104,16 @@ class Progress:
     scheduler: dict[str, Any] = field(default_factory=dict)  # its state
 
     def add(self, row: dict[str, Any]) -> None:
-        """Take in an epoch. Until labels say which is the best, it is the last: unsupervised losses
-        of different features cannot be compared."""
+        """Take in an epoch. The best has the highest accuracy; if no stage classifies, the highest
+        recall; without either it is the last: unsupervised losses of different features cannot be
+        compared."""
         self.history.append(row)
-        best = self.best.get('val_accuracy')
-        if best is None or row.get('val_accuracy', -1.0) > best:
-            metric = 'val_accuracy' if 'val_accuracy' in row else 'val_loss'
-            self.best = {key: row[key] for key in ('stage', 'epoch', metric)}
+        for metric in ('val_accuracy', 'val_recall_at_1', 'val_loss'):
+            best = self.best.get(metric)
+            if metric in row and (best is None or metric == 'val_loss' or row[metric] > best):
+                self.best = {key: row[key] for key in ('stage', 'epoch', metric)}
+            if metric in row or best is not None:
+                return
 
     @property
     def latest_is_best(self) -> bool:

@@ -21,6 +21,12 @@ class Stage:
             classifier is frozen. Before each step the head updates itself by its own rule, if it
             has one; a last batch of too few images is left out. After a supervised stage only last/
             gets what it learns: model/ keeps the epoch of the best validation accuracy.
+        loss: empty for cross-entropy; or a loss of pytorch-metric-learning, the name of its class
+            and its arguments, such as {name: MultiSimilarityLoss, alpha: 2.0}, on vectors of unit
+            length. The classifier is frozen then, and epochs are compared by recall@1.
+        miner: of pairs or triplets, likewise; empty for none.
+        per_class: images of a class that follow each other in a batch, of which batch_size is a
+            multiple; 0 for batches at random.
         epochs: passes over the training set.
         opt: optimizer, any that timm.optim knows; sgd is Nesterov's, momentum the plain one.
         lr: learning rate.
@@ -42,6 +48,9 @@ class Stage:
     train: Literal['classifier', 'head', 'all', 'backbone'] = 'all'
     layers: list[str] = field(default_factory=list)
     unsupervised: bool = False
+    loss: dict[str, Any] = field(default_factory=dict)
+    miner: dict[str, Any] = field(default_factory=dict)
+    per_class: int = 0
     epochs: int = 10
     opt: str = 'adamw'
     lr: float = 1e-3
@@ -165,6 +174,18 @@ class Config:
                 raise ValueError(f'stages.{name}.epochs is {stage.epochs}; give 1 or more.')
             if stage.unsupervised and stage.train == 'classifier':
                 raise ValueError(f'stages.{name} is unsupervised: it cannot train the classifier.')
+            if stage.loss and (stage.unsupervised or stage.train == 'classifier'):
+                raise ValueError(
+                    f'stages.{name}.loss is {stage.loss.get("name")}, which trains no '
+                    'classifier: give train: head, all or backbone, and not unsupervised.'
+                )
+            if stage.miner and not stage.loss:
+                raise ValueError(f'stages.{name} has a miner, but no loss that takes it.')
+            if stage.per_class and self.batch_size % stage.per_class:
+                raise ValueError(
+                    f'stages.{name}.per_class is {stage.per_class}; give a divisor of batch_size, '
+                    f'which is {self.batch_size}.'
+                )
             if stage.layers and not stage.trains_backbone:
                 raise ValueError(
                     f'stages.{name}.layers is {stage.layers}, but train is {stage.train}: the '
@@ -188,6 +209,11 @@ class Config:
     def unsupervised(self) -> bool:
         """Whether no stage reads labels."""
         return all(stage.unsupervised for stage in self.stages.values())
+
+    @property
+    def classifies(self) -> bool:
+        """Whether some stage trains or uses the classifier."""
+        return any(not (stage.unsupervised or stage.loss) for stage in self.stages.values())
 
     def to_yaml(self) -> str:
         """The configuration as a file that `--config` reads."""

@@ -29,7 +29,7 @@ import timm_fisher
 from timm_fisher import PooledModel
 from timm_fisher.specification import HeadSpec, parse_heads
 from timm_fisher.training.config import Config, Stage
-from timm_fisher.training.data import create_datasets, load_splits, preprocessing
+from timm_fisher.training.data import Gives, create_datasets, load_splits, preprocessing
 from timm_fisher.training.device import to_device
 from timm_fisher.training.evaluate import accuracies
 from timm_fisher.training.features import Cached, cache_features, cache_pooled
@@ -211,8 +211,9 @@ class Pool:
             if key not in self.pooled:
                 self.pooled[key] = self._pool(model, places, config)
         freeze(model, name, stage)
-        objective = create_objective(model, stage, 'features' if source == 'features' else 'pooled')
-        optimizer = create_optimizer(model, stage)
+        gives: Gives = 'features' if source == 'features' else 'pooled'
+        objective = create_objective(model, stage, gives, self.classes)
+        optimizer = create_optimizer(objective, stage)
         steps = -(-len(self.features['train']) // config.batch_size)
         scheduler = create_scheduler(optimizer, stage, steps)
         return Probe(config, model, places, source, objective, optimizer, scheduler, seconds)
@@ -253,7 +254,7 @@ def _check(configs: Mapping[str, Config]) -> Config:
     for name, config in configs.items():
         stages = list(config.stages.values())
         stage = stages[0]
-        if len(stages) > 1 or not config.caches(stage) or stage.unsupervised:
+        if len(stages) > 1 or not config.caches(stage) or not config.classifies:
             raise ValueError(
                 f"'{name}' is no probe: it takes one stage, that trains a classifier or a head on "
                 'cached features, without augmentation.'

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import safetensors.torch
 import torch
@@ -40,6 +40,7 @@ from timm_fisher.training.config import Config, Stage
 from timm_fisher.training.data import Images, create_datasets, load_splits, preprocessing
 from timm_fisher.training.device import to_device
 from timm_fisher.training.features import Cached, cache_features, cache_pooled, create_loader
+from timm_fisher.training.metric_learning import MetricLearning, PerClassSampler
 from timm_fisher.training.report import describe, draw_curve, head_names
 from timm_fisher.training.stages import (
     Objective,
@@ -72,9 +73,12 @@ def train(config: Config) -> dict[str, Any]:
             classes = []  # an untrained classifier would mislead
 
         # Model
-        model = to_device(create_model(config, len(classes)), accelerator.device)
+        number = len(classes) if config.classifies else 0
+        model = to_device(create_model(config, number), accelerator.device)
         for name, stage in config.stages.items():
-            freeze(model, name, stage)  # refuses what does not fit before anything is computed
+            # Refuse what does not fit before anything is computed.
+            freeze(model, name, stage)
+            create_objective(model, stage, 'images', len(classes))
         model.requires_grad_(True)
         data_config = preprocessing(model, config)
         images = create_datasets(config, splits, data_config)
@@ -144,6 +148,7 @@ class Training:
     optimizer: Any
     loader: Any
     scheduler: Any
+    sampler: PerClassSampler | None
 
 
 @dataclass
@@ -189,7 +194,10 @@ class Run:
         if done < stage.epochs:
             training = self._prepare(name, stage)
             if done:
-                accelerator.load_state(str(latest_checkpoint(self.output)))
+                checkpoint = cast(Path, latest_checkpoint(self.output))
+                accelerator.load_state(str(checkpoint))
+                if isinstance(training.objective, MetricLearning):
+                    training.objective.load_loss(checkpoint)
                 training.scheduler.load_state_dict(self.progress.scheduler)
             self.interruption.waits = True
             for epoch in range(done, stage.epochs):
@@ -210,18 +218,23 @@ class Run:
         # draw different augmentation and dropout.
         number = list(config.stages).index(name)
         set_seed(config.seed + 1000 * (number + 1), device_specific=True)
-        objective = create_objective(self.model, stage, augmented.gives)
+        objective = create_objective(self.model, stage, augmented.gives, len(self.classes))
         enough = config.batch_size * accelerator.num_processes <= len(augmented)
         drop_last = objective.whole_batches and enough
+        sampler = None
+        if stage.per_class:
+            options = (stage.per_class, config.batch_size, config.seed)
+            sampler = PerClassSampler(augmented.labels, *options)
+        order: dict[str, Any] = {'sampler': sampler} if sampler else {'shuffle': True}
         module, optimizer, loader = accelerator.prepare(
             objective,
-            create_optimizer(self.model, stage),
-            create_loader(augmented, config, shuffle=True, drop_last=drop_last),
+            create_optimizer(objective, stage),
+            create_loader(augmented, config, drop_last=drop_last, **order),
         )
         updates = math.ceil(len(loader) / config.grad_accum_steps)
         scheduler = create_scheduler(optimizer.optimizer, stage, updates)
         val = datasets['val']
-        return Training(name, stage, val, objective, module, optimizer, loader, scheduler)
+        return Training(name, stage, val, objective, module, optimizer, loader, scheduler, sampler)
 
     def _run_epoch(self, training: Training, epoch: int) -> None:
         """Train, validate, report, write the checkpoint, and keep the model if it is the best."""
@@ -235,8 +248,9 @@ class Run:
         row['val_loss'] = result[training.objective.loss_name]
         where = f'{training.name}, validation of epoch {epoch + 1}'
         self._refuse_non_finite(row['val_loss'], where, training.objective, training.val)
-        if 'accuracy' in result:
-            row['val_accuracy'] = result['accuracy']
+        for metric in ('accuracy', 'recall_at_1'):
+            if metric in result:
+                row[f'val_{metric}'] = result[metric]
         row['seconds'] = round(time.perf_counter() - start, 2)
         self.accelerator.print(_text(row))
         if isinstance(scheduler, ReduceLROnPlateau):
@@ -244,7 +258,13 @@ class Run:
         progress.steps += len(training.loader)
         progress.scheduler = scheduler.state_dict()
         progress.add(row)
-        save_checkpoint(self.output, progress, self.accelerator, self.save_model)
+
+        def save(folder: Path) -> None:
+            self.save_model(folder)
+            if isinstance(training.objective, MetricLearning):
+                training.objective.save_loss(folder.parent)
+
+        save_checkpoint(self.output, progress, self.accelerator, save)
         self._keep_best()
 
     def _keep_best(self) -> None:
@@ -258,6 +278,8 @@ class Run:
         """One pass over the training set, put in order by `epoch`; the mean loss of all ranks."""
         accelerator, loader, stage = self.accelerator, training.loader, training.stage
         loader.set_epoch(epoch)
+        if training.sampler is not None:
+            training.sampler.set_epoch(epoch)
         training.module.train()
         set_training_mode(self.model, stage)
         update = epoch * math.ceil(len(loader) / self.config.grad_accum_steps)
@@ -335,8 +357,10 @@ class Run:
         stage = self.config.stages[progress.best['stage']]
         load_weights(self.model, self.output / 'model')
         dataset = self._datasets(stage)[split]
-        objective = create_objective(self.model, stage, dataset.gives)
+        objective = create_objective(self.model, stage, dataset.gives, len(self.classes))
         result = self._evaluate(objective, dataset, split)
+        if stage.loss:
+            del result['loss']  # it may have weights, which model/ has not
         seconds = {key: progress.seconds.get(key, 0.0) for key in ('features', 'fit', 'train')}
         metrics = {
             split: result,
@@ -396,14 +420,15 @@ class Run:
 
     def save_model(self, folder: Path) -> None:
         """Write the model as it is now."""
-        label_names, data_config = self.classes or None, self.data_config
+        label_names = self.classes if self.model.num_classes else None
+        data_config = self.data_config
         timm_fisher.save_model(self.model, folder, label_names=label_names, data_config=data_config)
 
 
 def _text(results: dict[str, Any]) -> str:
     """`val loss 0.1234, val accuracy 98.76%`."""
     forms = {k: '.4g' if isinstance(v, float) else '' for k, v in results.items()}
-    forms |= {k: '.2%' for k in forms if 'accuracy' in k}
+    forms |= {k: '.2%' for k in forms if 'accuracy' in k or 'recall' in k}
     return ', '.join(f'{k.replace("_", " ")} {v:{forms[k]}}' for k, v in results.items())
 
 

@@ -1,7 +1,7 @@
 """What a stage trains, with which loss, optimizer and schedule.
 
-`Supervised` and `Unsupervised` are modules, which DDP wraps: called with a batch they give the
-loss, and `evaluate` measures a model on a whole data set.
+`Supervised`, `Unsupervised` and `MetricLearning` are modules, which DDP wraps: called with a batch
+they give the loss, and `evaluate` measures a model on a whole data set.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from timm_fisher.registry import nearest
 from timm_fisher.training.config import Stage
 from timm_fisher.training.data import Gives
 from timm_fisher.training.evaluate import accuracies
+from timm_fisher.training.metric_learning import MetricLearning
 
 Batches = Iterable[tuple[Any, Tensor]]
 
@@ -107,11 +108,13 @@ class Unsupervised(nn.Module):
         return {'unsupervised_loss': total / samples, 'samples': samples}
 
 
-Objective = Supervised | Unsupervised
+Objective = Supervised | Unsupervised | MetricLearning
 
 
-def create_objective(model: PooledModel, stage: Stage, gives: Gives) -> Objective:
-    """The objective of a stage, on batches of what a data set gives."""
+def create_objective(model: PooledModel, stage: Stage, gives: Gives, classes: int) -> Objective:
+    """The objective of a stage, on batches of what a data set gives, of so many classes."""
+    if stage.loss:
+        return MetricLearning(model, stage, gives, classes)
     return (Unsupervised if stage.unsupervised else Supervised)(model, stage, gives)
 
 
@@ -138,7 +141,7 @@ def freeze(model: PooledModel, name: str, stage: Stage) -> None:
     if stage.train in ('classifier', 'backbone'):
         model.head.requires_grad_(False)
         model.projection.requires_grad_(False)
-    if stage.train == 'backbone' or stage.unsupervised:
+    if stage.train == 'backbone' or stage.unsupervised or stage.loss:
         model.classifier.requires_grad_(False)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         reason = {
@@ -169,15 +172,14 @@ def _trained_layers(model: PooledModel, stage: Stage) -> dict[str, nn.Module]:
     return {name: modules[name] for name in stage.layers}
 
 
-def create_optimizer(model: PooledModel, stage: Stage) -> torch.optim.Optimizer:
-    """An optimizer of what has gradients: no weight decay on vectors, head and classifier with
-    learning rates of their own."""
-    groups = []
-    after = ('head', 'projection', 'classifier')
-    for scale, modules in (
-        (1.0, {'backbone': model.backbone}),
-        (stage.head_lr_scale, {name: getattr(model, name) for name in after}),
-    ):
+def create_optimizer(objective: Objective, stage: Stage) -> torch.optim.Optimizer:
+    """An optimizer of what has gradients: no weight decay on vectors, all that follows the backbone
+    with learning rates of its own."""
+    groups, model = [], objective.model
+    after = {name: getattr(model, name) for name in ('head', 'projection', 'classifier')}
+    if isinstance(objective, MetricLearning):
+        after['loss'] = objective.loss
+    for scale, modules in ((1.0, {'backbone': model.backbone}), (stage.head_lr_scale, after)):
         for group in param_groups_weight_decay(
             nn.ModuleDict(modules), stage.weight_decay, no_weight_decay_list=model.no_weight_decay()
         ):
