@@ -17,6 +17,7 @@ from run_checks import (
     parse_config,
 )
 
+from timm_fisher.training.config import Config, Stage
 from timm_fisher.training.data import Images, Split, load_splits
 
 ONE_EPOCH = {'only': {'train': 'head', 'epochs': 1}}
@@ -217,3 +218,19 @@ def test_fingerprint_of_files_of_torchvision(few):
     assert split.fingerprint() == first
     os.utime(files[4], ns=(1, 1))
     assert split.fingerprint() != first
+
+
+def test_classes_that_training_lacks(tmp_path):
+    """Without a classifier they follow the others, in the order of names."""
+    for split, names in (('train', 'bd'), ('val', 'bd'), ('test', 'acd')):
+        for name in names:
+            folder = tmp_path / split / name
+            folder.mkdir(parents=True)
+            Image.new('RGB', (8, 8), (ord(name), len(split), 0)).save(folder / '0.png')
+    search = Stage(train='head', loss={'name': 'ProxyAnchorLoss'})
+    splits, classes = load_splits(Config(data_dir=str(tmp_path), stages={'search': search}))
+    assert classes == ['b', 'd']
+    assert splits['train'].labels.tolist() == [0, 1]
+    assert sorted(splits['test'].labels) == [1, 2, 3]
+    with pytest.raises(ValueError, match=r"'test' has classes that training lacks: \['a', 'c'\]"):
+        load_splits(Config(data_dir=str(tmp_path)))

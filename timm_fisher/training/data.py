@@ -178,7 +178,8 @@ def load_splits(config: Config) -> tuple[dict[str, Split], list[str]]:
     """The splits 'train', 'val' and, if there is one, 'test'; and the names of the classes.
 
     Where all stages are unsupervised, labels may be missing or all the same, and have no say in
-    what is carved off for validation.
+    what is carved off for validation. Where no stage classifies, the splits of a folder may have
+    classes that the training split lacks.
 
     Raises:
         ValueError: a folder that is missing, empty or holds one class, classes that the training
@@ -233,7 +234,10 @@ def _load_timm(config: Config) -> tuple[dict[str, Split], list[str]]:
             splits[role] = _whole(_create_dataset(config.dataset, config.data_dir, name))
         else:
             advice = '' if role == 'train' else f'Training goes without by --{role}_split null.'
-            splits[role] = load_folder(config.data_dir, name, class_to_index, advice=advice)
+            others = not config.classifies
+            splits[role] = load_folder(
+                config.data_dir, name, class_to_index, others=others, advice=advice
+            )
         if role == 'train':
             dataset = splits[role].dataset
             class_to_index = getattr(getattr(dataset, 'reader', dataset), 'class_to_idx', None)
@@ -245,10 +249,16 @@ def _load_timm(config: Config) -> tuple[dict[str, Split], list[str]]:
 
 
 def load_folder(
-    data_dir: str, name: str, known: dict[str, int] | None = None, *, advice: str = ''
+    data_dir: str,
+    name: str,
+    known: dict[str, int] | None = None,
+    *,
+    others: bool = False,
+    advice: str = '',
 ) -> Split:
     """One split of a folder, all images DATA_DIR/NAME/CLASS/IMAGE, labelled by `known` indices of
-    classes or in the order of names. ValueError as `load_splits`; `advice` if it is missing."""
+    classes or in the order of names; `others` may follow the known ones. ValueError as
+    `load_splits`; `advice` if it is missing."""
     folder = Path(data_dir, name)
     if not folder.is_dir():
         raise ValueError(
@@ -258,11 +268,12 @@ def load_folder(
     dataset = _create_dataset('', data_dir, name)
     if known is not None:
         unknown = sorted(set(dataset.reader.class_to_idx) - set(known))
-        if unknown:
+        if unknown and not others:
             raise ValueError(
                 f"The split '{name}' has classes that training lacks: {unknown}, not {list(known)}."
             )
-        dataset = _create_dataset('', data_dir, name, class_map=known)
+        class_map = known | {other: len(known) + i for i, other in enumerate(unknown)}
+        dataset = _create_dataset('', data_dir, name, class_map=class_map)
     return _whole(dataset)
 
 

@@ -359,8 +359,6 @@ class Run:
         dataset = self._datasets(stage)[split]
         objective = create_objective(self.model, stage, dataset.gives, len(self.classes))
         result = self._evaluate(objective, dataset, split)
-        if stage.loss:
-            del result['loss']  # it may have weights, which model/ has not
         seconds = {key: progress.seconds.get(key, 0.0) for key in ('features', 'fit', 'train')}
         metrics = {
             split: result,
