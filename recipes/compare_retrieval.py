@@ -1,0 +1,178 @@
+"""Compare pooled vectors for search: as they are, projected, whitened, and trained for it.
+
+    python recipes/compare_retrieval.py --config recipes/configs/retrieval.yaml --data-dir trashnet \
+        --output runs/retrieval_trashnet
+
+Each image of the test split is searched among the others. For every head:
+
+    full      its vectors on the frozen backbone, fitted to the training images
+    PCA       the same, by the principal components of the training images
+    whitened  likewise, divided by the deviations of the components to the power among
+              `whiten` that has the best MAP@R on the validation images
+    trained   a projection of the same size, with the head if it has parameters, trained by the
+              stages of the configuration
+
+The classes of val/ and test/ need not be those of train/. FILE.npz, of images `x` and classes `y`, is
+cut so: the first half of the classes is trained on, the next quarter validates, the others are
+searched. Its images are written to `--output` for that.
+
+Leaves in `--output`: table.md, measurements.jsonl and the models of training; interrupted, it goes
+on where it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from timm_fisher.files import keep_settings, write
+from timm_fisher.layers import Projection
+from timm_fisher.retrieval import evaluate_retrieval
+from timm_fisher.training import command_line, embeddings
+from timm_fisher.training.data import Split, load_splits
+from timm_fisher.training.launch import launch
+from timm_fisher.training.measurements import (
+    Measurement,
+    table_name,
+    table_of,
+    write_measurements,
+)
+from timm_fisher.training.report import data_name
+
+MEASURES = {'recall_at_1': 'recall@1', 'map_at_r': 'MAP@R'}
+
+
+@dataclass
+class Comparison:
+    """Compare heads for search on one data set.
+
+    Args:
+        output: folder of the comparison.
+        data_dir: folder with train, val and test, or FILE.npz.
+        seeds: of the training.
+        size: dimensions after the projection.
+        whiten: strengths to choose from.
+        train: options of train.py for every run; its stages train for search.
+        heads: by name in the table, options of train.py of its own.
+    """
+
+    output: str = 'runs/retrieval'
+    data_dir: str = ''
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    size: int = 256
+    whiten: list[float] = field(default_factory=lambda: [0.25, 0.5, 0.75, 1.0])
+    train: dict[str, Any] = field(default_factory=dict)
+    heads: dict[str, dict[str, Any]] = field(default_factory=lambda: {'avg': {'head': 'avg'}})
+
+    def __post_init__(self) -> None:
+        command_line.check_lists(self, 'seeds', 'whiten')
+        if self.data_dir:
+            folder, data = self.data_dir, Path(self.data_dir)
+            if data.suffix == '.npz':
+                folder = str(Path(self.output, data.stem))
+            self.train = {**self.train, 'data_dir': folder}
+
+
+def main(comparison: Comparison) -> None:
+    output = Path(comparison.output)
+    free = ('output', 'seeds', 'heads')
+    settings = {k: v for k, v in vars(comparison).items() if k not in free}
+    keep_settings(output, settings)
+    folder = Path(comparison.train['data_dir'])
+    if comparison.data_dir.endswith('.npz') and not folder.exists():
+        write_by_classes(Path(comparison.data_dir), folder)
+    measured: list[Measurement] = []
+    for name, options in comparison.heads.items():
+        path = output / f'{name.replace(" ", "").replace("/", "-")}.json'
+        options = {**comparison.train, **options}
+        if not path.exists():
+            write(path, json.dumps(measure_frozen(options, comparison), indent=2) + '\n')
+        rows = json.loads(path.read_text())
+        for title, shares in rows.items():
+            measured.append(measurement(f'{name}, {title}', 0, shares, options))
+        for seed in comparison.seeds:
+            folder = path.with_suffix('') / f's{seed}'
+            options |= {'seed': seed, 'projection': comparison.size}
+            metrics = launch(options, folder, log=Path(f'{folder}.log'))
+            title = f'{name}, trained: {comparison.size}'
+            measured.append(measurement(title, seed, metrics['test'], options))
+        write_measurements(measured, output / 'measurements.jsonl')
+        write(output / 'table.md', f'{table_of(measured)}\n')
+    print((output / 'table.md').read_text())
+
+
+def write_by_classes(file: Path, folder: Path) -> None:
+    """Images of a file of arrays as train/, val/ and test/, which share no class."""
+    with np.load(file, allow_pickle=False) as arrays:
+        x, y = arrays['x'], arrays['y']
+    classes = np.unique(y)
+    partial = folder.with_name(f'{folder.name}.partial')
+    for i, (pixels, label) in enumerate(zip(x, y, strict=True)):
+        place = np.searchsorted(classes, label) / len(classes)
+        split = 'train' if place < 0.5 else 'val' if place < 0.75 else 'test'
+        path = partial / split / str(label) / f'{i:05}.png'
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(path)
+    partial.rename(folder)
+
+
+def measurement(
+    row: str, seed: int, found: dict[str, float], options: dict[str, Any]
+) -> Measurement:
+    """A line of the table."""
+    table = table_name('retrieval', data_name(embeddings.parse_options(options)))
+    return Measurement(table, row, seed, {title: found[key] for key, title in MEASURES.items()})
+
+
+def measure_frozen(options: dict[str, Any], comparison: Comparison) -> dict[str, dict[str, float]]:
+    """Measures of a head on the frozen backbone, by title of the row."""
+    config = embeddings.parse_options(options)
+    splits, _ = load_splits(config)
+    model = embeddings.create_embedder(config)
+    features = embeddings.cache_splits(model, splits, config)
+    embeddings.fit_once(model, features['train'], None, config)
+    start = time.perf_counter()
+    vectors = {
+        split: torch.from_numpy(embeddings.head_vectors(model, part)).float()
+        for split, part in features.items()
+    }
+    seconds = time.perf_counter() - start
+    print(
+        f'{config.head}: {vectors["test"].shape[1]} dimensions, '
+        f'{1000 * seconds / sum(map(len, vectors.values())):.2f} ms an image to pool',
+        flush=True,
+    )
+    rows = {f'full: {vectors["test"].shape[1]}': search(vectors['test'], splits['test'])}
+
+    def projected(whiten: float) -> dict[str, Tensor]:
+        projection = Projection(vectors['train'].shape[1], comparison.size)
+        projection.fit(vectors['train'], whiten)
+        with torch.no_grad():
+            return {s: F.normalize(projection(x), dim=1) for s, x in vectors.items()}
+
+    rows[f'PCA: {comparison.size}'] = search(projected(0.0)['test'], splits['test'])
+    validated = {
+        w: search(projected(w)['val'], splits['val'])['map_at_r'] for w in comparison.whiten
+    }
+    best = max(validated, key=lambda w: validated[w])
+    whitened = search(projected(best)['test'], splits['test'])
+    rows[f'PCA, whitened by {best:g}: {comparison.size}'] = whitened
+    return rows
+
+
+def search(vectors: Tensor, split: Split) -> dict[str, float]:
+    """Each image among the others."""
+    return evaluate_retrieval(vectors, torch.from_numpy(split.labels), ks=(1,))
+
+
+if __name__ == '__main__':
+    command_line.run(main, Comparison)
