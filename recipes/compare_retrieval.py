@@ -1,7 +1,7 @@
 """Compare pooled vectors for search: as they are, projected, whitened, and trained for it.
 
-    python recipes/compare_retrieval.py --config recipes/configs/retrieval.yaml --data-dir trashnet \
-        --output runs/retrieval_trashnet
+    python recipes/compare_retrieval.py --config recipes/configs/retrieval.yaml --data-dir PATH \
+        --output runs/retrieval
 
 Each image of the test split is searched among the others. For every head:
 
@@ -12,8 +12,8 @@ Each image of the test split is searched among the others. For every head:
     trained   a projection of the same size, with the head if it has parameters, trained by the
               stages of the configuration
 
-The classes of val/ and test/ need not be those of train/. FILE.npz, of images `x` and classes `y`, is
-cut so: the first half of the classes is trained on, the next quarter validates, the others are
+The classes of val/ and test/ need not be those of train/. FILE.npz, of images `x` and classes `y`,
+is cut so: the first half of the classes is trained on, the next quarter validates, the others are
 searched. Its images are written to `--output` for that.
 
 Leaves in `--output`: table.md, measurements.jsonl and the models of training; interrupted, it goes
@@ -160,10 +160,8 @@ def measure_frozen(options: dict[str, Any], comparison: Comparison) -> dict[str,
             return {s: F.normalize(projection(x), dim=1) for s, x in vectors.items()}
 
     rows[f'PCA: {comparison.size}'] = search(projected(0.0)['test'], splits['test'])
-    validated = {
-        w: search(projected(w)['val'], splits['val'])['map_at_r'] for w in comparison.whiten
-    }
-    best = max(validated, key=lambda w: validated[w])
+    of_validation = [search(projected(w)['val'], splits['val']) for w in comparison.whiten]
+    best = comparison.whiten[int(np.argmax([found['map_at_r'] for found in of_validation]))]
     whitened = search(projected(best)['test'], splits['test'])
     rows[f'PCA, whitened by {best:g}: {comparison.size}'] = whitened
     return rows
