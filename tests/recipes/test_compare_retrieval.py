@@ -1,0 +1,102 @@
+"""recipes/compare_retrieval.py: what it measures, and on which classes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import ROOT, TINY, load_script
+from sklearn.decomposition import PCA
+from sklearn.preprocessing import normalize
+
+from timm_fisher.retrieval import evaluate_retrieval
+from timm_fisher.training.embeddings import parse_options
+from timm_fisher.training.measurements import read_measurements
+
+
+@pytest.fixture(scope='module')
+def script():
+    return load_script('compare_retrieval')
+
+
+def test_configuration_that_is_shipped(script):
+    config = yaml.safe_load((ROOT / 'recipes/configs/retrieval.yaml').read_text())
+    comparison = script.Comparison(**config)
+    for options in comparison.heads.values():
+        stages = parse_options({**comparison.train, **options}).stages.values()
+        assert all(stage.loss for stage in stages)
+
+
+def test_run(script, tmp_path, monkeypatch):
+    """Classes of training, validation and test are different ones; the rows are those of vectors
+    made here, and of the trained model."""
+    random = np.random.default_rng(0)
+    y = np.arange(120) % 8
+    colours = random.integers(0, 255, (8, 1, 1, 3))
+    pixels = random.normal(colours[y], 90, (120, 32, 32, 3)).clip(0, 255)
+    np.savez(tmp_path / 'spots.npz', x=pixels.astype(np.uint8), y=y)
+    stage = {'train': 'head', 'epochs': 1, 'per_class': 4, 'loss': {'name': 'ProxyAnchorLoss'}}
+    comparison = script.Comparison(
+        output=str(tmp_path / 'out'), data_dir=str(tmp_path / 'spots.npz'), seeds=[0, 1], size=4,
+        whiten=[0.5, 1.0],
+        train={**TINY, 'cache_dir': str(tmp_path / 'cache'), 'stages': {'search': stage}},
+    )  # fmt: skip
+    launched = []
+
+    def launch(options, folder, log):
+        launched.append((options['projection'], options['seed']))
+        return {'test': {'recall_at_1': 0.25, 'map_at_r': options['seed'] / 2}}
+
+    monkeypatch.setattr(script, 'launch', launch)
+    kept = {}
+    measure = script.embeddings.head_vectors
+
+    def head_vectors(model, part):
+        kept[len(kept)] = measure(model, part)
+        return kept[len(kept) - 1]
+
+    monkeypatch.setattr(script.embeddings, 'head_vectors', head_vectors)
+    script.main(comparison)
+    folder = tmp_path / 'out/spots'
+    classes = {split: sorted(p.name for p in (folder / split).iterdir()) for split in SPLITS}
+    assert classes == {'train': ['0', '1', '2', '3'], 'val': ['4', '5'], 'test': ['6', '7']}
+    assert len(list(folder.rglob('*.png'))) == 120
+    assert launched == [(4, 0), (4, 1)]
+
+    lines = read_measurements(tmp_path / 'out/measurements.jsonl')
+    assert {line.table for line in lines} == {'retrieval_spots'}
+    shares = {(line.row, line.seed): line.shares for line in lines}
+    vectors = dict(zip(SPLITS, kept.values(), strict=True))
+    labels = torch.arange(30) // 15
+    pca = PCA(4, svd_solver='full').fit(vectors['train'])
+    width = vectors['test'].shape[1]
+    expected = {f'avg, full: {width}': vectors['test']}
+    expected['avg, PCA: 4'] = normalize(pca.transform(vectors['test']))
+    for row, x in expected.items():
+        found = evaluate_retrieval(torch.from_numpy(x), labels, ks=(1,))
+        assert shares[row, 0]['MAP@R'] == pytest.approx(found['map_at_r'], abs=1e-6)
+        assert shares[row, 0]['recall@1'] == pytest.approx(found['recall_at_1'], abs=1e-6)
+    assert shares['avg, trained: 4', 1] == {'recall@1': 0.25, 'MAP@R': 0.5}
+    (whitened,) = [row for row, _ in shares if 'whitened' in row]
+    strength = float(whitened.split(' by ')[1].split(':')[0])
+    of_validation = {}
+    for w in (0.5, 1.0):
+        x = pca.transform(vectors['val']) / pca.explained_variance_ ** (w / 2)
+        found = evaluate_retrieval(torch.from_numpy(normalize(x)), labels, ks=(1,))
+        of_validation[w] = found['map_at_r']
+    assert of_validation[strength] == max(of_validation.values())
+    assert (
+        '| avg, trained: 4 | 25.0 ± 0.0 | 25.0 ± 35.4 |' in (tmp_path / 'out/table.md').read_text()
+    )
+
+    kept.clear()
+    script.main(comparison)
+    assert not kept
+    assert json.loads((Path(comparison.output) / 'avg.json').read_text())
+
+
+SPLITS = ('train', 'val', 'test')
