@@ -79,18 +79,15 @@ class Settings:
             raise ValueError(f'--topk is {self.topk}; give 1 or more.')
         if self.queries_dir is not None and not self.evaluate:
             raise ValueError('--queries_dir is for --evaluate true; give files as --queries.')
-        for name in ('gallery', 'queries_dir'):
-            folder = getattr(self, name)
-            if folder and Path(os.path.realpath(self.output)).is_relative_to(
-                os.path.realpath(folder)
-            ):
-                raise ValueError(
-                    f"--output '{self.output}' is in --{name} '{folder}', of which its pictures "
-                    'would be images. Give another.'
-                )
 
 
 def main(settings: Settings) -> None:
+    for folder in filter(None, (settings.gallery, settings.queries_dir)):
+        if Path(os.path.realpath(settings.output)).is_relative_to(os.path.realpath(folder)):
+            raise ValueError(
+                f"--output '{shown(settings.output)}' is in '{shown(folder)}': its pictures would "
+                'be images to search. Give another.'
+            )
     queries = [Path(query) for query in settings.queries]
     for path in queries:
         if not path.exists():

@@ -158,7 +158,7 @@ def test_names_that_a_spreadsheet_would_compute(command, tmp_path):
         (['--queries=[typo.png]'], "There is no file 'typo.png'"),
         (['--gallery=typo'], "'typo' is no folder, or holds no image"),
         (['--queries_dir=others'], '--queries_dir is for --evaluate true'),
-        (['--output=gallery/out'], "--output 'gallery/out' is in --gallery 'gallery'"),
+        (['--output=gallery/out'], "--output 'gallery/out' is in 'gallery'"),
         (['--gallery=gallery/red', '--evaluate=true'], "'000.png' of 'gallery/red' is in no subf"),
         (['--model=typo'], "'typo' is no released model, no folder"),
     ],
