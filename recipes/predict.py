@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 from timm_fisher.explain import attention, class_names, explain, overlay
 from timm_fisher.files import save_png, write
 from timm_fisher.hub.pypi import from_pretrained_or_pypi
-from timm_fisher.hub.text import csv_cell
+from timm_fisher.hub.text import csv_cell, shown
 from timm_fisher.images import read_image
 from timm_fisher.training.command_line import run
 from timm_fisher.training.device import to_device
@@ -145,12 +145,6 @@ def find_images(given: Sequence[Path], overlays: Path) -> dict[Path, Path]:
     once = {os.path.abspath(path): path for path in images}
     above = os.path.commonpath([os.path.dirname(full) for full in once])
     return {path: overlays / f'{os.path.relpath(full, above)}.png' for full, path in once.items()}
-
-
-def shown(text: object) -> str:
-    """A text of one line that a terminal and UTF-8 take, whatever the bytes of a path are."""
-    readable = os.fsencode(str(text)).decode(errors='backslashreplace')
-    return ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in readable)
 
 
 if __name__ == '__main__':

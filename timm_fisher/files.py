@@ -10,6 +10,7 @@ import yaml
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from torch import Tensor
 
 
 def write(path: Path, text: str) -> None:
@@ -26,6 +27,18 @@ def keep_settings(folder: Path, settings: dict[str, Any]) -> None:
     if path.exists() and yaml.safe_load(path.read_text(encoding='utf-8')) != settings:
         raise ValueError(f"'{folder}' holds results of other settings, see {path}. Give another.")
     write(path, yaml.safe_dump(settings, sort_keys=False))
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Save beside, then rename, as safetensors with texts in its header."""
+    from safetensors.torch import save_file
+
+    beside = path.with_name(f'.{path.name}.partial')
+    beside.touch()
+    mode = beside.stat().st_mode  # what the user wants; safetensors makes its file private
+    save_file(tensors, beside, metadata)
+    beside.chmod(mode)
+    os.replace(beside, path)
 
 
 def save_png(figure: Figure, path: Path) -> None:

@@ -43,7 +43,7 @@ def embed(
         ValueError: no images, a file that cannot be read as an image, or an image whose vector is
             NaN or infinite.
     """
-    device = next(model.parameters()).device
+    device = next(iter([*model.parameters(), *model.buffers()]), torch.empty(0)).device
     batches, count = _batches(model, images, batch_size, workers)
     bar = tqdm(
         total=count, desc='embed', unit='image', disable=None if progress is None else not progress
@@ -78,13 +78,13 @@ def _batches(
     if isinstance(images, Tensor):
         return iter(images.split(batch_size)), len(images)
     if isinstance(images, Sequence):
-        prepared = _Prepared(images, model)
+        prepared = Prepared(images, model)
         return iter(DataLoader(prepared, batch_size, num_workers=workers)), len(images)
     firsts = (batch[0] if isinstance(batch, tuple | list) else batch for batch in images)
     return firsts, None
 
 
-class _Prepared(Dataset[Tensor]):
+class Prepared(Dataset[Tensor]):
     """Files and PIL images as a model wants them."""
 
     def __init__(self, images: Sequence[str | Path | Image.Image], model: PooledModel) -> None:
@@ -96,7 +96,10 @@ class _Prepared(Dataset[Tensor]):
         return len(self.images)
 
     def __getitem__(self, i: int) -> Tensor:
-        image = self.images[i]
+        return self.prepare(self.images[i])
+
+    def prepare(self, image: str | Path | Image.Image) -> Tensor:
+        """`[C, H, W]`; a ValueError that names a file that cannot be read."""
         if isinstance(image, Image.Image):
             opened = convert(image, 'L' if self.channels == 1 else 'RGB')
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import os
 import re
 from typing import Any
 
@@ -62,6 +63,12 @@ def code_block(text: str, language: str) -> str:
     while fence in text:
         fence += '`'
     return f'{fence}{language}\n{text}\n{fence}'
+
+
+def shown(text: object) -> str:
+    """A text of one line that a terminal and UTF-8 take, whatever the bytes of a path are."""
+    readable = os.fsencode(str(text)).decode(errors='backslashreplace')
+    return ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in readable)
 
 
 def csv_cell(text: str) -> str:

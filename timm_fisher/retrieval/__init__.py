@@ -1,6 +1,7 @@
-"""Search among images by their vectors: nearest neighbours, their measures, and a kept index."""
+"""Search by vectors of images: nearest neighbours, their metrics, and an index on disk."""
 
+from timm_fisher.retrieval.index import Index, load_index, update_index
 from timm_fisher.retrieval.metrics import evaluate_retrieval
-from timm_fisher.retrieval.search import nearest_neighbours
+from timm_fisher.retrieval.search import Search
 
-__all__ = ['evaluate_retrieval', 'nearest_neighbours']
+__all__ = ['Index', 'Search', 'evaluate_retrieval', 'load_index', 'update_index']

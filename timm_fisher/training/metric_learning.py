@@ -22,7 +22,7 @@ from torch.utils.data import Sampler
 
 from timm_fisher import PooledModel
 from timm_fisher.registry import check_arguments, nearest
-from timm_fisher.retrieval.metrics import evaluate_retrieval
+from timm_fisher.retrieval import evaluate_retrieval
 from timm_fisher.training.config import Stage
 from timm_fisher.training.data import Gives
 
