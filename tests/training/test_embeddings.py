@@ -52,6 +52,13 @@ def test_options_are_those_of_the_command_line(capsys):
     assert "Did you mean 'head'" in capsys.readouterr().err
 
 
+def test_stages_keep_their_order():
+    stages = {'warm': {'epochs': 1}, 'adapt': {'epochs': 1}, 'all': {'epochs': 1}}
+    config = parse_options({'stages': stages}, {'stages.warm.lr': 0.5})
+    assert list(config.stages) == ['warm', 'adapt', 'all']
+    assert config.stages['warm'].lr == 0.5
+
+
 def test_model_is_that_of_training():
     """All options count."""
     options = {

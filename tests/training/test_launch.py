@@ -10,6 +10,7 @@ import yaml
 from conftest import ENVIRONMENT, TINY
 
 from timm_fisher.training import launch as launching
+from timm_fisher.training.command_line import parse
 from timm_fisher.training.config import Config
 from timm_fisher.training.launch import launch
 
@@ -31,7 +32,8 @@ def started(monkeypatch):
             options, _ = runs[-1]
             folder = Path(options['output'])
             folder.mkdir(exist_ok=True)
-            (folder / 'config.yaml').write_text(Config(**options).to_yaml())
+            config = parse(Config, arguments=['--config', yaml.safe_dump(options, sort_keys=False)])
+            (folder / 'config.yaml').write_text(config.to_yaml())
             (folder / 'metrics.json').write_text(json.dumps({'best': {}}))
 
         def join(self):
@@ -49,6 +51,15 @@ def test_finished_run_is_not_run_again(started, tmp_path):
         launch({'batch_size': 9}, tmp_path / 'run')
     launch({'batch_size': 8, 'workers': 1}, tmp_path / 'run')  # of no consequence
     assert len(started) == 1
+
+
+def test_stages_keep_their_order(started, tmp_path):
+    """Whatever their names; a run of another order is another run."""
+    stages = {'warm': {'epochs': 1}, 'adapt': {'epochs': 1}}
+    launch({'stages': stages}, tmp_path / 'run')
+    assert list(started[0][0]['stages']) == ['warm', 'adapt']
+    with pytest.raises(ValueError, match=r'other settings: stages was'):
+        launch({'stages': dict(reversed(stages.items()))}, tmp_path / 'run')
 
 
 def test_interrupted_run_is_resumed(started, tmp_path):

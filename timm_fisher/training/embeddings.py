@@ -37,7 +37,8 @@ def parse_options(options: Mapping[str, Any], changes: Mapping[str, Any] | None 
     """Options of `timm_fisher.training`, and dotted ones that change some of them, checked and
     converted as its command line does: exits with a message on an error."""
     texts = {k: v if isinstance(v, str) else json.dumps(v) for k, v in (changes or {}).items()}
-    words = ['--config', yaml.safe_dump(dict(options)), *(f'--{k}={v}' for k, v in texts.items())]
+    file = yaml.safe_dump(dict(options), sort_keys=False)  # stages have an order
+    words = ['--config', file, *(f'--{k}={v}' for k, v in texts.items())]
     return parse(Config, arguments=words)
 
 

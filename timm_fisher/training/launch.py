@@ -35,7 +35,8 @@ def launch(options: Mapping[str, Any], output: Path, *, log: Path | None = None)
         ValueError: the folder holds the metrics of a run with other options.
         RuntimeError: the run failed; the message has the end of its log.
     """
-    arguments = ['--config', yaml.safe_dump({**options, 'output': str(output)})]
+    settings = {**options, 'output': str(output)}
+    arguments = ['--config', yaml.safe_dump(settings, sort_keys=False)]  # stages have an order
     if (output / 'config.yaml').exists():
         arguments += ['--resume', 'true']
     metrics = output / 'metrics.json'
