@@ -40,7 +40,7 @@ import timm_fisher
 from timm_fisher import PooledModel
 from timm_fisher.errors import LoadError
 from timm_fisher.explain import attention, class_names, explain, overlay
-from timm_fisher.hub.load import CHECKOUT, find
+from timm_fisher.hub.load import find
 from timm_fisher.hub.pypi import from_pretrained_or_pypi
 from timm_fisher.images import convert, open_image
 from timm_fisher.training.command_line import check_lists, run
@@ -50,7 +50,8 @@ FIRST = ('trashnet-fisher', 'trashnet-isqrt-cov')  # the best two of the same cl
 LOADED = 4  # models that are kept in memory
 MOST_BYTES = '20mb'  # of an upload
 MOST_PIXELS = 50_000_000  # of an image
-NEAREST = 12  # photographs that a search shows
+NEAREST = 8  # photographs that a search shows
+EXAMPLES = 6  # photographs of the gallery to click on
 BATCH = 32  # photographs of the gallery between two steps of the progress bar
 KEPT = 24 * 60 * 60  # seconds until an upload is deleted
 MISTAKES = (LoadError, OSError, ValueError)  # whose text is a sentence for the user
@@ -71,7 +72,7 @@ class Settings:
             *FIRST, *(name for name in timm_fisher.list_pretrained() if name not in FIRST)
         ]
     )  # fmt: skip
-    gallery: Path = Path(__file__).parent / 'photographs'
+    gallery: Path = Path(__file__).parent / 'photographs/test'
     port: int = 7860
 
     def __post_init__(self) -> None:
@@ -187,7 +188,7 @@ def nearest(vectors: Tensor, query: Tensor, k: int) -> list[tuple[int, float]]:
     return list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
 
 
-def alert(sentences: Iterable[str]) -> str:
+def alert(*sentences: str) -> str:
     """HTML of sentences, each once, whatever characters they have."""
     lines = dict.fromkeys(filter(None, sentences))
     return ''.join(f'<p role="alert">{html.escape(line)}</p>' for line in lines)
@@ -201,27 +202,23 @@ def build(settings: Settings) -> Any:
     except ModuleNotFoundError:
         raise ValueError('The page is made by Gradio: pip install "timm_fisher[demo]"') from None
 
-    class Photograph(gr.Image):  # type: ignore[misc]
-        """An image of which Gradio opens nothing: what is wrong with a file, `read` says."""
-
-        is_template = True  # in the browser it is a gr.Image
-
-        def preprocess(self, payload: Any) -> str | None:
-            return payload and payload.path
-
     gallery = Gallery(settings.gallery)
-    by_class = {path.parent: path for path in reversed(gallery.images)}
-    examples = [path for path in (CHECKOUT / 'example.jpg',) if path.exists()]
-    examples += sorted(by_class.values())[: 7 - len(examples)]
+    of_class = {path.parent: str(path) for path in reversed(gallery.images)}
 
     def photograph_input() -> Any:
-        photograph = Photograph(
-            label='Photograph', type='filepath', sources=['upload', 'clipboard'], height=280
+        photograph = gr.Image(
+            label='Photograph',
+            type='filepath',
+            sources=['upload', 'clipboard'],
+            buttons=['fullscreen'],
+            height=280,
         )
-        gr.Examples(list(map(str, examples)), photograph, label='Or one of these')
+        # Gradio would open the file, and fail without a sentence. `read` says what is wrong.
+        photograph.preprocess = lambda upload: upload and upload.path
+        gr.Examples(sorted(of_class.values())[:EXAMPLES], photograph, label='Or one of these')
         return photograph
 
-    def classified(photograph: str | None, *names: str) -> list[Any]:
+    def on_classify(photograph: str | None, *names: str) -> list[Any]:
         shown: list[Any] = []
         sentences = []
         for name in names:
@@ -233,69 +230,64 @@ def build(settings: Settings) -> Any:
                     sentence = str(error)
             shown += [probabilities, picture]
             sentences.append(sentence)
-        return [alert(sentences), *shown]
+        return [alert(*sentences), *shown]
 
-    def searched(photograph: str | None, name: str, progress: Any = gr.Progress()) -> list[Any]:  # noqa: B008, how Gradio gives it
+    wanted = gr.Progress()
+
+    def on_search(photograph: str | None, name: str, progress: Any = wanted) -> list[Any]:
         if not photograph:
             return ['', None]
         try:
             steps = functools.partial(progress.tqdm, desc='Reading the gallery')
             return ['', search(gallery, name, photograph, steps)]
         except MISTAKES as error:
-            return [alert([str(error)]), None]
+            return [alert(str(error)), None]
 
-    # One after the other, so that memory is bounded, and no model is loaded twice.
-    one_at_a_time = {
-        'concurrency_id': 'models',
-        'concurrency_limit': 1,
-        'api_visibility': 'private',
-    }
     with gr.Blocks(
         title='timm_fisher', analytics_enabled=False, delete_cache=(KEPT // 24, KEPT)
     ) as page:
         gr.Markdown(
             '# Pooling heads for timm\n'
-            'The same backbone under two pooling heads: what each says, and which parts of the '
-            'photograph made it say so.'
+            'Drop a photograph: what two models say, and which of its parts made them say so. Or '
+            'search for photographs like it.'
         )
+        # One call after the other, so that memory is bounded, and no model is loaded twice.
+        calls = {'concurrency_id': 'models', 'concurrency_limit': 1, 'api_visibility': 'private'}
         with gr.Tab('Classify'), gr.Row():
             with gr.Column(scale=2, min_width=280):
                 photograph = photograph_input()
-                problem = gr.HTML()
-            choices, outputs = [], []
-            for side, name in zip(('Left', 'Right'), (settings.models * 2)[:2], strict=True):
+                alerts = gr.HTML()
+            choices, answers = [], []
+            for side, name in zip(('left', 'right'), (settings.models * 2)[:2], strict=True):
                 with gr.Column(scale=3, min_width=320):
-                    choices.append(gr.Dropdown(settings.models, value=name, label=f'{side} model'))
-                    outputs += [
-                        gr.Label(label=f'Probabilities, {side.lower()}', num_top_classes=6),
-                        gr.Image(label='What spoke for the first class', interactive=False),
-                    ]
-            gr.on(
-                [photograph.change, *(choice.change for choice in choices)],
-                classified,
-                [photograph, *choices],
-                [problem, *outputs],
-                **one_at_a_time,
-            )
+                    choices.append(gr.Dropdown(settings.models, value=name, label=f'Model, {side}'))
+                    answers.append(gr.Label(label=f'Probabilities, {side}', num_top_classes=6))
+                    answers.append(
+                        gr.Image(
+                            label=f'What spoke for the first class, {side}',
+                            interactive=False,
+                            buttons=['download', 'fullscreen'],
+                        )
+                    )
+            changes = [photograph.change, *(choice.change for choice in choices)]
+            gr.on(changes, on_classify, [photograph, *choices], [alerts, *answers], **calls)
         with gr.Tab('Search'), gr.Row():
             with gr.Column(scale=2, min_width=280):
                 query = photograph_input()
-                embedder = gr.Dropdown(settings.models, label='Model')
-                refusal = gr.HTML()
+                choice = gr.Dropdown(settings.models, label='Model')
+                alerts = gr.HTML()
             with gr.Column(scale=6, min_width=320):
-                found = gr.Gallery(
-                    label=f'The most similar of {len(gallery.images)} photographs, '
-                    'their class and similarity',
+                similar = gr.Gallery(
+                    label=f'The most similar of {len(gallery.images)}: class and similarity',
                     columns=4,
-                    height='auto',
+                    height=560,
+                    interactive=False,
+                    buttons=['fullscreen'],
                 )
             gr.on(
-                [query.change, embedder.change],
-                searched,
-                [query, embedder],
-                [refusal, found],
-                **one_at_a_time,
-            )
+                [query.change, choice.change], on_search, [query, choice], [alerts, similar],
+                show_progress_on=similar, **calls,
+            )  # fmt: skip
     return page
 
 
