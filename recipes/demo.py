@@ -273,14 +273,14 @@ def build(settings: Settings) -> Any:
             gr.on(changes, on_classify, [photograph, *choices], [alerts, *answers], **calls)
         with gr.Tab('Search'), gr.Row():
             with gr.Column(scale=2, min_width=280):
-                query = photograph_input()
                 choice = gr.Dropdown(settings.models, label='Model')
+                query = photograph_input()
                 alerts = gr.HTML()
             with gr.Column(scale=6, min_width=320):
                 similar = gr.Gallery(
                     label=f'The most similar of {len(gallery.images)}: class and similarity',
                     columns=4,
-                    height=560,
+                    height=460,
                     interactive=False,
                     buttons=['fullscreen'],
                 )
