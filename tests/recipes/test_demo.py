@@ -183,8 +183,7 @@ def test_a_gallery_without_images(demo, tmp_path):
 
 
 def test_alert(demo):
-    expected = '<p role="alert">&lt;b&gt;</p><p role="alert">c</p>'
-    assert demo.alert('<b>', '', 'c', '<b>') == expected
+    assert re.findall('<p [^>]*>(.*?)</p>', demo.alert('<b>', '', 'c', '<b>')) == ['&lt;b&gt;', 'c']
 
 
 @pytest.mark.parametrize(
@@ -340,9 +339,7 @@ def test_page_classifies(visit, place, tmp_path):
     tab.get_by_role('option', name=str(place / 'ep')).click()
     expect_answer(panel, 'left', str(place / 'ep'), path)
 
-    panel.get_by_role('button', name=re.compile('1.png')).or_(
-        panel.locator('.gallery-item')
-    ).first.click()
+    panel.locator('.gallery-item').first.click()  # an example
     expect_answer(panel, 'right', str(place / 'ep'), place / 'gallery/birch/1.png')
 
 
@@ -351,8 +348,10 @@ def test_page_searches(visit, place):
     tab = visit()
     tab.get_by_role('tab', name='Search').click()
     panel = upload(tab, place / 'gallery/cedar/2.png')
-    panel.get_by_text('cedar, 1.00').wait_for()
     found = panel.locator('.thumbnail-item img')
+    found.first.wait_for()
+    assert panel.locator('.caption-label').first.inner_text() == 'cedar, 1.00'
+    assert found.first.get_attribute('src').endswith('/gallery/cedar/2.png')
     assert found.count() == 5
     for i in range(5):
         assert loaded_width(found.nth(i)) == 90
