@@ -46,7 +46,7 @@ from timm_fisher.explain import attention, class_names, explain, overlay
 from timm_fisher.hub.load import find
 from timm_fisher.hub.pypi import from_pretrained_or_pypi
 from timm_fisher.images import convert, open_image
-from timm_fisher.training.command_line import check_lists, run
+from timm_fisher.training import command_line
 from timm_fisher.training.device import to_device
 
 FIRST = ('trashnet-fisher', 'trashnet-isqrt-cov')  # the best two of the same classes
@@ -79,7 +79,7 @@ class Settings:
     port: int = 7860
 
     def __post_init__(self) -> None:
-        check_lists(self, 'models')
+        command_line.check_lists(self, 'models')
         for name in self.models:
             find(name, None)  # refuses what can be no model
 
@@ -297,4 +297,4 @@ def build(settings: Settings) -> Any:
 
 
 if __name__ == '__main__':
-    run(main, Settings)
+    command_line.run(main, Settings)
