@@ -10,7 +10,7 @@ Each image of the test split is searched among the others. For every head:
     whitened  likewise, divided by the deviations of the components to the power among
               `whiten` that has the best MAP@R on the validation images
     trained   a projection of the same size, with the head if it has parameters, trained by the
-              stages of the configuration
+              stages of the configuration, with settings that were chosen likewise
 
 The classes of val/ and test/ need not be those of train/. FILE.npz, of images `x` and classes `y`,
 is cut so: the first half of the classes is trained on, the next quarter validates, the others are
@@ -24,7 +24,9 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +48,7 @@ from timm_fisher.training.measurements import (
     table_of,
     write_measurements,
 )
-from timm_fisher.training.report import data_name
+from timm_fisher.training.report import COMMIT, data_name
 
 MEASURES = {'recall_at_1': 'recall@1', 'map_at_r': 'MAP@R'}
 
@@ -58,10 +60,12 @@ class Comparison:
     Args:
         output: folder of the comparison.
         data_dir: folder with train, val and test, or FILE.npz.
-        seeds: of the training.
+        seeds: of the training; the first chooses its settings.
         size: dimensions after the projection.
         whiten: strengths to choose from.
         train: options of train.py for every run; its stages train for search.
+        search: options of train.py, dotted, and the values to choose from by recall@1 on the
+            validation images.
         heads: by name in the table, options of train.py of its own.
     """
 
@@ -71,6 +75,7 @@ class Comparison:
     size: int = 256
     whiten: list[float] = field(default_factory=lambda: [0.25, 0.5, 0.75, 1.0])
     train: dict[str, Any] = field(default_factory=dict)
+    search: dict[str, list[Any]] = field(default_factory=dict)
     heads: dict[str, dict[str, Any]] = field(default_factory=lambda: {'avg': {'head': 'avg'}})
 
     def __post_init__(self) -> None:
@@ -84,7 +89,7 @@ class Comparison:
 
 def main(comparison: Comparison) -> None:
     output = Path(comparison.output)
-    free = ('output', 'seeds', 'heads')
+    free = ('output', 'seeds', 'heads', 'search')
     settings = {k: v for k, v in vars(comparison).items() if k not in free}
     keep_settings(output, settings)
     folder = Path(comparison.train['data_dir'])
@@ -95,19 +100,40 @@ def main(comparison: Comparison) -> None:
         path = output / f'{name.replace(" ", "").replace("/", "-")}.json'
         options = {**comparison.train, **options}
         if not path.exists():
-            write(path, json.dumps(measure_frozen(options, comparison), indent=2) + '\n')
-        rows = json.loads(path.read_text())
-        for title, shares in rows.items():
-            measured.append(measurement(f'{name}, {title}', 0, shares, options))
-        for seed in comparison.seeds:
-            folder = path.with_suffix('') / f's{seed}'
-            options |= {'seed': seed, 'projection': comparison.size}
-            metrics = launch(options, folder, log=Path(f'{folder}.log'))
-            title = f'{name}, trained: {comparison.size}'
-            measured.append(measurement(title, seed, metrics['test'], options))
+            found = {'commit': COMMIT, 'rows': measure_frozen(options, comparison)}
+            write(path, json.dumps(found, indent=2) + '\n')
+        found = json.loads(path.read_text())
+        for title, shares in found['rows'].items():
+            measured.append(measurement(f'{name}, {title}', 0, shares, found['commit'], options))
+        options['projection'] = comparison.size
+        for seed, settings, metrics in train(options, comparison, path.with_suffix('')):
+            words = ''.join(f', {key.split(".")[-1]} {value}' for key, value in settings.items())
+            title = f'{name}, trained{words}: {comparison.size}'
+            measured.append(measurement(title, seed, metrics['test'], metrics['commit'], options))
         write_measurements(measured, output / 'measurements.jsonl')
         write(output / 'table.md', f'{table_of(measured)}\n')
     print((output / 'table.md').read_text())
+
+
+def train(
+    options: dict[str, Any], comparison: Comparison, folder: Path
+) -> Iterator[tuple[int, dict[str, Any], dict[str, Any]]]:
+    """Seed, settings and metrics of the runs with the settings that validated best."""
+
+    def run(settings: dict[str, Any], seed: int) -> dict[str, Any]:
+        config = embeddings.parse_options({**options, 'seed': seed}, settings)
+        words = [f'{key.split(".")[-1]}{value}' for key, value in settings.items()]
+        output = folder / '-'.join([*words, f's{seed}'])
+        return launch(asdict(config), output, log=Path(f'{output}.log'))
+
+    grid = comparison.search
+    tried = [dict(zip(grid, values, strict=True)) for values in product(*grid.values())]
+    first, *others = comparison.seeds
+    found = [run(settings, first) for settings in tried]
+    best = int(np.argmax([metrics['best']['val_recall_at_1'] for metrics in found]))
+    yield first, tried[best], found[best]
+    for seed in others:
+        yield seed, tried[best], run(tried[best], seed)
 
 
 def write_by_classes(file: Path, folder: Path) -> None:
@@ -126,11 +152,12 @@ def write_by_classes(file: Path, folder: Path) -> None:
 
 
 def measurement(
-    row: str, seed: int, found: dict[str, float], options: dict[str, Any]
+    row: str, seed: int, found: dict[str, float], commit: str, options: dict[str, Any]
 ) -> Measurement:
     """A line of the table."""
     table = table_name('retrieval', data_name(embeddings.parse_options(options)))
-    return Measurement(table, row, seed, {title: found[key] for key, title in MEASURES.items()})
+    shares = {title: found[key] for key, title in MEASURES.items()}
+    return Measurement(table, row, seed, shares, commit=commit)
 
 
 def measure_frozen(options: dict[str, Any], comparison: Comparison) -> dict[str, dict[str, float]]:

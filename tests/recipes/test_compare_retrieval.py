@@ -42,14 +42,19 @@ def test_run(script, tmp_path, monkeypatch):
     stage = {'train': 'head', 'epochs': 1, 'per_class': 4, 'loss': {'name': 'ProxyAnchorLoss'}}
     comparison = script.Comparison(
         output=str(tmp_path / 'out'), data_dir=str(tmp_path / 'spots.npz'), seeds=[0, 1], size=4,
-        whiten=[0.5, 1.0],
+        whiten=[0.5, 1.0], search={'stages.search.lr': [0.5, 0.25]},
         train={**TINY, 'cache_dir': str(tmp_path / 'cache'), 'stages': {'search': stage}},
     )  # fmt: skip
     launched = []
 
     def launch(options, folder, log):
-        launched.append((options['projection'], options['seed']))
-        return {'test': {'recall_at_1': 0.25, 'map_at_r': options['seed'] / 2}}
+        rate = options['stages']['search']['lr']
+        launched.append((options['projection'], options['seed'], rate))
+        return {
+            'best': {'val_recall_at_1': 1 - rate},
+            'test': {'recall_at_1': rate, 'map_at_r': options['seed'] / 2},
+            'commit': 'abc',
+        }
 
     monkeypatch.setattr(script, 'launch', launch)
     kept = {}
@@ -65,7 +70,7 @@ def test_run(script, tmp_path, monkeypatch):
     classes = {split: sorted(p.name for p in (folder / split).iterdir()) for split in SPLITS}
     assert classes == {'train': ['0', '1', '2', '3'], 'val': ['4', '5'], 'test': ['6', '7']}
     assert len(list(folder.rglob('*.png'))) == 120
-    assert launched == [(4, 0), (4, 1)]
+    assert launched == [(4, 0, 0.5), (4, 0, 0.25), (4, 1, 0.25)]
 
     lines = read_measurements(tmp_path / 'out/measurements.jsonl')
     assert {line.table for line in lines} == {'retrieval_spots'}
@@ -80,7 +85,7 @@ def test_run(script, tmp_path, monkeypatch):
         found = evaluate_retrieval(torch.from_numpy(x), labels, ks=(1,))
         assert shares[row, 0]['MAP@R'] == pytest.approx(found['map_at_r'], abs=1e-6)
         assert shares[row, 0]['recall@1'] == pytest.approx(found['recall_at_1'], abs=1e-6)
-    assert shares['avg, trained: 4', 1] == {'recall@1': 0.25, 'MAP@R': 0.5}
+    assert shares['avg, trained, lr 0.25: 4', 1] == {'recall@1': 0.25, 'MAP@R': 0.5}
     (whitened,) = [row for row, _ in shares if 'whitened' in row]
     strength = float(whitened.split(' by ')[1].split(':')[0])
     of_validation = {}
@@ -89,9 +94,8 @@ def test_run(script, tmp_path, monkeypatch):
         found = evaluate_retrieval(torch.from_numpy(normalize(x)), labels, ks=(1,))
         of_validation[w] = found['map_at_r']
     assert of_validation[strength] == max(of_validation.values())
-    assert (
-        '| avg, trained: 4 | 25.0 ± 0.0 | 25.0 ± 35.4 |' in (tmp_path / 'out/table.md').read_text()
-    )
+    table = (tmp_path / 'out/table.md').read_text()
+    assert '| avg, trained, lr 0.25: 4 | 25.0 ± 0.0 | 25.0 ± 35.4 |' in table
 
     kept.clear()
     script.main(comparison)
