@@ -183,7 +183,11 @@ def kill(folder, *, after, **options):
     options = {'seconds': 0, 'batch_size': 4, 'workers': 0, 'save_every': 0.0, **options}
     process = subprocess.Popen(
         [sys.executable, '-c', PROCESS.format(**options)], cwd=folder,
-        env={**os.environ, 'PYTHONPATH': str(ROOT)}, start_new_session=True,
+        # Sums of as many parts as here.
+        env={
+            **os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': str(torch.get_num_threads())
+        },
+        start_new_session=True,
     )  # fmt: skip
     try:
         deadline = time.monotonic() + 120
