@@ -98,11 +98,8 @@ for head in HEADS:
 """
 
 
-@pytest.mark.parametrize(
-    'heads',
-    [['sparse_fisher'], pytest.param(ON_RESNET, marks=pytest.mark.slow)],
-    ids=['one', 'all'],
-)
+@pytest.mark.slow  # test_adapters always runs
+@pytest.mark.parametrize('heads', [['sparse_fisher'], ON_RESNET], ids=['one', 'all'])
 def test_heads_come_back_from_the_hub(hub, tmp_path, heads):
     names = {'OUT': str(tmp_path / 'logits.safetensors'), 'HEADS': heads}
     names = ''.join(f'{name} = {value!r}\n' for name, value in names.items())

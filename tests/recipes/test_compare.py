@@ -65,6 +65,7 @@ def test_settings_are_chosen_on_validation_data_of_the_first_seed(compare, tmp_p
     assert {(row.name, row.data, row.train_seconds) for row in rows} == {('x', tmp_path.name, 2.0)}
 
 
+@pytest.mark.slow
 def test_known_runs_are_not_repeated(compare, tmp_path, launched):
     """Those of a file of results; a run with other options is another run."""
     compare.main(comparison_of(compare, tmp_path))

@@ -64,6 +64,7 @@ def embed(model, folder):
     return [str(path) for path in paths], timm_fisher.embed(model, paths, workers=0)
 
 
+@pytest.mark.slow
 def test_command_line(saved, tmp_path):
     write_images(tmp_path, gallery=3)
     run = subprocess.run(

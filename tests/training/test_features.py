@@ -34,7 +34,7 @@ HEAD_ONLY = {'warm': {'train': 'head', 'epochs': 2, 'opt': 'momentum', 'lr': 0.0
     [
         slow('avg', 'head'),
         slow('sparse_fisher', 'head'),
-        ('3g', 'head'),
+        slow('3g', 'head'),
         slow('3g', 'classifier'),
         slow(COMPOSED, 'head'),
         (COMPOSED, 'classifier'),

@@ -11,7 +11,7 @@ import time
 
 import pytest
 from conftest import ENVIRONMENT, ROOT, TINY, command_line
-from run_checks import TWO_STAGES, check_same_runs
+from run_checks import TWO_STAGES, check_same_runs, slow
 
 import timm_fisher
 from timm_fisher.descriptors import StageDescriptors
@@ -42,7 +42,7 @@ def send(number):
         (signal.SIGTERM, 2, None),
         (signal.SIGINT, 5, 'checkpoint-0001'),
         (signal.SIGTERM, 6, 'checkpoint-0002'),  # the epoch ends, and is kept
-        (signal.SIGTERM, 9, 'checkpoint-0003'),  # so does the stage
+        slow(signal.SIGTERM, 9, 'checkpoint-0003'),  # so does the stage
     ],
 )
 def test_signal_at_a_step(recipe, few_images, tmp_path, monkeypatch, number, step, checkpoint):

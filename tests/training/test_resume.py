@@ -137,7 +137,7 @@ def stop(recipe, tmp_path, monkeypatch):
         ({'stages': UNSUPERVISED_FIRST}, (5, 8)),
         slow({'stages': {'first': UNSUPERVISED}}, (5,)),
         # A head with a rule of its own; one that is trained through its forward.
-        (
+        slow(
             {
                 'head': 'gsnmf',
                 'head_kwargs': {'components': 8},
@@ -154,7 +154,7 @@ def stop(recipe, tmp_path, monkeypatch):
             (5,),
         ),
         # A dropout of the head's own.
-        (
+        slow(
             {
                 'head': 'dropcov',
                 'head_kwargs': {'reduce_dim': 64},
