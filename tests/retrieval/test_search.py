@@ -58,13 +58,26 @@ def test_all_the_same(backend):
     assert indices.tolist() == [[0, 1, 2, 3, 4]] * 2
 
 
-def test_errors_of_float32_are_repaired():
+@pytest.mark.parametrize('backend', ['torch', 'faiss'])
+def test_errors_of_float32_are_repaired(backend):
     """Candidates whose order float32 does not tell."""
+    if backend == 'faiss':
+        pytest.importorskip('faiss')
     torch.manual_seed(0)
     near = F.normalize(torch.ones(1, 512) + 1e-6 * torch.randn(200, 512), dim=1)
     query = F.normalize(torch.randn(1, 512) + 1, dim=1)
-    assert torch.equal(Search(near)(query, 10)[1], by_hand(query, near, 10)[1])
+    assert torch.equal(Search(near, backend=backend)(query, 10)[1], by_hand(query, near, 10)[1])
     assert not torch.equal((query @ near.T).topk(10).indices, by_hand(query, near, 10)[1])
+
+
+def test_autocast():
+    """Candidates are found in float32 where a caller asks for half precision."""
+    torch.manual_seed(0)
+    gallery = F.normalize(torch.randn(2000, 16), dim=1)
+    queries = F.normalize(torch.randn(500, 16), dim=1)
+    expected = Search(gallery)(queries, 10)[1]
+    with torch.autocast('cpu', torch.bfloat16):
+        assert torch.equal(Search(gallery)(queries, 10)[1], expected)
 
 
 def test_half_precision():

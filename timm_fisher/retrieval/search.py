@@ -13,6 +13,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from timm_fisher.numerics.linalg import without_autocast
+
 SCALE = 2.0**25
 BLOCK = 2**24  # values that are worked on at a time
 
@@ -96,7 +98,8 @@ class Search:
     def _candidates(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Pairs of a query and a vector that may be among its k nearest."""
         if self.faiss is None:
-            similar = queries @ self.vectors.T
+            with without_autocast(queries):  # the margin is that of float32
+                similar = queries @ self.vectors.T
             least = similar.topk(k).values[:, -1:] - self.margin
             rows, columns = (similar >= least).nonzero(as_tuple=True)
             return rows, columns
