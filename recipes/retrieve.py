@@ -20,9 +20,10 @@ import io
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import torch
 from matplotlib.figure import Figure
@@ -33,7 +34,7 @@ from timm_fisher.files import save_png, write
 from timm_fisher.hub.pypi import from_pretrained_or_pypi
 from timm_fisher.hub.text import csv_cell, shown
 from timm_fisher.images import read_image
-from timm_fisher.retrieval.index import Index, embed_files, update_index
+from timm_fisher.retrieval.index import Index, embed_files, list_images, update_index
 from timm_fisher.retrieval.metrics import evaluate_retrieval
 from timm_fisher.retrieval.search import Search
 from timm_fisher.training.command_line import run
@@ -95,7 +96,9 @@ def main(settings: Settings) -> None:
     model = from_pretrained_or_pypi(settings.model, settings.backbone)
     to_device(model, 'cuda' if torch.cuda.is_available() else 'cpu').eval()
     gallery = Path(settings.gallery)
-    index, problems = _index(settings.index, gallery, model, settings)
+    options: Any = {'batch_size': settings.batch_size, 'workers': settings.workers}
+    index, problems = update_index(settings.index, gallery, model, **options)
+    _warn(problems)
     print(f'{len(index.files)} images of {shown(gallery)} in {shown(settings.index)}')
     settings.output.mkdir(parents=True, exist_ok=True)
     if queries:
@@ -106,29 +109,25 @@ def main(settings: Settings) -> None:
         sys.exit(1)
 
 
-def _index(
-    folder: Path, images: Path, model: PooledModel, settings: Settings
-) -> tuple[Index, list[str]]:
-    """An index up to date; what was skipped is printed."""
-    index, problems = update_index(
-        folder, images, model, batch_size=settings.batch_size, workers=settings.workers
-    )
+def _embed(
+    model: PooledModel, paths: Sequence[Path], batch_size: int, workers: int = 0
+) -> tuple[dict[Path, Tensor], list[str]]:
+    """Vectors of queries; what was skipped is printed."""
+    vectors: dict[Path, Tensor] = {}
+    problems = []
+    batches = [paths[i : i + batch_size] for i in range(0, len(paths), batch_size)]
+    for embedded, wrong in embed_files(model, batches, workers):
+        vectors |= embedded
+        problems += wrong
     _warn(problems)
-    return index, problems
+    return vectors, problems
 
 
 def _search(
     model: PooledModel, queries: Sequence[Path], index: Index, gallery: Path, settings: Settings
 ) -> list[str]:
     """Print, write and draw the nearest images; what is wrong with queries that were skipped."""
-    vectors: dict[Path, Tensor] = {}
-    problems = []
-    size = settings.batch_size
-    batches = [queries[i : i + size] for i in range(0, len(queries), size)]
-    for embedded, wrong in embed_files(model, batches):
-        vectors |= embedded
-        problems += wrong
-    _warn(problems)
+    vectors, problems = _embed(model, queries, settings.batch_size)
     table = [('query', 'rank', 'image', 'similarity')]
     rows: dict[Path, list[tuple[Path, float]]] = {}
     if vectors:
@@ -169,30 +168,34 @@ def _draw(rows: dict[Path, list[tuple[Path, float]]], path: Path) -> None:
 def _evaluate(model: PooledModel, index: Index, settings: Settings) -> list[str]:
     """Print and write the metrics; what is wrong with queries that were skipped."""
     problems: list[str] = []
-    labels = _labels(index, settings.gallery)
+    labels = _labels(index.files, settings.gallery)
     if settings.queries_dir is None:
         metrics = evaluate_retrieval(index.vectors, labels)
     else:
-        folder = settings.output / 'queries'
-        queries, problems = _index(folder, Path(settings.queries_dir), model, settings)
-        metrics = evaluate_retrieval(
-            queries.vectors, _labels(queries, settings.queries_dir), index.vectors, labels
-        )
+        folder = Path(settings.queries_dir)
+        paths = [folder / path for path in list_images(folder)]
+        vectors, problems = _embed(model, paths, settings.batch_size, settings.workers)
+        if not vectors:
+            raise ValueError(f"No image of '{shown(folder)}' can be embedded.")
+        names = [path.relative_to(folder).as_posix() for path in vectors]
+        of_queries = _labels(names, settings.queries_dir)
+        queries = torch.stack([*vectors.values()])
+        metrics = evaluate_retrieval(queries, of_queries, index.vectors, labels)
     write(settings.output / 'metrics.json', json.dumps(metrics, indent=2) + '\n')
     print(records([{'metric': name, 'value': value} for name, value in metrics.items()]))
     return problems
 
 
-def _labels(index: Index, folder: str) -> list[str]:
+def _labels(paths: Iterable[str], folder: str) -> list[str]:
     """Names of the folders that images are in, as timm reads them."""
-    labels = [PurePosixPath(path).parent.name for path in index.files]
-    if '' in labels:
-        path = list(index.files)[labels.index('')]
+    labels = {path: PurePosixPath(path).parent.name for path in paths}
+    without = [path for path, label in labels.items() if not label]
+    if without:
         raise ValueError(
-            f"'{shown(path)}' of '{shown(folder)}' is in no subfolder, whose name would be its "
-            'label.'
+            f"'{shown(without[0])}' of '{shown(folder)}' is in no subfolder, whose name would be "
+            'its label.'
         )
-    return labels
+    return [*labels.values()]
 
 
 def _warn(problems: Sequence[str]) -> None:

@@ -131,6 +131,19 @@ def test_evaluate(command, saved, tmp_path):
     assert metrics == pytest.approx(evaluate_retrieval(queries, of_queries, vectors, labels))
     assert (metrics['queries'], metrics['queries_without_match']) == (2, 1)
 
+    # Other queries, and another model, with the same output.
+    assert command('--evaluate=true', '--queries_dir=gallery')[0] == 0
+    assert json.loads((tmp_path / 'out/metrics.json').read_text())['recall_at_1'] == 1
+    other = timm_fisher.create_model('test_resnet', head='avg', num_classes=0, img_size=32)
+    timm_fisher.save_model(other, tmp_path / 'other')
+    options = ['--evaluate=true', '--queries_dir=others', '--index=index2']
+    assert command(*options, model='other')[0] == 0
+    for path in (tmp_path / 'others').rglob('*.png'):
+        path.write_text('no image')
+    status, _, stderr = command(*options, model='other')
+    assert status == 2
+    assert "No image of 'others' can be embedded" in stderr
+
 
 def test_images_that_are_skipped(command, tmp_path):
     (tmp_path / 'gallery/red/002.png').write_text('no image')
