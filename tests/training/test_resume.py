@@ -79,6 +79,7 @@ def launched(launch, images, tmp_path_factory):
     return runs
 
 
+@pytest.mark.slow  # test_run_stopped_at_a_step always runs
 def test_run_through_the_launcher(launched, images):
     stages = MEMORY['stages']
     check_run(launched['whole'], images, head='sparse_fisher', stages=stages)
@@ -86,6 +87,7 @@ def test_run_through_the_launcher(launched, images):
         assert curve.width > 1000
 
 
+@pytest.mark.slow
 def test_killed_run_resumes_exactly(launched):
     rates = [row['lr'] for row in read_log(launched['whole'])]
     assert min(rates[:4]) < rates[0], 'plateau never changed the rate: nothing to remember'
