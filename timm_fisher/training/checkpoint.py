@@ -76,9 +76,9 @@ def check_settings(output: Path, config: Config) -> None:
     old = yaml.safe_load((output / 'config.yaml').read_text())
     new = yaml.safe_load(config.to_yaml())
     free = ('resume', 'output', 'workers', 'cache_dir')
-    # As text: the order of stages counts.
-    same = {key for key in new if json.dumps(new[key]) == json.dumps(old.get(key))}
-    changed = [key for key in new if key not in free and key not in same]
+    changed = [key for key in new if key not in free and new[key] != old.get(key)]
+    if 'stages' not in changed and list(new['stages']) != list(old['stages']):
+        changed.append('stages')  # whose order counts
     if changed:
         text = '; '.join(f'{key} was {old.get(key)!r}, is {new[key]!r}' for key in changed)
         raise ValueError(
