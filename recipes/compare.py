@@ -16,7 +16,6 @@ comparison that was interrupted goes on where it stopped, at the last run or pas
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -27,7 +26,7 @@ from timm_fisher.files import write
 from timm_fisher.training import command_line
 from timm_fisher.training.config import Config
 from timm_fisher.training.embeddings import parse_options
-from timm_fisher.training.launch import launch
+from timm_fisher.training.launch import combinations, launch, run_folder
 from timm_fisher.training.probe import train_probes
 from timm_fisher.training.report import command, data_name
 from timm_fisher.training.results import (
@@ -155,7 +154,7 @@ class Run:
 def settings_of(name: str, comparison: Comparison) -> list[dict[str, Any]]:
     """All settings of a variant's grid."""
     _, grid = split_options(comparison.variants[name], comparison)
-    return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+    return combinations(grid)
 
 
 def measure(
@@ -207,9 +206,7 @@ def launch_each(runs: list[Run], configs: list[Config], output: Path) -> Iterato
     """Metrics of runs of train.py, one after the other; a run's folder is named after its
     settings, and its output goes to a .log beside."""
     for run, config in zip(runs, configs, strict=True):
-        words = [f'{key.split(".")[-1]}{value}' for key, value in run.settings.items()]
-        name = run.name.replace(' ', '').replace('/', '-')
-        folder = output / name / '-'.join([*words, f's{config.seed}'])
+        folder = run_folder(output, run.name, run.settings, config.seed)
         yield launch(asdict(config), folder, log=Path(f'{folder}.log'))
 
 

@@ -10,7 +10,7 @@ Each image of the test split is searched among the others. For every head:
     whitened  likewise, divided by the deviations of the components to the power among
               `whiten` that has the best MAP@R on the validation images
     trained   a projection of the same size, with the head if it has parameters, trained by the
-              stages of the configuration, with settings that were chosen likewise
+              stages of the configuration, with settings that had the best recall@1 there
 
 The classes of val/ and test/ need not be those of train/. FILE.npz, of images `x` and classes `y`,
 is cut so: the first half of the classes is trained on, the next quarter validates, the others are
@@ -26,7 +26,6 @@ import json
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +40,7 @@ from timm_fisher.layers import Projection
 from timm_fisher.retrieval import evaluate_retrieval
 from timm_fisher.training import command_line, embeddings
 from timm_fisher.training.data import Split, load_splits
-from timm_fisher.training.launch import launch
+from timm_fisher.training.launch import combinations, file_name, launch, run_folder
 from timm_fisher.training.measurements import (
     Measurement,
     table_name,
@@ -97,7 +96,7 @@ def main(comparison: Comparison) -> None:
         write_by_classes(Path(comparison.data_dir), folder)
     measured: list[Measurement] = []
     for name, options in comparison.heads.items():
-        path = output / f'{name.replace(" ", "").replace("/", "-")}.json'
+        path = output / f'{file_name(name)}.json'
         options = {**comparison.train, **options}
         if not path.exists():
             found = {'commit': COMMIT, 'rows': measure_frozen(options, comparison)}
@@ -106,7 +105,7 @@ def main(comparison: Comparison) -> None:
         for title, shares in found['rows'].items():
             measured.append(measurement(f'{name}, {title}', 0, shares, found['commit'], options))
         options['projection'] = comparison.size
-        for seed, settings, metrics in train(options, comparison, path.with_suffix('')):
+        for seed, settings, metrics in train(name, options, comparison):
             words = ''.join(f', {key.split(".")[-1]} {value}' for key, value in settings.items())
             title = f'{name}, trained{words}: {comparison.size}'
             measured.append(measurement(title, seed, metrics['test'], metrics['commit'], options))
@@ -116,18 +115,16 @@ def main(comparison: Comparison) -> None:
 
 
 def train(
-    options: dict[str, Any], comparison: Comparison, folder: Path
+    name: str, options: dict[str, Any], comparison: Comparison
 ) -> Iterator[tuple[int, dict[str, Any], dict[str, Any]]]:
     """Seed, settings and metrics of the runs with the settings that validated best."""
 
     def run(settings: dict[str, Any], seed: int) -> dict[str, Any]:
         config = embeddings.parse_options({**options, 'seed': seed}, settings)
-        words = [f'{key.split(".")[-1]}{value}' for key, value in settings.items()]
-        output = folder / '-'.join([*words, f's{seed}'])
-        return launch(asdict(config), output, log=Path(f'{output}.log'))
+        folder = run_folder(Path(comparison.output), name, settings, seed)
+        return launch(asdict(config), folder, log=Path(f'{folder}.log'))
 
-    grid = comparison.search
-    tried = [dict(zip(grid, values, strict=True)) for values in product(*grid.values())]
+    tried = combinations(comparison.search)
     first, *others = comparison.seeds
     found = [run(settings, first) for settings in tried]
     best = int(np.argmax([metrics['best']['val_recall_at_1'] for metrics in found]))
@@ -178,23 +175,25 @@ def measure_frozen(options: dict[str, Any], comparison: Comparison) -> dict[str,
         f'{1000 * seconds / sum(map(len, vectors.values())):.2f} ms an image to pool',
         flush=True,
     )
-    rows = {f'full: {vectors["test"].shape[1]}': search(vectors['test'], splits['test'])}
+    rows = {f'full: {vectors["test"].shape[1]}': found_among(vectors['test'], splits['test'])}
 
-    def projected(whiten: float) -> dict[str, Tensor]:
-        projection = Projection(vectors['train'].shape[1], comparison.size)
-        projection.fit(vectors['train'], whiten)
-        with torch.no_grad():
-            return {s: F.normalize(projection(x), dim=1) for s, x in vectors.items()}
+    projection = Projection(vectors['train'].shape[1], comparison.size)
+    projection.fit(vectors['train'], 0.0)
+    with torch.no_grad():
+        projected = {split: projection(x) for split, x in vectors.items()}
+    deviations = projected['train'].std(0)
 
-    rows[f'PCA: {comparison.size}'] = search(projected(0.0)['test'], splits['test'])
-    of_validation = [search(projected(w)['val'], splits['val']) for w in comparison.whiten]
-    best = comparison.whiten[int(np.argmax([found['map_at_r'] for found in of_validation]))]
-    whitened = search(projected(best)['test'], splits['test'])
-    rows[f'PCA, whitened by {best:g}: {comparison.size}'] = whitened
+    def whitened(split: str, strength: float) -> dict[str, float]:
+        return found_among(F.normalize(projected[split] / deviations**strength), splits[split])
+
+    rows[f'PCA: {comparison.size}'] = whitened('test', 0.0)
+    of_validation = [whitened('val', strength)['map_at_r'] for strength in comparison.whiten]
+    best = comparison.whiten[int(np.argmax(of_validation))]
+    rows[f'PCA, whitened by {best:g}: {comparison.size}'] = whitened('test', best)
     return rows
 
 
-def search(vectors: Tensor, split: Split) -> dict[str, float]:
+def found_among(vectors: Tensor, split: Split) -> dict[str, float]:
     """Each image among the others."""
     return evaluate_retrieval(vectors, torch.from_numpy(split.labels), ks=(1,))
 

@@ -94,6 +94,11 @@ def test_run(script, tmp_path, monkeypatch):
         found = evaluate_retrieval(torch.from_numpy(normalize(x)), labels, ks=(1,))
         of_validation[w] = found['map_at_r']
     assert of_validation[strength] == max(of_validation.values())
+    # Reported on test images, whatever these would have chosen.
+    x = pca.transform(vectors['test']) / pca.explained_variance_ ** (strength / 2)
+    found = evaluate_retrieval(torch.from_numpy(normalize(x)), labels, ks=(1,))
+    assert shares[whitened, 0]['MAP@R'] == pytest.approx(found['map_at_r'], abs=1e-6)
+    assert abs(found['map_at_r'] - of_validation[strength]) > 1e-3
     table = (tmp_path / 'out/table.md').read_text()
     assert '| avg, trained, lr 0.25: 4 | 25.0 ± 0.0 | 25.0 ± 35.4 |' in table
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import multiprocessing
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,22 @@ def launch(options: Mapping[str, Any], output: Path, *, log: Path | None = None)
             raise RuntimeError(f'The run in {output} failed{said}')
     content: dict[str, Any] = json.loads(metrics.read_text())
     return content
+
+
+def combinations(grid: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    """All combinations of the values of dotted options."""
+    return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+
+
+def run_folder(output: Path, name: str, settings: Mapping[str, Any], seed: int) -> Path:
+    """Folder of a run of a comparison: by the name of what is compared, settings and seed."""
+    words = [f'{key.split(".")[-1]}{value}' for key, value in settings.items()]
+    return output / file_name(name) / '-'.join([*words, f's{seed}'])
+
+
+def file_name(name: str) -> str:
+    """The name of a row of a table as one of a file."""
+    return name.replace(' ', '').replace('/', '-')
 
 
 def _train(arguments: list[str], log: Path | None) -> None:
