@@ -14,6 +14,7 @@ from sklearn.decomposition import PCA
 from sklearn.preprocessing import normalize
 
 from timm_fisher.retrieval import evaluate_retrieval
+from timm_fisher.training.data import Split
 from timm_fisher.training.embeddings import parse_options
 from timm_fisher.training.measurements import read_measurements
 
@@ -106,6 +107,40 @@ def test_run(script, tmp_path, monkeypatch):
     script.main(comparison)
     assert not kept
     assert json.loads((Path(comparison.output) / 'avg.json').read_text())
+
+
+def test_strength_is_chosen_on_validation_images(script, monkeypatch):
+    """Where they want little whitening, and test images, whose classes lie along small components,
+    want all of it."""
+    random = np.random.default_rng(0)
+    labels = np.arange(80) % 4
+    spread = np.array([0.0, 0.4, 0.2, 0.1, 0.05, 0.01])
+
+    def draw(*axes):
+        x = random.normal(size=(80, 6))
+        for bit, axis in enumerate(axes):
+            x[:, axis] = 2 * (labels >> bit & 1) - 1 + random.normal(0, 0.3, 80)
+        return normalize(x * spread + np.eye(6)[0])
+
+    vectors = {'train': draw(), 'val': draw(1, 2), 'test': draw(3, 4)}
+    splits = {split: Split(None, np.arange(80), labels) for split in SPLITS}
+    monkeypatch.setattr(script, 'load_splits', lambda config: (splits, list('abcd')))
+    for name in ('create_embedder', 'fit_once'):
+        monkeypatch.setattr(script.embeddings, name, lambda *arguments: None)
+    monkeypatch.setattr(script.embeddings, 'cache_splits', lambda *arguments: vectors)
+    monkeypatch.setattr(script.embeddings, 'head_vectors', lambda model, part: part)
+    comparison = script.Comparison(size=4, whiten=[0.25, 1.0], train={'data_dir': 'x'})
+    rows = script.measure_frozen(comparison.train, comparison)
+
+    def found(split, strength):
+        pca = PCA(4, svd_solver='full').fit(vectors['train'])
+        x = normalize(pca.transform(vectors[split]) / pca.explained_variance_ ** (strength / 2))
+        return evaluate_retrieval(torch.from_numpy(x), labels.tolist(), ks=(1,))['map_at_r']
+
+    assert found('val', 0.25) > found('val', 1.0) + 0.05
+    assert found('test', 1.0) > found('test', 0.25) + 0.05
+    row = rows['PCA, whitened by 0.25: 4']
+    assert row['map_at_r'] == pytest.approx(found('test', 0.25), abs=1e-6)
 
 
 SPLITS = ('train', 'val', 'test')
