@@ -14,8 +14,9 @@ from run_checks import read_log, read_metrics, read_weights
 
 import timm_fisher
 from timm_fisher.retrieval import evaluate_retrieval
+from timm_fisher.training.config import Stage
 from timm_fisher.training.data import load_folder
-from timm_fisher.training.metric_learning import PerClassSampler
+from timm_fisher.training.metric_learning import MetricLearning, PerClassSampler
 
 STAGE = {
     'train': 'head', 'epochs': 3, 'lr': 0.01, 'per_class': 4,
@@ -83,6 +84,7 @@ def test_stage_before_a_classifier(recipe, few_images):
     [
         ({'loss': {'name': 'TripletLoss'}}, r"has no 'TripletLoss' among its losses.*Triplet"),
         ({'loss': {'name': 'TripletMarginLoss', 'margn': 1}}, "no argument 'margn'"),
+        ({'loss': {'name': 'CosFaceLoss'}}, r'CosFaceLoss does not take \{\}'),
         ({'miner': {'name': 'x'}}, "has no 'x' among its miners"),
         ({'per_class': 5}, 'per_class is 5; give a divisor of batch_size, which is 24'),
         ({'train': 'classifier'}, 'trains no classifier'),
@@ -116,3 +118,28 @@ def test_batches():
     sampler.set_epoch(1)
     assert list(sampler) != order
     assert list(PerClassSampler(labels, 4, 8, seed=1)) != order
+
+
+def test_loss_is_computed_in_float32():
+    """In bf16 the similarities of vectors that lie close together would be rounded: so would what a
+    miner keeps, and the gradients."""
+    torch.manual_seed(0)
+    model = timm_fisher.create_model('test_resnet', num_classes=0, img_size=32)
+    stage = Stage(
+        train='head', loss={'name': 'MultiSimilarityLoss'},
+        miner={'name': 'MultiSimilarityMiner', 'epsilon': 0.02},
+    )  # fmt: skip
+    objective = MetricLearning(model, stage, 'pooled', 4)
+    x = torch.randn(64, model.head_hidden_size) * 0.3 + 1
+    y = torch.arange(64) % 4
+
+    def gradient(autocast):
+        given = x.clone().requires_grad_()
+        with torch.autocast('cpu', torch.bfloat16, enabled=autocast):
+            loss = objective([given], y)
+        loss.backward()
+        return given.grad
+
+    expected = gradient(False)
+    error = (gradient(True) - expected).norm() / expected.norm()
+    assert error < 1e-4

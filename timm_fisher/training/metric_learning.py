@@ -21,6 +21,7 @@ from torch.distributed.nn.functional import all_gather
 from torch.utils.data import Sampler
 
 from timm_fisher import PooledModel
+from timm_fisher.numerics.linalg import without_autocast
 from timm_fisher.registry import check_arguments, nearest
 from timm_fisher.retrieval import evaluate_retrieval
 from timm_fisher.training.config import Stage
@@ -64,8 +65,9 @@ class MetricLearning(nn.Module):
             # Each rank has the whole loss, and gets the gradients of all: their mean, which DDP
             # takes, is that of one process.
             vectors, labels = torch.cat(all_gather(vectors)), torch.cat(all_gather(y))
-        pairs = None if self.miner is None else self.miner(vectors, labels)
-        loss: Tensor = self.loss(vectors, labels, pairs)
+        with without_autocast(vectors):
+            pairs = None if self.miner is None else self.miner(vectors, labels)
+            loss: Tensor = self.loss(vectors, labels, pairs)
         return loss
 
     @torch.no_grad()
@@ -80,8 +82,12 @@ class MetricLearning(nn.Module):
         found = evaluate_retrieval(
             torch.from_numpy(np.stack(vectors)), torch.tensor(labels), ks=(1,)
         )
-        del found['map'], found['queries'], found['queries_without_match']
-        return {**found, self.loss_name: 1 - found['map_at_r'], 'samples': len(labels)}
+        return {
+            'recall_at_1': found['recall_at_1'],
+            'map_at_r': found['map_at_r'],
+            self.loss_name: 1 - found['map_at_r'],
+            'samples': len(labels),
+        }
 
     def save_loss(self, folder: Path) -> None:
         """Write what the loss has learned itself, such as proxies of the classes."""
@@ -125,7 +131,7 @@ def _create(kind: str, wanted: dict[str, Any], known: dict[str, Any]) -> nn.Modu
     check_arguments(name, made, arguments, given=list(added))
     try:
         result: nn.Module = made(**added, **arguments)
-    except (AssertionError, ValueError) as error:
+    except (AssertionError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f'{name} does not take {arguments}: {error}') from error
     return result
 
