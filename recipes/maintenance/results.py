@@ -18,6 +18,7 @@ Plots of comparisons go to .github/pictures/, named after the protocol.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,7 +28,6 @@ from timm_fisher.training.measurements import (
     merge_measurements,
     read_measurements,
     table_of,
-    write_measurements,
 )
 from timm_fisher.training.results import (
     describe,
@@ -36,8 +36,8 @@ from timm_fisher.training.results import (
     plot,
     plot_costs,
     read_results,
-    write_results,
 )
+from timm_fisher.training.rows import Row, read_rows, write_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 BLOCK = re.compile(r'(<!-- results: (\w+) -->\n).*?(<!-- end of results -->)', re.DOTALL)
@@ -61,23 +61,11 @@ class Settings:
 
 
 def main(settings: Settings) -> None:
-    experiments = [path for path in settings.add if path.name == 'measurements.jsonl']
-    lines = [line for path in experiments for line in read_measurements(path)]
-    for table in dict.fromkeys(line.table for line in lines):
-        path = settings.results / 'papers' / f'{table}.jsonl'
-        path.parent.mkdir(exist_ok=True)
-        known = read_measurements(path) if path.exists() else []
-        merged = merge_measurements([*known, *(line for line in lines if line.table == table)])
-        write_measurements(merged, path)
-        print(f'papers/{path.name}: {len(merged)} lines, {len(merged) - len(known)} of them new')
-    comparisons = [path for path in settings.add if path not in experiments]
-    added = [row for path in comparisons for row in read_results(path)]
-    for protocol in dict.fromkeys(row.protocol for row in added):
-        path = settings.results / f'{protocol}.jsonl'
-        kept = read_results(path) if path.exists() else []
-        rows = merge([*kept, *(row for row in added if row.protocol == protocol)])
-        write_results(rows, path)
-        print(f'{path.name}: {len(rows)} rows, {len(rows) - len(kept)} of them new')
+    of_papers = {path for path in settings.add if path.name == 'measurements.jsonl'}
+    lines = [line for path in settings.add if path in of_papers for line in read_measurements(path)]
+    rows = [row for path in settings.add if path not in of_papers for row in read_results(path)]
+    add(lines, 'table', settings.results / 'papers', merge_measurements)
+    add(rows, 'protocol', settings.results, merge)
     for path in sorted(settings.results.glob('*.jsonl')):
         rows = read_results(path)
         plot(rows, settings.pictures / f'{path.stem}.png')
@@ -88,6 +76,20 @@ def main(settings: Settings) -> None:
         if rebuilt != text:
             write(page, rebuilt)
             print(f'{page.name} rebuilt')
+
+
+def add(
+    rows: Sequence[Row], field: str, folder: Path, merged: Callable[[Sequence[Row]], list[Row]]
+) -> None:
+    """Merge rows into the files of a folder, named after a field of theirs."""
+    folder.mkdir(exist_ok=True)
+    for name in dict.fromkeys(getattr(row, field) for row in rows):
+        path = folder / f'{name}.jsonl'
+        kept = read_rows(path, type(rows[0])) if path.exists() else []
+        kept_and_new = merged([*kept, *(row for row in rows if getattr(row, field) == name)])
+        write_rows(kept_and_new, path)
+        new = len(kept_and_new) - len(kept)
+        print(f'{path.name}: {len(kept_and_new)} rows, {new} of them new')
 
 
 def rebuild(text: str, results: Path) -> str:

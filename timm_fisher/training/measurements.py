@@ -3,18 +3,17 @@ made from."""
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import timm
 import torch
 
-from timm_fisher.files import write
 from timm_fisher.hub.text import escape_markdown
 from timm_fisher.training.report import COMMIT
+from timm_fisher.training.rows import read_rows, write_rows
 from timm_fisher.training.tables import percent, records
 
 VERSIONS = {'torch': torch.__version__, 'timm': timm.__version__}
@@ -55,13 +54,13 @@ def table_name(experiment: str, data: str) -> str:
 
 
 def read_measurements(path: Path) -> list[Measurement]:
-    """Lines of a file."""
-    return [Measurement(**json.loads(line)) for line in path.read_text().splitlines()]
+    """Lines of a file. ValueError, with its number, for one that is none."""
+    return read_rows(path, Measurement)
 
 
 def write_measurements(measurements: Iterable[Measurement], path: Path) -> None:
     """A file of lines."""
-    write(path, ''.join(json.dumps(asdict(measured)) + '\n' for measured in measurements))
+    write_rows(measurements, path)
 
 
 def merge_measurements(measurements: Iterable[Measurement]) -> list[Measurement]:

@@ -12,15 +12,16 @@ import re
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
-from timm_fisher.files import save_png, write
+from timm_fisher.files import save_png
 from timm_fisher.hub.text import escape_markdown, problem
+from timm_fisher.training.rows import read_rows, write_rows
 from timm_fisher.training.tables import percent, records
 
 AXES = {'out_features': 'pooled vector', 'train_seconds': 'training (s)'}  # of plots
@@ -126,20 +127,12 @@ def read_results(path: Path) -> list[Result]:
     Raises:
         ValueError: a line is no row; the message has its number.
     """
-    results = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
-        try:
-            results.append(Result(**json.loads(line)))
-        except (TypeError, ValueError) as error:
-            raise ValueError(
-                f"Line {number} of '{path}' is not a row of results: {error}"
-            ) from error
-    return results
+    return read_rows(path, Result)
 
 
 def write_results(results: Iterable[Result], path: Path) -> None:
     """A file of rows."""
-    write(path, ''.join(json.dumps(asdict(result)) + '\n' for result in results))
+    write_rows(results, path)
 
 
 def merge(results: Iterable[Result]) -> list[Result]:
