@@ -137,10 +137,10 @@ def write_by_classes(file: Path, folder: Path) -> None:
     """Images of a file of arrays as train/, val/ and test/, which share no class."""
     with np.load(file, allow_pickle=False) as arrays:
         x, y = arrays['x'], arrays['y']
-    classes = np.unique(y)
+    classes, y = np.unique(y, return_inverse=True)  # of texts no path is made
     partial = folder.with_name(f'{folder.name}.partial')
     for i, (pixels, label) in enumerate(zip(x, y, strict=True)):
-        place = np.searchsorted(classes, label) / len(classes)
+        place = label / len(classes)
         split = 'train' if place < 0.5 else 'val' if place < 0.75 else 'test'
         path = partial / split / str(label) / f'{i:05}.png'
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -195,7 +195,7 @@ def measure_frozen(options: dict[str, Any], comparison: Comparison) -> dict[str,
 
 def found_among(vectors: Tensor, split: Split) -> dict[str, float]:
     """Each image among the others."""
-    return evaluate_retrieval(vectors, torch.from_numpy(split.labels), ks=(1,))
+    return evaluate_retrieval(vectors, split.labels, ks=(1,))
 
 
 if __name__ == '__main__':

@@ -46,6 +46,7 @@ from timm_fisher.explain import attention, class_names, explain, overlay
 from timm_fisher.hub.load import find
 from timm_fisher.hub.pypi import from_pretrained_or_pypi
 from timm_fisher.images import convert, open_image
+from timm_fisher.retrieval import Search
 from timm_fisher.training import command_line
 from timm_fisher.training.device import to_device
 
@@ -187,9 +188,9 @@ def search(
 
 
 def nearest(vectors: Tensor, query: Tensor, k: int) -> list[tuple[int, float]]:
-    """Rows of `vectors` `[n, D]` with the largest product with `query` `[D]`, and the products."""
-    best = (vectors @ query).topk(min(k, len(vectors)))
-    return list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+    """Rows of `vectors` `[n, D]` that are nearest to `query` `[D]`, and their similarities."""
+    similarities, rows = Search(vectors)(query[None], k)
+    return list(zip(rows[0].tolist(), similarities[0].tolist(), strict=True))
 
 
 def alert(*sentences: str) -> str:

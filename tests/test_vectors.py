@@ -42,6 +42,7 @@ def test_vectors(model, photographs):
     expected /= expected.norm(dim=1, keepdim=True)
     assert torch.allclose(vectors, expected, atol=1e-6)
     assert not vectors.requires_grad
+    torch.nn.Linear(vectors.shape[1], 2)(vectors).sum().backward()  # something may be trained on it
     labels = torch.arange(5)
     for given in (
         images, paths, [str(path) for path in paths], DataLoader(x, 3),

@@ -18,7 +18,7 @@ from timm_fisher.images import convert, read_image
 from timm_fisher.model import PooledModel
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def embed(
     model: PooledModel,
     images: Tensor | Sequence[str | Path | Image.Image] | Iterable[Any],

@@ -16,25 +16,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import timm
 import torch
 import yaml
 from matplotlib.figure import Figure
 from PIL import Image
 from sklearn.metrics import recall_score
-from sklearn.preprocessing import normalize
 
 import timm_fisher
 from timm_fisher import PooledModel
 from timm_fisher.explain import class_names, explain, picture
 from timm_fisher.files import save_png
-from timm_fisher.images import read_image
 from timm_fisher.training.command_line import run
 from timm_fisher.training.data import load_folder
 from timm_fisher.training.evaluate import draw_confusion, predict
 from timm_fisher.training.launch import launch
 from timm_fisher.training.results import choose, read_results
 from timm_fisher.training.tsne import plot_tsne
+from timm_fisher.vectors import Prepared
 
 RECIPES = Path(__file__).resolve().parents[1]
 COLOURS = 224  # of the overlays, which would fill a page's megabyte otherwise
@@ -83,7 +81,8 @@ def main(settings: Settings) -> None:
     paths = [Path(reader.filename(i, absolute=True)) for i in range(len(labels))]
     first = [labels.index(c) for c in range(min(settings.images, len(classes)))]
     draw_overlays(models, [paths[i] for i in first], Path(f'{beginning}_overlays.png'))
-    vectors = {name: pooled(models[name], paths) for name in (settings.heads[0], name)}
+    ends = (settings.heads[0], name)
+    vectors = {name: timm_fisher.embed(models[name], paths).numpy() for name in ends}
     plot_tsne(vectors, np.array(labels), classes, Path(f'{beginning}_tsne.png'))
     print(f'-> {beginning}_*.png')
 
@@ -105,30 +104,13 @@ def train(name: str, data: str, settings: Settings) -> PooledModel:
     return timm_fisher.from_pretrained(folder / 'model').eval()
 
 
-def inputs(model: PooledModel, paths: Sequence[Path]) -> torch.Tensor:
-    """Photographs as the model wants them, `[B, C, H, W]`."""
-    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
-    return torch.stack([transform(read_image(path)) for path in paths])
-
-
-@torch.inference_mode()
-def pooled(model: PooledModel, paths: Sequence[Path]) -> np.ndarray:
-    """Vectors of unit length `[n, D]`."""
-    parts = [paths[start : start + 32] for start in range(0, len(paths), 32)]
-    vectors = [
-        model.forward_head(model.forward_features(inputs(model, part)), pre_logits=True)
-        for part in parts
-    ]
-    return np.asarray(normalize(torch.cat(vectors).numpy()))
-
-
 def draw_overlays(models: Mapping[str, PooledModel], paths: Sequence[Path], path: Path) -> None:
     """A row for each photograph: as it is, and under what speaks for the class, by head."""
     columns = 1 + len(models)
     figure = Figure(figsize=(1.5 * columns, 1.85 * len(paths)), layout='constrained')
     axes = figure.subplots(len(paths), columns, squeeze=False)
     for column, (name, model) in enumerate(models.items(), 1):
-        x = inputs(model, paths)
+        x = torch.stack([*map(Prepared([], model).prepare, paths)])
         logits, heat = explain(model, x)
         shares, best = logits.softmax(1).max(1)
         for row, (image, values) in enumerate(zip(x, heat, strict=True)):

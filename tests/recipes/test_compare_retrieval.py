@@ -143,4 +143,15 @@ def test_strength_is_chosen_on_validation_images(script, monkeypatch):
     assert row['map_at_r'] == pytest.approx(found('test', 0.25), abs=1e-6)
 
 
+def test_no_path_is_made_of_a_class(script, tmp_path):
+    """Its name may be anything in the file of somebody."""
+    names = np.array(['/tmp/outside', '../../outside', 'a', 'b'])
+    np.savez(tmp_path / 'x.npz', x=np.zeros((4, 8, 8, 3), np.uint8), y=names)
+    script.write_by_classes(tmp_path / 'x.npz', tmp_path / 'in/images')
+    made = sorted(path.relative_to(tmp_path / 'in/images') for path in tmp_path.rglob('*.png'))
+    assert list(map(str, made)) == [
+        'test/3/00003.png', 'train/0/00001.png', 'train/1/00000.png', 'val/2/00002.png'
+    ]  # fmt: skip
+
+
 SPLITS = ('train', 'val', 'test')

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -130,3 +131,12 @@ def test_mistakes():
             evaluate_retrieval(*arguments)
     with pytest.raises(ValueError, match=r'ks is \(1, 0\)'):
         evaluate_retrieval(x, y, ks=(1, 0))
+
+
+def test_labels_may_be_an_array():
+    x = torch.eye(4)[[0, 0, 1, 1]]
+    labels = [3, 3, 5, 5]
+    expected = evaluate_retrieval(x, labels)
+    assert expected['map'] == 1
+    for given in (np.array(labels), torch.tensor(labels), np.array(['a', 'a', 'b', 'b'])):
+        assert evaluate_retrieval(x, given) == expected

@@ -35,8 +35,8 @@ def fit(
         loader: a torch `DataLoader` over a map-style data set; see `ModelStream`.
         from_features: the data set holds what `model.forward_features` gives, not images.
         whiten: strength of whitening by the projection, from 0, which keeps distances, to 1, which
-            gives all components the same variance. At most 2^26 / D images are read for vectors of
-            D values.
+            gives all components the same variance. Of vectors of D values 2^26 / D images are read
+            at most, or one more than the projection has dimensions.
 
     Raises:
         TypeError: the loader is not a `DataLoader` over a map-style data set.
@@ -47,5 +47,6 @@ def fit(
         head.fit(ModelStream(model, loader, index=i, from_features=from_features))
     if isinstance(model.projection, Projection):
         stream = PooledStream(model, loader, from_features=from_features)
-        vectors = stream.sample_images(MOST_VALUES // stream.num_features, lambda x: x[:, 0])
+        number = max(MOST_VALUES // stream.num_features, model.projection.out_features + 1)
+        vectors = stream.sample_images(number, lambda x: x[:, 0])
         model.projection.fit(vectors, whiten)

@@ -5,17 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from timm_fisher.retrieval.search import BLOCK, check_vectors, fixed_point
 
+Labels = Sequence[Any] | np.ndarray | Tensor
+
 
 def evaluate_retrieval(
     queries: Tensor,
-    labels: Sequence[Any] | Tensor,
+    labels: Labels,
     gallery: Tensor | None = None,
-    gallery_labels: Sequence[Any] | Tensor | None = None,
+    gallery_labels: Labels | None = None,
     *,
     ks: Sequence[int] = (1, 5, 10),
 ) -> dict[str, float]:
@@ -89,10 +92,15 @@ def evaluate_retrieval(
 
 
 def _numbered(
-    labels: Sequence[Any] | Tensor | None, numbers: dict[Any, int], vectors: Tensor, what: str
+    labels: Labels | None,
+    numbers: dict[Any, int],
+    vectors: Tensor,
+    what: str,
 ) -> Tensor:
     """Labels as numbers `[n]`, which are added to `numbers`."""
-    values = labels.tolist() if isinstance(labels, Tensor) else list(labels or ())
+    if isinstance(labels, np.ndarray | Tensor):
+        labels = labels.tolist()
+    values = list(labels or ())
     if len(values) != len(vectors):
         raise ValueError(f'{len(values)} labels of the {what} do not fit {len(vectors)} vectors.')
     found = [numbers.setdefault(value, len(numbers)) for value in values]
