@@ -12,6 +12,9 @@ Each image of the test split is searched among the others. For every head:
     trained   a projection of the same size, with the head if it has parameters, trained by the
               stages of the configuration, with settings that had the best recall@1 there
 
+Beside them is what a vector takes as float32, and the time of pooling the backbone's features on
+this machine, a pass over the test images (their mean, on features that are kept).
+
 The classes of val/ and test/ need not be those of train/. FILE.npz, of images `x` and classes `y`,
 is cut so: the first half of the classes is trained on, the next quarter validates, the others are
 searched. Its images are written to `--output` for that.
@@ -22,10 +25,9 @@ on where it stopped.
 
 from __future__ import annotations
 
-import json
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +43,15 @@ from timm_fisher.retrieval import evaluate_retrieval
 from timm_fisher.training import command_line, embeddings
 from timm_fisher.training.data import Split, load_splits
 from timm_fisher.training.launch import combinations, file_name, launch, run_folder
+from timm_fisher.training.measure import timed
 from timm_fisher.training.measurements import (
     Measurement,
+    read_measurements,
     table_name,
     table_of,
     write_measurements,
 )
-from timm_fisher.training.report import COMMIT, data_name
+from timm_fisher.training.report import data_name
 
 MEASURES = {'recall_at_1': 'recall@1', 'map_at_r': 'MAP@R'}
 
@@ -84,6 +88,8 @@ class Comparison:
             if data.suffix == '.npz':
                 folder = str(Path(self.output, data.stem))
             self.train = {**self.train, 'data_dir': folder}
+        if not self.train.get('data_dir'):
+            raise ValueError('No images are given; say --data-dir FOLDER or FILE.npz.')
 
 
 def main(comparison: Comparison) -> None:
@@ -96,19 +102,19 @@ def main(comparison: Comparison) -> None:
         write_by_classes(Path(comparison.data_dir), folder)
     measured: list[Measurement] = []
     for name, options in comparison.heads.items():
-        path = output / f'{file_name(name)}.json'
+        path = output / f'{file_name(name)}.jsonl'
         options = {**comparison.train, **options}
         if not path.exists():
-            found = {'commit': COMMIT, 'rows': measure_frozen(options, comparison)}
-            write(path, json.dumps(found, indent=2) + '\n')
-        found = json.loads(path.read_text())
-        for title, shares in found['rows'].items():
-            measured.append(measurement(f'{name}, {title}', 0, shares, found['commit'], options))
+            write_measurements(measure_frozen(name, options, comparison), path)
+        measured += read_measurements(path)
         options['projection'] = comparison.size
         for seed, settings, metrics in train(name, options, comparison):
-            words = ''.join(f', {key.split(".")[-1]} {value}' for key, value in settings.items())
-            title = f'{name}, trained{words}: {comparison.size}'
-            measured.append(measurement(title, seed, metrics['test'], metrics['commit'], options))
+            about = {
+                'settings': {key.split('.')[-1]: value for key, value in settings.items()},
+                'commit': metrics['commit'],
+            }
+            row, found = f'{name}, trained', metrics['test']
+            measured.append(measurement(options, row, seed, found, comparison.size, **about))
         write_measurements(measured, output / 'measurements.jsonl')
         write(output / 'table.md', f'{table_of(measured)}\n')
     print((output / 'table.md').read_text())
@@ -149,35 +155,36 @@ def write_by_classes(file: Path, folder: Path) -> None:
 
 
 def measurement(
-    row: str, seed: int, found: dict[str, float], commit: str, options: dict[str, Any]
+    options: dict[str, Any], row: str, seed: int, found: dict[str, float], size: int, **about: Any
 ) -> Measurement:
-    """A line of the table."""
+    """A line of the table, of vectors of some size; with other attributes of it."""
     table = table_name('retrieval', data_name(embeddings.parse_options(options)))
     shares = {title: found[key] for key, title in MEASURES.items()}
-    return Measurement(table, row, seed, shares, commit=commit)
+    costs = {'dimensions': float(size), 'KB': size * 4 / 1024, **about.pop('costs', {})}
+    return Measurement(table, row, seed, shares, costs=costs, **about)
 
 
-def measure_frozen(options: dict[str, Any], comparison: Comparison) -> dict[str, dict[str, float]]:
-    """Measures of a head on the frozen backbone, by title of the row."""
-    config = embeddings.parse_options(options)
+def measure_frozen(
+    name: str, options: dict[str, Any], comparison: Comparison
+) -> Iterator[Measurement]:
+    """Lines of a head on the frozen backbone."""
+    seed = comparison.seeds[0]
+    config = embeddings.parse_options({**options, 'seed': seed})
     splits, _ = load_splits(config)
     model = embeddings.create_embedder(config)
     features = embeddings.cache_splits(model, splits, config)
     embeddings.fit_once(model, features['train'], None, config)
-    start = time.perf_counter()
     vectors = {
         split: torch.from_numpy(embeddings.head_vectors(model, part)).float()
         for split, part in features.items()
     }
-    seconds = time.perf_counter() - start
-    print(
-        f'{config.head}: {vectors["test"].shape[1]} dimensions, '
-        f'{1000 * seconds / sum(map(len, vectors.values())):.2f} ms an image to pool',
-        flush=True,
-    )
-    rows = {f'full: {vectors["test"].shape[1]}': found_among(vectors['test'], splits['test'])}
+    seconds, _ = timed(lambda: embeddings.head_vectors(model, features['test']))
+    pooling = {'ms': 1000 * seconds / len(vectors['test'])}
+    line = partial(measurement, options, seed=seed)
+    found, size = found_among(vectors['test'], splits['test']), vectors['test'].shape[1]
+    yield line(f'{name}, full', found=found, size=size, costs=pooling)
 
-    projection = Projection(vectors['train'].shape[1], comparison.size)
+    projection = Projection(size, comparison.size)
     projection.fit(vectors['train'], 0.0)
     with torch.no_grad():
         projected = {split: projection(x) for split, x in vectors.items()}
@@ -186,11 +193,11 @@ def measure_frozen(options: dict[str, Any], comparison: Comparison) -> dict[str,
     def whitened(split: str, strength: float) -> dict[str, float]:
         return found_among(F.normalize(projected[split] / deviations**strength), splits[split])
 
-    rows[f'PCA: {comparison.size}'] = whitened('test', 0.0)
+    yield line(f'{name}, PCA', found=whitened('test', 0.0), size=comparison.size)
     of_validation = [whitened('val', strength)['map_at_r'] for strength in comparison.whiten]
     best = comparison.whiten[int(np.argmax(of_validation))]
-    rows[f'PCA, whitened by {best:g}: {comparison.size}'] = whitened('test', best)
-    return rows
+    found, chosen = whitened('test', best), {'power': best}
+    yield line(f'{name}, whitened', found=found, size=comparison.size, settings=chosen)
 
 
 def found_among(vectors: Tensor, split: Split) -> dict[str, float]:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -26,7 +23,9 @@ def script():
 
 def test_configuration_that_is_shipped(script):
     config = yaml.safe_load((ROOT / 'recipes/configs/retrieval.yaml').read_text())
-    comparison = script.Comparison(**config)
+    with pytest.raises(ValueError, match='say --data-dir'):
+        script.Comparison(**config)
+    comparison = script.Comparison(**config, data_dir='x')
     for options in comparison.heads.values():
         stages = parse_options({**comparison.train, **options}).stages.values()
         assert all(stage.loss for stage in stages)
@@ -76,19 +75,24 @@ def test_run(script, tmp_path, monkeypatch):
     lines = read_measurements(tmp_path / 'out/measurements.jsonl')
     assert {line.table for line in lines} == {'retrieval_spots'}
     shares = {(line.row, line.seed): line.shares for line in lines}
-    vectors = dict(zip(SPLITS, kept.values(), strict=True))
+    lines = {(line.row, line.seed): line for line in lines}
+    vectors = dict(zip(SPLITS, kept.values(), strict=False))  # and again, timed
     labels = torch.arange(30) // 15
     pca = PCA(4, svd_solver='full').fit(vectors['train'])
     width = vectors['test'].shape[1]
-    expected = {f'avg, full: {width}': vectors['test']}
-    expected['avg, PCA: 4'] = normalize(pca.transform(vectors['test']))
+    expected = {'avg, full': vectors['test']}
+    expected['avg, PCA'] = normalize(pca.transform(vectors['test']))
     for row, x in expected.items():
         found = evaluate_retrieval(torch.from_numpy(x), labels, ks=(1,))
         assert shares[row, 0]['MAP@R'] == pytest.approx(found['map_at_r'], abs=1e-6)
         assert shares[row, 0]['recall@1'] == pytest.approx(found['recall_at_1'], abs=1e-6)
-    assert shares['avg, trained, lr 0.25: 4', 1] == {'recall@1': 0.25, 'MAP@R': 0.5}
-    (whitened,) = [row for row, _ in shares if 'whitened' in row]
-    strength = float(whitened.split(' by ')[1].split(':')[0])
+    sizes = {row: line.costs['dimensions'] for (row, _), line in lines.items()}
+    assert sizes == {'avg, full': width, 'avg, PCA': 4, 'avg, whitened': 4, 'avg, trained': 4}
+    assert lines['avg, full', 0].costs['ms'] > 0
+    trained = lines['avg, trained', 1]
+    assert trained.shares == {'recall@1': 0.25, 'MAP@R': 0.5}
+    assert (trained.settings, trained.commit) == ({'lr': 0.25}, 'abc')
+    strength = lines['avg, whitened', 0].settings['power']
     of_validation = {}
     for w in (0.5, 1.0):
         x = pca.transform(vectors['val']) / pca.explained_variance_ ** (w / 2)
@@ -98,15 +102,16 @@ def test_run(script, tmp_path, monkeypatch):
     # Reported on test images, whatever these would have chosen.
     x = pca.transform(vectors['test']) / pca.explained_variance_ ** (strength / 2)
     found = evaluate_retrieval(torch.from_numpy(normalize(x)), labels, ks=(1,))
-    assert shares[whitened, 0]['MAP@R'] == pytest.approx(found['map_at_r'], abs=1e-6)
+    assert shares['avg, whitened', 0]['MAP@R'] == pytest.approx(found['map_at_r'], abs=1e-6)
     assert abs(found['map_at_r'] - of_validation[strength]) > 1e-3
     table = (tmp_path / 'out/table.md').read_text()
-    assert '| avg, trained, lr 0.25: 4 | 25.0 ± 0.0 | 25.0 ± 35.4 |' in table
+    cost = f'{4 * 4 / 1024:#.3g}'
+    assert f'| avg, trained | 25.0 ± 0.0 | 25.0 ± 35.4 | 4.00 | {cost} |  | lr 0.25 |' in table
 
     kept.clear()
     script.main(comparison)
     assert not kept
-    assert json.loads((Path(comparison.output) / 'avg.json').read_text())
+    assert (tmp_path / 'out/table.md').read_text() == table
 
 
 def test_strength_is_chosen_on_validation_images(script, monkeypatch):
@@ -130,7 +135,7 @@ def test_strength_is_chosen_on_validation_images(script, monkeypatch):
     monkeypatch.setattr(script.embeddings, 'cache_splits', lambda *arguments: vectors)
     monkeypatch.setattr(script.embeddings, 'head_vectors', lambda model, part: part)
     comparison = script.Comparison(size=4, whiten=[0.25, 1.0], train={'data_dir': 'x'})
-    rows = script.measure_frozen(comparison.train, comparison)
+    *_, row = script.measure_frozen('avg', comparison.train, comparison)
 
     def found(split, strength):
         pca = PCA(4, svd_solver='full').fit(vectors['train'])
@@ -139,8 +144,8 @@ def test_strength_is_chosen_on_validation_images(script, monkeypatch):
 
     assert found('val', 0.25) > found('val', 1.0) + 0.05
     assert found('test', 1.0) > found('test', 0.25) + 0.05
-    row = rows['PCA, whitened by 0.25: 4']
-    assert row['map_at_r'] == pytest.approx(found('test', 0.25), abs=1e-6)
+    assert row.settings == {'power': 0.25}
+    assert row.shares['MAP@R'] == pytest.approx(found('test', 0.25), abs=1e-6)
 
 
 def test_no_path_is_made_of_a_class(script, tmp_path):

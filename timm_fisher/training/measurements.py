@@ -4,9 +4,11 @@ made from."""
 from __future__ import annotations
 
 import re
+import statistics
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -14,7 +16,7 @@ import torch
 from timm_fisher.hub.text import escape_markdown
 from timm_fisher.training.report import COMMIT
 from timm_fisher.training.rows import read_rows, write_rows
-from timm_fisher.training.tables import percent, records
+from timm_fisher.training.tables import percent, records, three_digits
 
 VERSIONS = {'torch': torch.__version__, 'timm': timm.__version__}
 
@@ -29,6 +31,8 @@ class Measurement:
         seed: of everything random.
         shares: by title of the column, 0 to 1.
         paper: likewise what the paper has, in per cent, where it has something.
+        costs: by title of the column, which names the unit.
+        settings: what was chosen on validation images, by name.
         commit, versions: of the code that measured.
 
     Raises:
@@ -40,6 +44,8 @@ class Measurement:
     seed: int
     shares: dict[str, float]
     paper: dict[str, float] = field(default_factory=dict)
+    costs: dict[str, float] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
     commit: str = COMMIT
     versions: dict[str, str] = field(default_factory=lambda: VERSIONS)
 
@@ -70,7 +76,7 @@ def merge_measurements(measurements: Iterable[Measurement]) -> list[Measurement]
 
 def table_of(measurements: Iterable[Measurement], digits: int = 1) -> str:
     """Markdown table, in per cent: mean and standard deviation over the seeds; beside them the
-    paper's figures."""
+    paper's figures, the mean costs and what was chosen."""
     rows: dict[str, list[Measurement]] = {}
     for measured in measurements:
         rows.setdefault(measured.row, []).append(measured)
@@ -81,6 +87,10 @@ def table_of(measurements: Iterable[Measurement], digits: int = 1) -> str:
             line[column] = percent([m.shares[column] for m in of_seeds], digits)
             if column in of_seeds[0].paper:
                 line[f'{column} (paper)'] = f'{of_seeds[0].paper[column]:g}'
+        for column in of_seeds[0].costs:
+            line[column] = three_digits(statistics.mean(m.costs[column] for m in of_seeds))
+        if of_seeds[0].settings:
+            line['chosen'] = ', '.join(f'{k} {v:g}' for k, v in of_seeds[0].settings.items())
         lines.append(line)
     columns = list(dict.fromkeys(column for line in lines for column in line))
     seeds = ', '.join(str(s) for s in dict.fromkeys(m.seed for of in rows.values() for m in of))
