@@ -89,6 +89,13 @@ def main(settings: Settings) -> None:
                 f"--output '{shown(settings.output)}' is in '{shown(folder)}': its pictures would "
                 'be images to search. Give another.'
             )
+    if settings.queries_dir is not None:
+        folder = os.path.realpath(settings.queries_dir)
+        if Path(folder).is_relative_to(os.path.realpath(settings.gallery)):
+            raise ValueError(
+                f"--queries_dir '{shown(settings.queries_dir)}' is in the gallery: each query "
+                'would find itself. Leave it out: each image is searched among the others then.'
+            )
     queries = [Path(query) for query in settings.queries]
     for path in queries:
         if not path.exists():

@@ -61,6 +61,10 @@ def test_mistakes(model, photographs, tmp_path):
         timm_fisher.embed(model, [paths[0], text], workers=0)
     with pytest.raises(ValueError, match='no images'):
         timm_fisher.embed(model, [])
+    with pytest.raises(ValueError, match='no images'):
+        timm_fisher.embed(model, torch.empty(0, 3, 32, 32))
+    with pytest.raises(TypeError, match='give a list of files'):
+        timm_fisher.embed(model, str(paths[0]))
     x = torch.zeros(5, 3, 32, 32)
     x[3, 0, 0, 0] = torch.nan
     with pytest.raises(ValueError, match='vector of image 3 is NaN'):

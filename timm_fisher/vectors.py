@@ -40,6 +40,7 @@ def embed(
         progress: show a bar; None for only on a terminal.
 
     Raises:
+        TypeError: one file instead of a list.
         ValueError: no images, a file that cannot be read as an image, or an image whose vector is
             NaN or infinite.
     """
@@ -66,7 +67,7 @@ def embed(
     finally:
         model.train(was_training)
         bar.close()
-    if not vectors:
+    if not any(map(len, vectors)):
         raise ValueError('There are no images to embed.')
     return torch.cat(vectors)
 
@@ -75,6 +76,8 @@ def _batches(
     model: PooledModel, images: Any, batch_size: int, workers: int
 ) -> tuple[Iterator[Tensor], int | None]:
     """Batches `[B, C, H, W]`, and how many images they hold, if that is known."""
+    if isinstance(images, str):
+        raise TypeError(f'images is {images!r}; give a list of files.')
     if isinstance(images, Tensor):
         return iter(images.split(batch_size)), len(images)
     if isinstance(images, Sequence):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import shutil
 import subprocess
 import sys
 
@@ -132,7 +133,8 @@ def test_evaluate(command, saved, tmp_path):
     assert (metrics['queries'], metrics['queries_without_match']) == (2, 1)
 
     # Other queries, and another model, with the same output.
-    assert command('--evaluate=true', '--queries_dir=gallery')[0] == 0
+    shutil.copytree(tmp_path / 'gallery', tmp_path / 'copy')
+    assert command('--evaluate=true', '--queries_dir=copy')[0] == 0
     assert json.loads((tmp_path / 'out/metrics.json').read_text())['recall_at_1'] == 1
     other = timm_fisher.create_model('test_resnet', head='avg', num_classes=0, img_size=32)
     timm_fisher.save_model(other, tmp_path / 'other')
@@ -171,6 +173,7 @@ def test_names_that_a_spreadsheet_would_compute(command, tmp_path):
         (['--topk=0'], '--topk is 0; give 1 or more'),
         (['--queries=[typo.png]'], "There is no file 'typo.png'"),
         (['--gallery=typo'], "'typo' is no folder, or holds no image"),
+        (['--evaluate=true', '--queries_dir=gallery/red'], 'each query would find itself'),
         (['--queries_dir=others'], '--queries_dir is for --evaluate true'),
         (['--output=gallery/out'], "--output 'gallery/out' is in 'gallery'"),
         (['--gallery=gallery/red', '--evaluate=true'], "'000.png' of 'gallery/red' is in no subf"),

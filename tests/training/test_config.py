@@ -57,6 +57,7 @@ def test_unknown_argument(recipe, images, options, message):
 BAD_SETTINGS = [
     # given, and what the message must name
     ({'hed': 'avg'}, "'head'"),
+    ({'whiten': 7}, 'whiten is 7; give 0 to 1'),
     ({'stages': {'only': {'epoch': 3}}}, "'epochs'"),
     ({'batch_size': 'many'}, 'batch_size'),
     ({'backbone_stage': 1.5}, 'backbone_stage'),

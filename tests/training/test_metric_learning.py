@@ -79,14 +79,24 @@ def test_stage_before_a_classifier(recipe, few_images):
     assert read_weights(run / 'model')['classifier.weight'].shape == (3, 6)
 
 
+@pytest.mark.parametrize('name', ['ArcFaceLoss', 'CosFaceLoss', 'SubCenterArcFaceLoss'])
+def test_losses_with_weights_of_classes(name):
+    """The run says how many, also to a class that hands it on to the one that it is made from."""
+    model = timm_fisher.create_model('test_resnet', num_classes=0, projection=6)
+    made = MetricLearning(model, Stage(loss={'name': name}), 'pooled', classes=3)
+    assert {len(weight) for weight in made.loss.parameters()} == {6}
+
+
 @pytest.mark.parametrize(
     ('options', 'message'),
     [
         ({'loss': {'name': 'TripletLoss'}}, r"has no 'TripletLoss' among its losses.*Triplet"),
         ({'loss': {'name': 'TripletMarginLoss', 'margn': 1}}, "no argument 'margn'"),
-        ({'loss': {'name': 'CosFaceLoss'}}, r'CosFaceLoss does not take \{\}'),
+        ({'loss': {'name': 'FastAPLoss', 'num_bins': 'x'}}, 'FastAPLoss does not take'),
         ({'miner': {'name': 'x'}}, "has no 'x' among its miners"),
         ({'per_class': 5}, 'per_class is 5; give a divisor of batch_size, which is 24'),
+        ({'per_class': -4}, 'per_class is -4; give a divisor'),
+        ({'label_smoothing': 0.1}, 'head_loss 0 and label_smoothing 0.1: give 0'),
         ({'train': 'classifier'}, 'trains no classifier'),
         ({'loss': {}}, 'has a miner, but no loss'),
     ],

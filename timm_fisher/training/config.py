@@ -179,9 +179,14 @@ class Config:
                     f'stages.{name}.loss is {stage.loss.get("name")}, which trains no '
                     'classifier: give train: head, all or backbone, and not unsupervised.'
                 )
+            if stage.loss and (stage.head_loss or stage.label_smoothing):
+                raise ValueError(
+                    f'stages.{name} has head_loss {stage.head_loss:g} and label_smoothing '
+                    f'{stage.label_smoothing:g}: give 0 for both beside a loss of its own.'
+                )
             if stage.miner and not stage.loss:
                 raise ValueError(f'stages.{name} has a miner, but no loss that takes it.')
-            if stage.per_class and self.batch_size % stage.per_class:
+            if stage.per_class < 0 or (stage.per_class and self.batch_size % stage.per_class):
                 raise ValueError(
                     f'stages.{name}.per_class is {stage.per_class}; give a divisor of batch_size, '
                     f'which is {self.batch_size}.'
@@ -191,6 +196,8 @@ class Config:
                     f'stages.{name}.layers is {stage.layers}, but train is {stage.train}: the '
                     'backbone is frozen. Give train: all or backbone.'
                 )
+        if not 0 <= self.whiten <= 1:
+            raise ValueError(f'whiten is {self.whiten:g}; give 0 to 1.')
         if self.fold and not self.folds:
             raise ValueError(f'fold is {self.fold}, but folds is 0. Give folds, a number of parts.')
         if self.folds and self.dataset != 'npz':

@@ -126,7 +126,10 @@ def _create(kind: str, wanted: dict[str, Any], known: dict[str, Any]) -> nn.Modu
             f"pytorch-metric-learning has no '{name}' among its {kind}.{nearest(str(name), names)}"
         )
     made = getattr(module, name)
-    takes = inspect.signature(made).parameters
+    # A class with **kwargs passes them to that after it.
+    takes = {
+        key for parent in made.__mro__ for key in inspect.signature(parent.__init__).parameters
+    }
     added = {key: value for key, value in known.items() if key in takes}
     check_arguments(name, made, arguments, given=list(added))
     try:
