@@ -105,7 +105,6 @@ def updated(rank: int = 0, world_size: int = 1) -> dict[str, Any]:
     head.partial_fit(stream)
     return {
         'basis': head.basis.detach(),
-        'images': len(stream),
         'sample': stream.sample(20),
         'sample_images': stream.sample_images(7, lambda x: x.mean(1)),
     }

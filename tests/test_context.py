@@ -35,8 +35,9 @@ class Both(PoolingHead):
         return self(x, grid=grid, class_token=class_token), class_token.square().mean()
 
     def fit(self, stream):
-        total = sum(context['class_token'].sum(0) for _, context in stream.inputs())
-        self.mean.copy_(stream.sum(total)[0] / len(stream))
+        tokens = torch.cat([context['class_token'] for _, context in stream.inputs()])
+        total, count = stream.sum(tokens.sum(0), torch.tensor(len(tokens)))
+        self.mean.copy_(total / count)
 
     def partial_fit(self, stream):
         ((x, context),) = stream.inputs()

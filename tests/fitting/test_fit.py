@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 
+import distributed_checks
 import pytest
 import torch
+from streams import Named, Shards
 from test_compose import HEADS, create, images, single
 from torch.utils.data import DataLoader, TensorDataset
 
 import timm_fisher
+from timm_fisher import PoolingHead, get_head
 
 
 def loader(number=40, batch_size=8):
@@ -29,6 +32,37 @@ def test_fit_is_that_of_each_head_alone(monkeypatch):
     after = model.head.state_dict()
     changed = {key.partition('.')[0] for key in after if not torch.equal(after[key], before[key])}
     assert changed == {'1', '2'}  # avg and gem have nothing to fit
+
+
+FITTED = [name for name in timm_fisher.list_heads() if get_head(name).fit is not PoolingHead.fit]
+
+
+@pytest.mark.parametrize('name', FITTED)
+def test_fit_to_a_stream(name):
+    """Of shards: to the bit that to the data set whose images they hold, in their order; in another
+    order, and other batches, all but rounding."""
+    x, _ = distributed_checks.create_images(29)
+    order = torch.randperm(29, generator=torch.Generator().manual_seed(0)).tolist()
+    states = []
+    for loader in (
+        DataLoader(Named(x), 8),
+        DataLoader(Shards(x, [range(11), range(11, 29)], named=True), 8),
+        DataLoader(Shards(x, [order], named=True), 5),
+    ):
+        model = distributed_checks.create(name)
+        start = copy.deepcopy(model.head.state_dict())
+        assert timm_fisher.fit(model, loader) == 29
+        states.append(model.head.state_dict())
+        assert any(not torch.equal(start[key], value) for key, value in states[-1].items())
+    of_set, of_shards, shuffled = states
+    torch.testing.assert_close(of_shards, of_set, atol=0, rtol=0)
+    torch.testing.assert_close(shuffled, of_set, atol=1e-4, rtol=1e-4)
+
+
+def test_fit_says_how_many_images_it_saw():
+    model = create(head='sparse_fisher', head_kwargs={'reduce_dim': 8, 'code_dim': 4})
+    assert timm_fisher.fit(model, loader(), max_images=12) == 12
+    assert timm_fisher.fit(create(head='avg'), loader()) == 0
 
 
 @pytest.mark.parametrize('head', ['sparse_fisher', HEADS], ids=['one head', 'several'])

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
+from streams import Named, Shards
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 import timm_fisher
 from timm_fisher import ListStream
@@ -33,11 +36,25 @@ def test_sample_does_not_depend_on_batches(n):
 def test_sample_of_images(n):
     x = descriptors()
     sample = ListStream([x]).sample_images(n, lambda x: x.mean(1))
-    assert torch.equal(ListStream(list(x.split(5))).sample_images(n, lambda x: x.mean(1)), sample)
+    parts = ListStream(list(x.split(5)))
+    torch.testing.assert_close(parts.sample_images(n, lambda x: x.mean(1)), sample)
     assert sample.shape == (min(n, 12), 3)
     nearest = torch.cdist(sample, x.mean(1))
     assert (nearest.amin(1) < 1e-6).all()
-    assert (nearest.argmin(1).diff() > 0).all()  # in the order of the images, none of them twice
+    assert len(nearest.argmin(1).unique()) == len(sample)
+
+
+def test_sample_is_uniform():
+    """Each descriptor of each image is as likely as the others: in 117 or so of 1 000 samples of 7
+    of 60."""
+    x = torch.arange(60.0).reshape(12, 5, 1)
+    counts = torch.zeros(60)
+    for start in range(0, 12_000, 12):
+        stream = ListStream([x])
+        stream.images = lambda n, start=start: iter([(torch.arange(start, start + 12), x)])
+        counts[stream.sample(7).flatten().long()] += 1
+    assert counts.sum() == 7000
+    assert (counts - 7000 / 60).square().sum() / (7000 / 60) < 100  # chi square, 59 freedoms
 
 
 def test_images_of_one_descriptor():
@@ -51,27 +68,81 @@ def test_list_stream_needs_descriptors(batches):
         ListStream(batches)
 
 
-class Endless(IterableDataset):
-    def __iter__(self):
-        return iter([])
+@pytest.mark.parametrize('named', [True, False])
+@pytest.mark.parametrize('n', [1, 7, 10, 25, 1000])
+def test_sample_of_a_stream(named, n):
+    """Nothing but the images matters, or, where they have names, these: not their order, the shards
+    and batches, or whether they can be read by index."""
+    images = torch.randn(10, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    model = timm_fisher.create_model('test_resnet', num_classes=0, stage=-2)
+    orders = [[range(10)], [[7, 3], [9, 8, 0], [1, 6, 2, 5, 4]]]
+    streams = [
+        ModelStream(model, DataLoader(Shards(images, shards, named), batch_size))
+        for shards, batch_size in zip(orders, (4, 3), strict=True)
+    ]
+    if named:
+        streams.append(ModelStream(model, DataLoader(Named(images), 3, shuffle=True)))
+    sample, *others = [stream.sample(n) for stream in streams]
+    assert sample.shape == (min(n, 40), 192)
+    for other in others:
+        torch.testing.assert_close(other, sample)
+    sample, *others = [stream.sample_images(n, lambda x: x.mean(1)) for stream in streams]
+    assert sample.shape == (min(n, 10), 192)
+    for other in others:
+        torch.testing.assert_close(other, sample)
+    stream = torch.cat(list(streams[1].batches()))
+    torch.testing.assert_close(
+        stream, torch.cat(list(streams[0].batches()))[[*itertools.chain(*orders[1])]]
+    )
+
+
+def test_most_images():
+    """Of a data set those that a sample would take; of a stream the first."""
+    images = torch.randn(10, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    model = timm_fisher.create_model('test_resnet', num_classes=0, stage=-2)
+    loader = DataLoader(Shards(images, [range(10)], True), 3)
+    stream = ModelStream(model, loader, max_images=5)
+    assert [len(x) for x in stream.batches()] == [3, 2]
+    assert stream.seen == 5
+    whole = ModelStream(model, DataLoader(Named(images), 4))
+    some = ModelStream(model, DataLoader(Named(images), 4), max_images=5)
+    vectors = whole.sample_images(10, lambda x: x.mean(1))
+    torch.testing.assert_close(some.sample_images(10, lambda x: x.mean(1)), vectors[:5])
+    means = torch.cat([x.mean(1) for x in some.batches()])
+    assert (torch.cdist(means, vectors[:5]).amin(1) < 1e-5).all()
+    assert (whole.seen, some.seen) == (10, 5)
+
+
+def test_a_data_set_is_read_where_it_must():
+    read = []
+
+    class Counting(Named):
+        def __getitem__(self, i):
+            read.append(i)
+            return super().__getitem__(i)
+
+    model = timm_fisher.create_model('test_resnet', num_classes=0, stage=-2)
+    ModelStream(model, DataLoader(Counting(torch.randn(50, 3, 32, 32)))).sample(4)
+    assert len(read) == 4
 
 
 @pytest.mark.parametrize(
     ('loader', 'error', 'message'),
     [
-        ([torch.zeros(1, 3, 8, 8)], TypeError, 'got list over NoneType'),
-        (DataLoader(Endless()), TypeError, 'got DataLoader over Endless'),
+        (3, TypeError, 'each time it is iterated over, not int'),
+        (iter([torch.zeros(1, 3, 8, 8)]), TypeError, 'not list_iterator'),
         (DataLoader(TensorDataset(torch.zeros(0, 3))), ValueError, 'at least one image'),
+        ([], ValueError, 'at least one image'),
     ],
-    ids=['list', 'iterable', 'empty'],
+    ids=['number', 'once', 'empty', 'nothing'],
 )
-def test_a_model_stream_needs_a_data_set(loader, error, message):
+def test_a_model_stream_needs_images(loader, error, message):
     model = timm_fisher.create_model('test_resnet', num_classes=0)
     with pytest.raises(error, match=message):
-        ModelStream(model, loader)
+        ModelStream(model, loader).sample(3)
 
 
-def test_a_model_stream_is_in_the_order_of_the_data_set():
+def test_a_data_set_is_in_its_order():
     """Whatever the loader's sampler and batch size."""
     model = timm_fisher.create_model('test_resnet', num_classes=0)
     images = torch.randn(10, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -82,7 +153,3 @@ def test_a_model_stream_is_in_the_order_of_the_data_set():
     with torch.no_grad():
         expected = model.eval().forward_features(images).flatten(2).transpose(1, 2)
     torch.testing.assert_close(x, expected)
-    ((positions, part),) = stream.read([2, 9])
-    assert list(positions) == [0, 1]
-    torch.testing.assert_close(part, expected[[2, 9]])
-    assert len(stream) == 10

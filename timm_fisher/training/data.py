@@ -124,6 +124,16 @@ class Images(Dataset[tuple[Tensor, int]]):
         """Classes of the images."""
         return self.split.labels
 
+    @property
+    def image_names(self) -> list[str] | None:
+        """Their paths in the split, up to the first dot of the file's name, as webdataset has them
+        for keys: what random choices depend on. None for data that are no files."""
+        reader: Any = getattr(self.split.dataset, 'reader', None)
+        if not hasattr(reader, 'samples'):
+            return None
+        paths = [Path(reader.filename(int(i))) for i in self.split.indices]
+        return [(path.parent / path.name.split('.')[0]).as_posix() for path in paths]
+
     def name(self, i: int) -> str:
         """Of an image, for messages: its path, or its number in the data set."""
         dataset, index = self.split.dataset, int(self.split.indices[i])

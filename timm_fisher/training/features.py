@@ -40,6 +40,7 @@ class Cached(Dataset[tuple[list[Tensor], int]]):
         self.arrays = [np.load(path, mmap_mode='r', allow_pickle=False) for path in paths]
         self.labels: np.ndarray = dataset.labels
         self.name: Callable[[int], str] = dataset.name  # of an image
+        self.image_names: list[str] | None = dataset.image_names
         self.gives = gives
 
     def __len__(self) -> int:

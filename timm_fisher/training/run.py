@@ -94,8 +94,8 @@ def train(config: Config) -> dict[str, Any]:
         )
         checkpoint = latest_checkpoint(output)
         if checkpoint is None:
-            run.fit()
-            say(f'fit: {run.progress.seconds["fit"]:.1f} s')
+            seen = run.fit()
+            say(f'fit: {seen} images seen, {run.progress.seconds["fit"]:.1f} s')
         else:
             run.resume(checkpoint)
             say(f'resuming after {checkpoint.name}')
@@ -165,14 +165,17 @@ class Run:
     classes: list[str]  # none without a classifier
     data_config: dict[str, Any]
 
-    def fit(self) -> None:
-        """Start the heads from data."""
+    def fit(self) -> int:
+        """Start the heads from data; how many images they saw."""
         dataset = self._datasets(next(iter(self.config.stages.values())))['train']
         loader = create_loader(dataset, self.config)
         with self._timed('fit'):
-            from_features = dataset.gives == 'features'
-            timm_fisher.fit(
-                self.model, loader, from_features=from_features, whiten=self.config.whiten
+            return timm_fisher.fit(
+                self.model,
+                loader,
+                from_features=dataset.gives == 'features',
+                whiten=self.config.whiten,
+                max_images=self.config.max_fit,
             )
 
     def resume(self, checkpoint: Path) -> None:
