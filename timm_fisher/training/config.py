@@ -86,7 +86,14 @@ class Config:
         dataset: empty for such a folder, torch/NAME or hfds/NAME as timm takes them, digits (those
             of scikit-learn), or npz for FILE.npz with images and labels x_train, y_train, x_test
             and y_test, or x and y: images [n, H, W] or [n, H, W, C], uint8 or float from 0 to 1,
-            labels [n], integers or strings.
+            labels [n], integers or strings. Streams are wds/NAME, the shards of webdataset in
+            data_dir, and hfids/NAME, a folder or a data set on the Hub, with data_dir for its
+            cache.
+        input_key: column of the images, of hfds, hfids and wds; null for the usual one.
+        target_key: column of the labels, likewise.
+        classes: names of the classes, of a stream or hfds that does not give them.
+        train_samples: images of a training split that is streamed; null for what the data set says,
+            or to count them.
         train_split: name of the training split.
         val_split: name of the validation split; null carves it from the training split, as is
             always done for npz.
@@ -135,6 +142,10 @@ class Config:
     resume: bool = False
     data_dir: str = ''
     dataset: str = ''
+    input_key: str | None = None
+    target_key: str | None = None
+    classes: list[str] = field(default_factory=list)
+    train_samples: int | None = None
     train_split: str = 'train'
     val_split: str | None = 'val'
     test_split: str | None = 'test'
@@ -210,10 +221,15 @@ class Config:
             if limit is not None and limit < 1:
                 raise ValueError(f'{name} is {limit}; give 1 or more, or null for all images.')
 
+    @property
+    def streamed(self) -> bool:
+        """Whether images are read as they come."""
+        return self.dataset.startswith(('wds/', 'hfids/'))
+
     def caches(self, stage: Stage) -> bool:
         """Whether this stage trains on cached features of its frozen backbone."""
         cache = self.augment is None if self.cache is None else self.cache
-        return cache and not stage.trains_backbone
+        return cache and not stage.trains_backbone and not self.streamed
 
     @property
     def unsupervised(self) -> bool:

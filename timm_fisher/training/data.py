@@ -27,6 +27,7 @@ from timm_fisher.training.config import Config
 
 # What a data set holds: images, a backbone's features of them, or pooled vectors.
 Gives = Literal['images', 'features', 'pooled']
+Transform = Callable[[Image.Image], Tensor]
 
 
 @dataclass
@@ -99,7 +100,7 @@ class Images(Dataset[tuple[Tensor, int]]):
 
     gives: ClassVar[Gives] = 'images'
     split: Split
-    transform: Callable[[Image.Image], Tensor]
+    transform: Transform
     mode: Literal['L', 'RGB']
 
     def __len__(self) -> int:
@@ -171,17 +172,26 @@ def create_datasets(
 ) -> dict[str, Images]:
     """Data sets by split name, preprocessed by timm's `data_config`; and, with `config.augment`,
     'augmented', the training split. TypeError for an unknown argument in that."""
+    plain, augmenting, mode = create_transforms(config, data_config)
+    datasets = {name: Images(split, plain, mode) for name, split in splits.items()}
+    if augmenting is not None:
+        datasets['augmented'] = Images(splits['train'], augmenting, mode)
+    return datasets
+
+
+def create_transforms(
+    config: Config, data_config: dict[str, Any]
+) -> tuple[Transform, Transform | None, Literal['L', 'RGB']]:
+    """Of images in a colour mode: for evaluation, and, with `config.augment`, for training.
+    TypeError for an unknown argument in that."""
     mode: Literal['L', 'RGB'] = 'L' if data_config['input_size'][0] == 1 else 'RGB'
     keys = ('input_size', 'interpolation', 'mean', 'std', 'crop_pct', 'crop_mode')
     shape = {key: data_config[key] for key in keys}
     create = timm.data.create_transform
-    plain = create(**shape)
-    datasets = {name: Images(split, plain, mode) for name, split in splits.items()}
-    if config.augment is not None:
-        check_arguments('augment', create, config.augment, given=(*keys, 'is_training'))
-        augmenting = create(**shape, is_training=True, **config.augment)
-        datasets['augmented'] = Images(splits['train'], augmenting, mode)
-    return datasets
+    if config.augment is None:
+        return create(**shape), None, mode
+    check_arguments('augment', create, config.augment, given=(*keys, 'is_training'))
+    return create(**shape), create(**shape, is_training=True, **config.augment), mode
 
 
 def load_splits(config: Config) -> tuple[dict[str, Split], list[str]]:
@@ -241,7 +251,9 @@ def _load_timm(config: Config) -> tuple[dict[str, Split], list[str]]:
         if name is None:
             continue
         if config.dataset:
-            splits[role] = _whole(_create_dataset(config.dataset, config.data_dir, name))
+            keys = {'input_key': config.input_key, 'target_key': config.target_key}
+            dataset = _create_dataset(config.dataset, config.data_dir, name, **keys)
+            splits[role] = _whole(dataset)
         else:
             advice = '' if role == 'train' else f'Training goes without by --{role}_split null.'
             others = not config.classifies

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 import sys
 from typing import TypeVar
 
 import torch
+from accelerate import Accelerator, DataLoaderConfiguration
+from accelerate.utils import DistributedDataParallelKwargs
 from torch import nn
+
+from timm_fisher.training.config import Config
 
 Model = TypeVar('Model', bound=nn.Module)
 # Of glibc's malloc.h
@@ -46,3 +51,24 @@ def _keep_freed_memory() -> None:
         if not mallopt(M_MMAP_THRESHOLD, INT_MAX):
             mallopt(M_MMAP_MAX, 0)
         mallopt(M_TRIM_THRESHOLD, -1)  # never
+
+
+def create_accelerator(config: Config) -> Accelerator:
+    """Accelerate, for the devices and the precision that the run was launched for."""
+    # An unsupervised loss need not depend on all that the stage trains.
+    unsupervised = any(stage.unsupervised for stage in config.stages.values())
+    accelerator = Accelerator(
+        mixed_precision=config.mixed_precision,
+        gradient_accumulation_steps=config.grad_accum_steps,
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=config.seed),
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=unsupervised)],
+    )
+    # Checkpoints hold the weights in timm's form, once.
+    accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.clear())
+    accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())
+    launched = 'ACCELERATE_MIXED_PRECISION' in os.environ
+    if accelerator.device.type == 'cpu' and launched and os.environ.get('OMP_NUM_THREADS') == '1':
+        # `accelerate launch` sets one thread per process unless it is told otherwise.
+        cpus = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+        torch.set_num_threads(max(1, (cpus or 1) // accelerator.num_processes))
+    return accelerator

@@ -9,19 +9,18 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
 import safetensors.torch
 import torch
-from accelerate import Accelerator, DataLoaderConfiguration
-from accelerate.utils import DistributedDataParallelKwargs, broadcast, send_to_device, set_seed
+from accelerate import Accelerator
+from accelerate.utils import broadcast, send_to_device, set_seed
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from tqdm.auto import tqdm
@@ -38,7 +37,7 @@ from timm_fisher.training.checkpoint import (
 )
 from timm_fisher.training.config import Config, Stage
 from timm_fisher.training.data import Images, create_datasets, load_splits, preprocessing
-from timm_fisher.training.device import to_device
+from timm_fisher.training.device import create_accelerator, to_device
 from timm_fisher.training.features import Cached, cache_features, cache_pooled, create_loader
 from timm_fisher.training.metric_learning import MetricLearning, PerClassSampler
 from timm_fisher.training.report import describe, draw_curve, head_names
@@ -50,6 +49,7 @@ from timm_fisher.training.stages import (
     freeze,
     set_training_mode,
 )
+from timm_fisher.training.streams import StreamImages, create_streams, load_streams
 
 
 def train(config: Config) -> dict[str, Any]:
@@ -60,7 +60,7 @@ def train(config: Config) -> dict[str, Any]:
         FloatingPointError: a loss is not finite.
         KeyboardInterrupt: a signal ended the run.
     """
-    accelerator = _create_accelerator(config)
+    accelerator = create_accelerator(config)
     set_seed(config.seed)
     say = accelerator.print
     with (
@@ -68,7 +68,8 @@ def train(config: Config) -> dict[str, Any]:
         Interruption(accelerator, output) as interruption,
     ):
         # Data
-        splits, classes = load_splits(config)
+        splits: Any
+        splits, classes = (load_streams if config.streamed else load_splits)(config)
         if config.unsupervised:
             classes = []  # an untrained classifier would mislead
 
@@ -81,8 +82,9 @@ def train(config: Config) -> dict[str, Any]:
             create_objective(model, stage, 'images', len(classes))
         model.requires_grad_(True)
         data_config = preprocessing(model, config)
-        images = create_datasets(config, splits, data_config)
-        sizes = ', '.join(f'{len(split.indices)} {name}' for name, split in splits.items())
+        create = create_streams if config.streamed else create_datasets
+        images: Any = create(config, splits, data_config)
+        sizes = ', '.join(f'{len(images[name])} {name}' for name in splits)
         say(f'{len(classes)} classes; {sizes} images at {data_config["input_size"]}')
         say(f'{head_names(config)} on {config.backbone}: {model.head_hidden_size} pooled features')
 
@@ -136,13 +138,16 @@ def load_weights(model: PooledModel, folder: Path) -> None:
     model.load_state_dict(safetensors.torch.load_file(folder / 'model.safetensors'))
 
 
+Data = Images | Cached | StreamImages
+
+
 @dataclass
 class Training:
     """A stage while it is trained, with what accelerate made of it."""
 
     name: str
     stage: Stage
-    val: Images | Cached
+    val: Data
     objective: Objective
     module: nn.Module  # the objective, wrapped by DDP
     optimizer: Any
@@ -161,13 +166,15 @@ class Run:
     progress: Progress
     output: Path
     model: PooledModel
-    images: dict[str, Images]
+    images: dict[str, Any]  # `Data` by split
     classes: list[str]  # none without a classifier
     data_config: dict[str, Any]
 
     def fit(self) -> int:
         """Start the heads from data; how many images they saw."""
         dataset = self._datasets(next(iter(self.config.stages.values())))['train']
+        if isinstance(dataset, StreamImages):
+            dataset = replace(dataset, named=True)
         loader = create_loader(dataset, self.config)
         with self._timed('fit'):
             return timm_fisher.fit(
@@ -228,12 +235,14 @@ class Run:
         if stage.per_class:
             options = (stage.per_class, config.batch_size, config.seed)
             sampler = PerClassSampler(augmented.labels, *options)
-        order: dict[str, Any] = {'sampler': sampler} if sampler else {'shuffle': True}
-        module, optimizer, loader = accelerator.prepare(
-            objective,
-            create_optimizer(objective, stage),
-            create_loader(augmented, config, drop_last=drop_last, **order),
-        )
+        module, optimizer = accelerator.prepare(objective, create_optimizer(objective, stage))
+        if isinstance(augmented, StreamImages):
+            loader = create_loader(augmented, config)
+        else:
+            order: dict[str, Any] = {'sampler': sampler} if sampler else {'shuffle': True}
+            loader = accelerator.prepare(
+                create_loader(augmented, config, drop_last=drop_last, **order)
+            )
         updates = math.ceil(len(loader) / config.grad_accum_steps)
         scheduler = create_scheduler(optimizer.optimizer, stage, updates)
         val = datasets['val']
@@ -325,7 +334,7 @@ class Run:
                 training.scheduler.step_update(update)
 
     def _refuse_non_finite(
-        self, loss: float, where: str, objective: Objective, dataset: Images | Cached
+        self, loss: float, where: str, objective: Objective, dataset: Data
     ) -> None:
         if not math.isfinite(loss):
             place = self._first_non_finite(objective, dataset)
@@ -341,7 +350,7 @@ class Run:
             )
 
     @torch.no_grad()
-    def _first_non_finite(self, objective: Objective, dataset: Images | Cached) -> int | None:
+    def _first_non_finite(self, objective: Objective, dataset: Data) -> int | None:
         """The place of the first image whose loss alone is not finite, for which the data set is
         read once more; None if there is none, or no image is to blame: training has diverged."""
         if not all(parameter.isfinite().all() for parameter in objective.parameters()):
@@ -393,16 +402,18 @@ class Run:
                 cached[name] = data
         return cached
 
-    def _evaluate(
-        self, objective: Objective, dataset: Images | Cached, name: str
-    ) -> dict[str, Any]:
+    def _evaluate(self, objective: Objective, dataset: Data, name: str) -> dict[str, Any]:
         """Results of an objective on a data set, each image counted once, on all ranks."""
         accelerator = self.accelerator
         objective.to(accelerator.device).eval()
         # DDP gives rank 0's batch-norm statistics to the others only at its next step.
         broadcast([*self.model.buffers()])
-        share = range(accelerator.process_index, len(dataset), accelerator.num_processes)
-        batches = self._progress_bar(create_loader(dataset, self.config, sampler=share), name)
+        share: dict[str, Any] = {}
+        if not isinstance(dataset, StreamImages):  # which is a share
+            share['sampler'] = range(
+                accelerator.process_index, len(dataset), accelerator.num_processes
+            )
+        batches = self._progress_bar(create_loader(dataset, self.config, **share), name)
         with accelerator.autocast():
             return objective.evaluate(
                 send_to_device(batch, accelerator.device) for batch in batches
@@ -431,23 +442,3 @@ def _text(results: dict[str, Any]) -> str:
     forms = {k: '.4g' if isinstance(v, float) else '' for k, v in results.items()}
     forms |= {k: '.2%' for k in forms if 'accuracy' in k or 'recall' in k}
     return ', '.join(f'{k.replace("_", " ")} {v:{forms[k]}}' for k, v in results.items())
-
-
-def _create_accelerator(config: Config) -> Accelerator:
-    # An unsupervised loss need not depend on all that the stage trains.
-    unsupervised = any(stage.unsupervised for stage in config.stages.values())
-    accelerator = Accelerator(
-        mixed_precision=config.mixed_precision,
-        gradient_accumulation_steps=config.grad_accum_steps,
-        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=config.seed),
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=unsupervised)],
-    )
-    # Checkpoints hold the weights in timm's form, once.
-    accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.clear())
-    accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())
-    launched = 'ACCELERATE_MIXED_PRECISION' in os.environ
-    if accelerator.device.type == 'cpu' and launched and os.environ.get('OMP_NUM_THREADS') == '1':
-        # `accelerate launch` sets one thread per process unless it is told otherwise.
-        cpus = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-        torch.set_num_threads(max(1, (cpus or 1) // accelerator.num_processes))
-    return accelerator
