@@ -18,10 +18,12 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 from small_models import backbone_of
+from streams import Shards
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import timm_fisher
+from timm_fisher import PoolingHead, get_head
 from timm_fisher.fitting.stream import ListStream
 from timm_fisher.training.config import Stage
 from timm_fisher.training.metric_learning import MetricLearning
@@ -42,6 +44,7 @@ SMALL = {  # faster than the default, or fit for a handful of descriptors
 
 COMPOSED = 'composed'
 HEADS = [*timm_fisher.list_heads(), COMPOSED]
+FITTED = [name for name in HEADS[:-1] if get_head(name).fit is not PoolingHead.fit]
 
 
 def create(name: str) -> timm_fisher.PooledModel:
@@ -69,6 +72,14 @@ def fitted(head: str) -> dict[str, Tensor]:
     """The head after a fit to 59 images: 15 104 descriptors, the last batch is incomplete."""
     model = create(head)
     timm_fisher.fit(model, DataLoader(TensorDataset(*create_images(59)), batch_size=8))
+    return {name: tensor.clone() for name, tensor in model.head.state_dict().items()}
+
+
+def fitted_to_stream(head: str, rank: int = 0, world_size: int = 1) -> dict[str, Tensor]:
+    """As `fitted`, to shards of a stream that are shared out over ranks."""
+    model, (images, _) = create(head), create_images(59)
+    shards = list(torch.arange(59).split(8))[rank::world_size]
+    timm_fisher.fit(model, DataLoader(Shards(images, shards, named=True), batch_size=8))
     return {name: tensor.clone() for name, tensor in model.head.state_dict().items()}
 
 
@@ -137,9 +148,11 @@ def main() -> None:
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)
     accelerator = Accelerator(cpu=True, kwargs_handlers=[unused])
     rank, world_size = accelerator.process_index, accelerator.num_processes
-    results = {'world_size': torch.distributed.get_world_size(), 'fit': {}, 'gradients': {}}
+    results = {'world_size': world_size, 'fit': {}, 'fit to a stream': {}, 'gradients': {}}
     for head in HEADS:
         results['fit'][head] = fitted(head)
+        if head in FITTED:
+            results['fit to a stream'][head] = fitted_to_stream(head, rank, world_size)
         module = accelerator.prepare_model(WithLoss(create(head)))
         results['gradients'][head] = gradients(module, rank, world_size)
     results['updated'] = updated(rank, world_size)

@@ -12,7 +12,6 @@ from test_compose import HEADS, create, images, single
 from torch.utils.data import DataLoader, TensorDataset
 
 import timm_fisher
-from timm_fisher import PoolingHead, get_head
 
 
 def loader(number=40, batch_size=8):
@@ -34,10 +33,7 @@ def test_fit_is_that_of_each_head_alone(monkeypatch):
     assert changed == {'1', '2'}  # avg and gem have nothing to fit
 
 
-FITTED = [name for name in timm_fisher.list_heads() if get_head(name).fit is not PoolingHead.fit]
-
-
-@pytest.mark.parametrize('name', FITTED)
+@pytest.mark.parametrize('name', distributed_checks.FITTED)
 def test_fit_to_a_stream(name):
     """Of shards: to the bit that to the data set whose images they hold, in their order; in another
     order, and other batches, all but rounding."""

@@ -97,6 +97,17 @@ def test_fit_on_two_ranks_equals_the_fit_on_one(ranks, head):
         torch.testing.assert_close(rank['fit'][head], expected, atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.parametrize('head', distributed_checks.FITTED)
+def test_fit_to_a_stream_on_two_ranks_equals_the_fit_on_one(ranks, head):
+    """Of whom each reads other shards; without names it would be the same, for the contents of an
+    image are a name."""
+    expected = distributed_checks.fitted_to_stream(head)
+    for rank in ranks:
+        found = rank['fit to a stream'][head]
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(found, ranks[0]['fit to a stream'][head], atol=0, rtol=0)
+
+
 @pytest.mark.parametrize('head', distributed_checks.HEADS)
 def test_gradients_on_two_ranks_equal_those_on_one(ranks, head):
     expected = distributed_checks.gradients(
