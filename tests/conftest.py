@@ -108,17 +108,27 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable
 @pytest.fixture(scope='module')
 def launch() -> Iterator[Callable[..., subprocess.Popen[str]]]:
     """`launch(output=..., ...)` starts a script, or `-m MODULE`, by the real launcher, in a process
-    group."""
+    group; `node=(rank, port)` as one of two machines, of one process each."""
     started = []
 
     def start(
-        script: str = 'recipes/train.py', *, processes: int = 1, **options: Any
+        script: str = 'recipes/train.py',
+        *,
+        processes: int = 1,
+        node: tuple[int, int] | None = None,
+        **options: Any,
     ) -> subprocess.Popen[str]:
-        launcher = [sys.executable, '-m', 'accelerate.commands.launch', '--num_machines', '1']
-        launcher += ['--num_processes', str(processes)]
+        launcher = [sys.executable, '-m', 'accelerate.commands.launch']
         launcher += ['--mixed_precision', 'no', '--dynamo_backend', 'no']
-        if processes > 1:
-            launcher += ['--multi_gpu', '--main_process_port', '0']
+        if node is not None:
+            rank, port = map(str, node)
+            launcher += ['--multi_gpu', '--num_machines', '2', '--num_processes', '2']
+            launcher += ['--machine_rank', rank, '--main_process_port', port]
+            launcher += ['--main_process_ip', '127.0.0.1']
+        else:
+            launcher += ['--num_machines', '1', '--num_processes', str(processes)]
+            if processes > 1:
+                launcher += ['--multi_gpu', '--main_process_port', '0']
         process = subprocess.Popen(
             [*launcher, *script.split(), *command_line(options)],
             cwd=ROOT,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import time
 from pathlib import Path
 
@@ -47,13 +48,17 @@ def test_signal_to_one_rank_ends_both(launch, few_images, tmp_path):
     while not (run / 'log.jsonl').exists():
         assert process.poll() is None, process.communicate()
         time.sleep(0.02)
-    ranks = [int(path.name) for path in Path('/proc').glob('[0-9]*') if parent(path) == process.pid]
+    ranks = [pid for pid in processes() if parent(Path(f'/proc/{pid}')) == process.pid]
     os.kill(max(ranks), signal.SIGTERM)  # the second one
     text, _ = process.communicate(timeout=240)
     assert process.returncode != 0
     assert f"The run in '{run}' was stopped by a signal. With --resume true it continues" in text
     finish(launch(processes=2, output=run, resume=True, **options))
     check_same_runs(run, expected)
+
+
+def processes():
+    return [int(path.name) for path in Path('/proc').glob('[0-9]*')]
 
 
 def parent(process):
@@ -77,6 +82,39 @@ def test_unsupervised_run_on_two_processes(launch, images, tmp_path):
     assert metrics['processes'] == 2
     with Image.open(tmp_path / 'run/curve.png') as curve:
         curve.load()
+
+
+@pytest.mark.slow
+def test_two_nodes(launch, few_images, tmp_path):
+    """Two launchers that meet on the loopback train what one trains with two processes. If one is
+    killed, the other ends with a sentence, and both resume exactly."""
+    stages = {'long': {'train': 'head', 'epochs': 40, 'lr': 0.001}}
+    options = {**TINY, 'data_dir': few_images, 'stages': stages, 'test_split': None, 'cache': False}
+    options |= {'head': 'gmm_fisher', 'head_kwargs': {'reduce_dim': 8, 'components': 4}}
+    expected, run = tmp_path / 'expected', tmp_path / 'run'
+    finish(launch(processes=2, output=expected, **options))
+
+    def start(**more):
+        with socket.socket() as free:
+            free.bind(('127.0.0.1', 0))
+            port = free.getsockname()[1]
+        return [launch(node=(rank, port), output=run, **options, **more) for rank in range(2)]
+
+    nodes = start()
+    while not (run / 'log.jsonl').exists():
+        assert nodes[0].poll() is None, nodes[0].communicate()
+        time.sleep(0.02)
+    of_node = {nodes[1].pid}  # the launcher, and its worker, which has a session of its own
+    of_node |= {pid for pid in processes() if parent(Path(f'/proc/{pid}')) == nodes[1].pid}
+    for pid in of_node:
+        os.kill(pid, signal.SIGKILL)
+    text, _ = nodes[0].communicate(timeout=120)
+    assert nodes[0].returncode != 0
+    assert 'Another process of this run has ended' in text
+    assert 'With --resume true it continues' in text
+    for node in start(resume=True):
+        finish(node)
+    check_same_runs(run, expected)
 
 
 @pytest.fixture(scope='module')

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 import yaml
 from filelock import FileLock, Timeout
 
@@ -177,6 +178,11 @@ class Interruption:
         # A worker, or another rank, that the signal ended sooner.
         if self._received and isinstance(error, Exception):
             raise self._interrupted() from error
+        if isinstance(error, RuntimeError) and _is_of_another_rank(error):
+            raise ConnectionError(
+                'Another process of this run has ended, or does not answer: see its output. '
+                f'{self._continues()}'
+            ) from error
 
     def check(self) -> None:
         """End the run if a signal has come; every rank must call it."""
@@ -191,10 +197,18 @@ class Interruption:
         self._received = True
 
     def _interrupted(self) -> KeyboardInterrupt:
+        return KeyboardInterrupt(
+            f"The run in '{self._output}' was stopped by a signal. {self._continues()}"
+        )
+
+    def _continues(self) -> str:
         checkpoint = latest_checkpoint(self._output)
         place = 'starts again: there is no checkpoint yet'
         if checkpoint:
             place = f'continues from {checkpoint.name}, the end of its last whole epoch'
-        return KeyboardInterrupt(
-            f"The run in '{self._output}' was stopped by a signal. With --resume true it {place}."
-        )
+        return f'With --resume true it {place}.'
+
+
+def _is_of_another_rank(error: RuntimeError) -> bool:
+    """Whether an error is one of communication; gloo's have no class of their own."""
+    return isinstance(error, torch.distributed.DistError) or '/gloo/' in str(error)
