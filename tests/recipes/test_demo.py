@@ -166,7 +166,7 @@ def test_index_is_kept(demo, place, tmp_path, monkeypatch):
         assert len(found[name]) == len(index.files) == 5
     assert sorted(path.name for path in (tmp_path / 'index').iterdir()) == ['ep', 'gem']
     embedded = []
-    monkeypatch.setattr('timm_fisher.retrieval.index._embed', lambda *a: embedded.append(a))
+    monkeypatch.setattr('timm_fisher.retrieval.index.embed_prepared', lambda *a: embedded.append(a))
     gallery = demo.Gallery(tmp_path / 'gallery', tmp_path / 'index')
     assert gallery.search('./gem', query) == found['./gem']
     assert not embedded

@@ -177,7 +177,7 @@ def embed_files(
     read, or whose vector is zero, NaN or infinite; and what is wrong with each of those."""
     loader = DataLoader(_Batches(batches, model), batch_size=None, num_workers=workers)
     for paths, x, problems in loader:
-        vectors, more = _embed(model, paths, x) if paths else ({}, [])
+        vectors, more = embed_prepared(model, paths, x) if paths else ({}, [])
         yield vectors, problems + more
 
 
@@ -300,7 +300,7 @@ class _Batches(Dataset[tuple[list[Path], Tensor, list[str]]]):
         return list(images), x, problems
 
 
-def _embed(
+def embed_prepared(
     model: PooledModel, paths: Sequence[Path], x: Tensor
 ) -> tuple[dict[Path, Tensor], list[str]]:
     """Vectors of those images that have one of unit length, and what is wrong with the others."""
@@ -313,7 +313,7 @@ def _embed(
     good: dict[Path, Tensor] = {}
     problems = []
     for path, image in zip(paths, x, strict=True):
-        vectors_of_one, wrong = _embed(model, [path], image[None])
+        vectors_of_one, wrong = embed_prepared(model, [path], image[None])
         good |= vectors_of_one
         problems += wrong
     return good, problems
