@@ -118,7 +118,9 @@ def _write(
     try:
         if main:
             sample = function(send_to_device(default_collate([dataset[0][0]]), device))
-            _allocate(unfinished, [(len(dataset), *tensor.shape[1:]) for tensor in sample])
+            shapes = [(len(dataset), *tensor.shape[1:]) for tensor in sample]
+            print(f'{_size(shapes)} for {len(dataset)} images -> {paths[0].parent}')
+            _allocate(unfinished, shapes)
         accelerator.wait_for_everyone()
         arrays = [np.lib.format.open_memmap(path, mode='r+') for path in unfinished]
         for batch, labels in tqdm(loader, f'read {dataset.gives}', disable=not main or None):
@@ -164,13 +166,18 @@ def _allocate(paths: list[Path], shapes: list[tuple[int, ...]]) -> None:
                 with open(path, 'r+b') as file:
                     os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
     except OSError as error:
-        size = sum(4 * math.prod(shape) for shape in shapes)
-        unit, exponent = ('GiB', 30) if size >= 2**30 else ('MiB', 20)
         raise OSError(
-            f'{three_digits(size / 2**exponent)} {unit} of features do not fit into '
+            f'{_size(shapes)} of features do not fit into '
             f'{folder}: {error}. Free some space, give another --cache_dir or --output, '
             'or --cache false.'
         ) from error
+
+
+def _size(shapes: list[tuple[int, ...]]) -> str:
+    """Of float32 arrays, together."""
+    size = sum(4 * math.prod(shape) for shape in shapes)
+    unit, exponent = ('GiB', 30) if size >= 2**30 else ('MiB', 20)
+    return f'{three_digits(size / 2**exponent)} {unit}'
 
 
 def _cache_key(model: PooledModel, dataset: Images, accelerator: Accelerator) -> str:
