@@ -17,6 +17,7 @@ from run_checks import (
     parse_config,
 )
 
+from timm_fisher.training import data
 from timm_fisher.training.config import Config, Stage
 from timm_fisher.training.data import Images, Split, load_splits
 
@@ -60,6 +61,22 @@ def test_no_image_is_named_before_training(recipe, few):
     broken.write_text('no image')
     with pytest.raises(ValueError, match=f'1 files cannot be read as images.*\n.*{broken}'):
         recipe(data_dir=few, **NO_TEST)
+
+
+def test_files_are_looked_at_once(few, tmp_path, monkeypatch):
+    """Until one of them changes."""
+    looked = []
+    refuse = data._refuse_unreadable
+    monkeypatch.setattr(data, '_refuse_unreadable', lambda paths: looked.append(len(paths)))
+    config = Config(data_dir=str(few), test_split=None, cache_dir=str(tmp_path / 'cache'))
+    for _ in range(2):
+        load_splits(config)
+        assert looked == [12, 6]
+    monkeypatch.setattr(data, '_refuse_unreadable', refuse)
+    next(iter((few / 'val').rglob('*.png'))).write_text('no image')
+    for _ in range(2):
+        with pytest.raises(ValueError, match='1 files cannot be read as images'):
+            load_splits(config)
 
 
 @pytest.mark.parametrize('kind', NO_IMAGES)

@@ -9,6 +9,7 @@ import os
 import zipfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -132,8 +133,10 @@ class Images(Dataset[tuple[Tensor, int]]):
         reader: Any = getattr(self.split.dataset, 'reader', None)
         if not hasattr(reader, 'samples'):
             return None
-        paths = [Path(reader.filename(int(i))) for i in self.split.indices]
-        return [(path.parent / path.name.split('.')[0]).as_posix() for path in paths]
+        root = os.path.join(reader.root, '')
+        paths = (reader.samples[i][0].removeprefix(root) for i in self.split.indices)
+        parts = map(os.path.split, paths)
+        return [f'{folder}/{name.split(".")[0]}'.replace(os.sep, '/') for folder, name in parts]
 
     def name(self, i: int) -> str:
         """Of an image, for messages: its path, or its number in the data set."""
@@ -258,8 +261,9 @@ def _load_timm(config: Config) -> tuple[dict[str, Split], list[str]]:
             advice = '' if role == 'train' else f'Training goes without by --{role}_split null.'
             others = not config.classifies
             splits[role] = load_folder(
-                config.data_dir, name, class_to_index, others=others, advice=advice
-            )
+                config.data_dir, name, class_to_index, others=others, advice=advice,
+                cache_dir=config.cache_dir,
+            )  # fmt: skip
         if role == 'train':
             dataset = splits[role].dataset
             class_to_index = getattr(getattr(dataset, 'reader', dataset), 'class_to_idx', None)
@@ -277,10 +281,12 @@ def load_folder(
     *,
     others: bool = False,
     advice: str = '',
+    cache_dir: str | None = None,
 ) -> Split:
     """One split of a folder, all images DATA_DIR/NAME/CLASS/IMAGE, labelled by `known` indices of
     classes or in the order of names; `others` may follow the known ones. ValueError as
-    `load_splits`; `advice` if it is missing."""
+    `load_splits`; `advice` if it is missing. With `cache_dir`, headers of the same files are not
+    read again."""
     folder = Path(data_dir, name)
     if not folder.is_dir():
         raise ValueError(
@@ -296,7 +302,7 @@ def load_folder(
             )
         class_map = known | {other: len(known) + i for i, other in enumerate(unknown)}
         dataset = _create_dataset('', data_dir, name, class_map=class_map)
-    return _whole(dataset)
+    return _whole(dataset, cache_dir)
 
 
 def _create_dataset(dataset: str, data_dir: str, split: str, **options: Any) -> Any:
@@ -306,12 +312,11 @@ def _create_dataset(dataset: str, data_dir: str, split: str, **options: Any) -> 
         raise ValueError(f"The split '{split}' of '{data_dir or dataset}': {error}") from error
 
 
-def _whole(dataset: Any) -> Split:
+def _whole(dataset: Any, cache_dir: str | None = None) -> Split:
     """All images of a data set, decoded only where it does not list their labels. ValueError for
-    files that are no images."""
+    files that are no images; with `cache_dir`, those that were looked at are not opened again."""
     source = getattr(dataset, 'reader', dataset)
     if hasattr(source, 'samples'):
-        _refuse_unreadable([path for path, _ in source.samples])
         labels = [label for _, label in source.samples]
     elif hasattr(source, 'dataset'):
         labels = source.dataset[source.label_key]
@@ -319,7 +324,17 @@ def _whole(dataset: Any) -> Split:
         labels = source.targets
     else:
         labels = [source[i][1] for i in range(len(source))]
-    return Split(dataset, np.arange(len(labels)), np.array(labels))
+    split = Split(dataset, np.arange(len(labels)), np.array(labels))
+    if hasattr(source, 'samples'):
+        seen = None
+        with suppress(OSError):  # a file that is not there, as will be said
+            seen = Path(cache_dir, f'readable-{split.fingerprint()}') if cache_dir else None
+        if seen is None or not seen.exists():
+            _refuse_unreadable([path for path, _ in source.samples])
+            if seen is not None:
+                seen.parent.mkdir(parents=True, exist_ok=True)
+                seen.touch()
+    return split
 
 
 def _refuse_unreadable(paths: list[str]) -> None:
