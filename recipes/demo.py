@@ -30,7 +30,7 @@ from __future__ import annotations
 import functools
 import html
 import io
-import re
+import urllib.parse
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -167,8 +167,11 @@ class Gallery:
         model = load(name)
         query = timm_fisher.embed(model, [read(photograph, model)], workers=0, progress=False)
         if name not in self._read:
-            place = self.index / re.sub(r'[^\w.-]+', '-', name).strip('.-')
-            index, _ = update_index(place, self.folder, model, workers=0, progress=progress)
+            # One path below `index` for each name, whatever that is.
+            place = urllib.parse.quote(name.replace('.', '%', 1) if name[0] == '.' else name, '')
+            index, _ = update_index(
+                self.index / place, self.folder, model, workers=0, progress=progress
+            )
             self._read[name] = [self.folder / path for path in index.files], Search(index.vectors)
         paths, nearest = self._read[name]
         similarities, places = nearest(query, NEAREST)

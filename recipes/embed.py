@@ -19,13 +19,12 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from accelerate import PartialState
-from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
 from timm_fisher.hub.text import shown
@@ -70,7 +69,15 @@ def main(settings: Settings) -> None:
     state = PartialState()
     if settings.images.resolve() == settings.output.resolve():
         raise ValueError('--images and --output are the same folder. Give another for the vectors.')
+    if settings.engine == 'ray' and state.num_processes > 1:
+        raise ValueError('--engine ray needs one process: Ray starts the others.')
     parts = list_parts(settings.images, settings.part_size)
+    others = {path.stem for path in settings.output.glob('*.parquet')} - {p.name for p in parts}
+    if others:
+        raise ValueError(
+            f"'{shown(settings.output)}' holds '{min(others)}.parquet', which is no part of these "
+            'images in parts of this size. Delete such files, or give another --output.'
+        )
     options: dict[str, Any] = {
         'model': settings.model,
         'folder': settings.images.resolve(),
@@ -80,7 +87,8 @@ def main(settings: Settings) -> None:
         'workers': settings.workers,
     }
     extractor = Extractor(**options)
-    missing = [part for part in parts if not extractor.is_done(part)]
+    done = {part.name: extractor.problems(part) for part in parts}
+    missing = [part for part in parts if done[part.name] is None]
     state.wait_for_everyone()  # before the first of them is written
     if state.is_main_process:
         print(f'{len(parts)} parts, {len(parts) - len(missing)} of them done')
@@ -90,11 +98,21 @@ def main(settings: Settings) -> None:
     else:
         own = missing[state.process_index :: state.num_processes]
         said = (extractor.extract(part) for part in own)
-    bar = tqdm(said, unit='part', disable=not state.is_main_process or None)
-    rows = gather_object(list(bar))
+    # Processes do not wait for each other: the slowest may take hours more.
+    rows = list(tqdm(said, unit='part', disable=not state.is_main_process or None))
+    problems = [problem for row in rows for problem in row['problems']]
     if state.is_main_process:
-        report(rows, time.perf_counter() - start, settings.output)
-    if any(len(row['problems']) for row in rows):
+        problems += [problem for known in done.values() for problem in known or ()]
+    for problem in problems:
+        print(f'Skipped: {shown(problem)}', file=sys.stderr)
+    images, size = (sum(row[key] for row in rows) for key in ('images', 'bytes'))
+    seconds = time.perf_counter() - start
+    print(
+        f'process {state.process_index}: {images} images in {seconds:.1f} s, '
+        f'{three_digits(images / seconds)} a second; {three_digits(size / 2**20)} MiB '
+        f'-> {shown(settings.output)}'
+    )
+    if problems:
         sys.exit(1)
 
 
@@ -119,17 +137,6 @@ def embed_by_ray(parts: list[Part], options: dict[str, Any], actors: int) -> Ite
         compute=ray.data.ActorPoolStrategy(size=actors),
         num_gpus=1 if on_gpu else 0,
     ).iter_rows()
-
-
-def report(rows: Iterable[dict[str, Any]], seconds: float, output: Path) -> None:
-    """Print what was done."""
-    for problem in (problem for row in rows for problem in row['problems']):
-        print(f'Skipped: {shown(problem)}', file=sys.stderr)
-    images, size = (sum(row[key] for row in rows) for key in ('images', 'bytes'))
-    print(
-        f'{images} images in {seconds:.1f} s, {three_digits(images / seconds)} a second; '
-        f'{three_digits(size / 2**20)} MiB -> {shown(output)}'
-    )
 
 
 if __name__ == '__main__':

@@ -8,7 +8,7 @@ import pytest
 import torch
 from streams import Named, Shards
 from torch import Tensor
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import timm_fisher
 from timm_fisher import ListStream
@@ -132,7 +132,7 @@ def test_a_data_set_is_read_where_it_must():
         (3, TypeError, 'each time it is iterated over, not int'),
         (iter([torch.zeros(1, 3, 8, 8)]), TypeError, 'not list_iterator'),
         (DataLoader(TensorDataset(torch.zeros(0, 3))), ValueError, 'at least one image'),
-        ([], ValueError, 'at least one image'),
+        ([], ValueError, 'gave 0 images, .* at least one'),
     ],
     ids=['number', 'once', 'empty', 'nothing'],
 )
@@ -140,6 +140,26 @@ def test_a_model_stream_needs_images(loader, error, message):
     model = timm_fisher.create_model('test_resnet', num_classes=0)
     with pytest.raises(error, match=message):
         ModelStream(model, loader).sample(3)
+
+
+@pytest.mark.parametrize('head', ['gmm_fisher', 'smso'])
+def test_a_loader_that_gives_its_images_once(head):
+    class Once(IterableDataset):
+        def __init__(self):
+            self.images = iter(torch.randn(40, 3, 32, 32))
+
+        def __iter__(self):
+            return self.images
+
+    model = timm_fisher.create_model('test_resnet', head, num_classes=0, stage=-2)
+    loader = DataLoader(Once(), 8)
+
+    def fit_twice():
+        for _ in range(2):
+            timm_fisher.fit(model, loader)
+
+    with pytest.raises(ValueError, match='The loader gave 0 images, and '):
+        fit_twice()
 
 
 def test_a_data_set_is_in_its_order():

@@ -159,12 +159,12 @@ def test_index_is_kept(demo, place, tmp_path, monkeypatch):
     (tmp_path / 'gallery/cedar/broken.png').write_bytes(b'text')
     query = tmp_path / 'gallery/cedar/0.png'
     monkeypatch.chdir(place)
-    index, _ = update_index(tmp_path / 'index/gem', tmp_path / 'gallery', demo.load('./gem'))
+    index, _ = update_index(tmp_path / 'index/%25%2Fgem', tmp_path / 'gallery', demo.load('./gem'))
     found = {}
     for name in ('./gem', './ep'):
         found[name] = demo.Gallery(tmp_path / 'gallery', tmp_path / 'index').search(name, query)
         assert len(found[name]) == len(index.files) == 5
-    assert sorted(path.name for path in (tmp_path / 'index').iterdir()) == ['ep', 'gem']
+    assert sorted(path.name for path in (tmp_path / 'index').iterdir()) == ['%25%2Fep', '%25%2Fgem']
     embedded = []
     monkeypatch.setattr('timm_fisher.retrieval.index.embed_prepared', lambda *a: embedded.append(a))
     gallery = demo.Gallery(tmp_path / 'gallery', tmp_path / 'index')

@@ -108,6 +108,43 @@ def test_shards(command, place, tmp_path):
     np.testing.assert_allclose(vectors, wanted, atol=1e-3)
 
 
+def test_keys_of_shards(command, place, tmp_path):
+    """As webdataset makes them: up to the first dot, whatever begins the path; in any case."""
+    image = (place / 'images/red/000.png').read_bytes()
+    (tmp_path / 'shards').mkdir()
+    members = {
+        './a/1.png': image, './a/1.cls': b'3', 'b.input.PNG': image, 'b.cls': b'4', 'c.png': image,
+        'd.png': image, 'd.jpg': image,
+    }  # fmt: skip
+    with tarfile.open(tmp_path / 'shards/x.tar', 'w') as file:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            file.addfile(info, io.BytesIO(content))
+    (tmp_path / 'shards/y.tar').write_bytes((tmp_path / 'shards/x.tar').read_bytes()[:1500])
+    options = [f'--images={tmp_path / "shards"}']
+    status, _, err = command(*options)
+    assert status == 1
+    assert "'d.jpg' of 'x.tar' is a second image of d" in err
+    assert "'y.tar' is damaged" in err
+    keys, labels, _ = read(tmp_path / 'out')
+    assert dict(zip(keys, labels, strict=True)) == {'a/1': '3', 'b': '4', 'c': None, 'd': None}
+    status, out, again = command(*options)
+    assert (status, again) == (1, err), 'what was left out is said again'
+    assert '2 parts, 2 of them done' in out
+
+
+def test_other_files_of_vectors(command, place, tmp_path):
+    """Of parts of another size would double the images; a damaged one is made anew."""
+    assert command('--part_size=4')[0] == 0
+    status, _, err = command('--part_size=12')
+    assert status == 2
+    assert "holds 'part-000003.parquet', which is no part of these" in err
+    (tmp_path / 'out/part-000002.parquet').write_bytes(b'')
+    assert '8 parts, 7 of them done' in command('--part_size=4')[1]
+    assert len(read(tmp_path / 'out')[0]) == 30
+
+
 def test_images_that_have_no_vector(command, place, tmp_path):
     """Are named and left out."""
     images = write_images(tmp_path / 'more', train=2)
@@ -120,7 +157,7 @@ def test_images_that_have_no_vector(command, place, tmp_path):
         info = tarfile.TarInfo('a/bad.png')
         info.size = 4
         file.addfile(info, io.BytesIO(b'text'))
-    status, out, err = command(f'--images={images}')
+    status, out, err = command(f'--images={images}', f'--output={tmp_path / "out2"}')
     assert status == 1
     assert '0 images in' in out
     assert "'a/bad.png' of 'x.tar' cannot be read" in err
@@ -152,7 +189,7 @@ def test_two_processes(launch, place, command, tmp_path):
     options = {'model': place / 'model', 'images': place / 'images', 'output': tmp_path / 'two'}
     options |= {'part_size': 4, 'workers': 0, 'batch_size': 4}
     text = finish(launch('recipes/embed.py', processes=2, **options))
-    assert '30 images in' in text
+    assert text.count('images in') == 2
     command('--part_size=4')
     # With fewer threads each, which may round otherwise.
     np.testing.assert_allclose(read(tmp_path / 'two')[2], read(tmp_path / 'out')[2], atol=1e-3)

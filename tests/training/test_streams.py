@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import tarfile
 
 import pytest
 import torch
 from conftest import COLOURS, TINY, write_images
-from run_checks import finish, read_log, read_metrics, read_weights
+from run_checks import finish, read_log, read_metrics, read_weights, slow
 from streams import write_shards
 
+from timm_fisher.numerics.hashing import numbers_of_contents
 from timm_fisher.training.config import Config
 from timm_fisher.training.data import create_datasets, load_splits
-from timm_fisher.training.streams import _expand, create_streams, load_streams
+from timm_fisher.training.features import create_loader
+from timm_fisher.training.streams import _expand, _open, create_streams, load_streams
 
 datasets = pytest.importorskip('datasets', reason='needs pip install -e ".[hfds]"')
 CLASSES = list(COLOURS)
@@ -85,22 +88,26 @@ def test_images_are_those_of_the_folder(folder, shards, parquet):
     assert not names  # of parquet files
 
 
-def test_an_epoch_of_training(shards):
+@pytest.mark.parametrize('workers', [0, 2, 3])
+def test_an_epoch_of_training(shards, workers):
     """Whole batches, in an order of the epoch, of images of which none comes twice as long as not
-    all have come."""
-    config = Config(dataset='wds/x', data_dir=str(shards), classes=CLASSES, batch_size=8)
+    all have come, whatever the shards and the processes that read them."""
+    config = Config(
+        dataset='wds/x', data_dir=str(shards), classes=CLASSES, batch_size=8, workers=workers
+    )
     streams, _ = load_streams(config)
-    training = create_streams(config, streams, PREPROCESSING)['augmented']
-    training.named = True
+    loader = create_loader(create_streams(config, streams, PREPROCESSING)['augmented'], config)
     orders = []
     for epoch in (0, 1, 0):
-        training.set_epoch(epoch)
-        orders.append([name for *_, name in training])
-    assert len(training) == len(set(orders[0])) == 24
+        loader.set_epoch(epoch)
+        batches = [x for x, _ in loader]
+        assert [len(x) for x in batches] == [8] * len(loader) == [8] * 3
+        orders.append(numbers_of_contents(torch.cat(batches)).tolist())
+    assert len(set(orders[0])) == 24
     assert orders[0] == orders[2] != orders[1]
-    training.batches = 5
-    again = [name for *_, name in training]
-    assert len(again) == 40
+    loader.dataset.batches = 7
+    again = numbers_of_contents(torch.cat([x for x, _ in loader])).tolist()
+    assert len(again) == 56
     assert len(set(again[:30])) == 30
 
 
@@ -146,9 +153,11 @@ def test_resume(recipe, shards, tmp_path, monkeypatch):
     assert read_log(run) == read_log(expected)
 
 
-def test_two_ranks(launch, shards, tmp_path):
+@pytest.mark.parametrize('seed', [0, slow(1), slow(3)])
+def test_two_ranks(launch, shards, tmp_path, seed):
     """With shards of 17, 1 and 12 images: both end, and each image of val and test counts once."""
     options = {**TINY, **wds(shards), 'workers': 2, 'head': 'sparse_fisher', 'batch_size': 4}
+    options['seed'] = seed
     finish(launch(processes=2, output=tmp_path / 'run', **options))
     metrics = read_metrics(tmp_path / 'run')
     assert metrics['test']['samples'] == 15
@@ -193,15 +202,28 @@ def test_pattern():
     [
         ({'classes': []}, 'names 0 classes. Give --classes'),
         ({'classes': ['a', 'b']}, r"'cls' is 2; give a number below 2 or one of \['a', 'b'\]"),
-        ({'val_split': None}, 'it allows no val_split like this'),
-        ({'cache': True}, 'it allows no cache like this'),
+        ({'val_split': None}, 'does not allow val_split null; name a split'),
+        ({'cache': True}, 'does not allow cache true'),
         ({'train_split': 'trian'}, r'has no trian\*.tar or trian/\*.tar'),
         ({'input_key': 'jpg'}, r"--input_key is jpg; give one of \['png'\]"),
         ({'target_key': 'label'}, '--target_key is label; give one of .*cls'),
+        ({'train_split': 'train-{0..5}.tar'}, 'has no train-3.tar or train-4.tar'),
+        ({'train_samples': -5}, 'train_samples is -5; give 1 or more'),
         ({'batch_size': 64}, '30 training images do not fill a batch of 64'),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else '',
 )
-def test_mistakes(recipe, shards, options, message):
-    with pytest.raises(ValueError, match=message):
+def test_mistakes(recipe, shards, options, message, capsys):
+    with pytest.raises((ValueError, SystemExit)) as error:
         recipe(**wds(shards, **options))
+    assert re.search(message, f'{error.value} {capsys.readouterr().err}')
+
+
+def test_a_row_does_not_choose_the_file(folder, tmp_path):
+    """That is read, unless its data set lies here, too."""
+    path = next(iter((folder / 'val').rglob('*.png')))
+    with _open({'bytes': None, 'path': str(path)}, is_local=True) as file:
+        assert file.read() == path.read_bytes()
+    for place in (str(path), f'file://{path}', 'https://example.org/x.png', None):
+        with pytest.raises(ValueError, match='it holds no image'):
+            _open({'bytes': None, 'path': place}, is_local=False)

@@ -280,6 +280,12 @@ class ModelStream(DescriptorStream):
                 else:
                     size = x.shape[2:]
                 yield numbers, self._of_batch(x), size
+            is_short = self.dataset is None and count < self.seen
+            if is_short or (not self.seen and _ranks()[0] == 1):
+                raise ValueError(
+                    f'The loader gave {count} images, and {self.seen} before: fit needs one that '
+                    'gives the same images each time it is iterated over, at least one.'
+                )
         finally:
             self.model.train(was_training)
 
@@ -289,7 +295,7 @@ class ModelStream(DescriptorStream):
         limits = [limit for limit in (n, self.max_images) if limit is not None]
         images = torch.arange(len(self._numbers))
         if limits and min(limits) < len(images):
-            images = shuffle_key(self._numbers).argsort()[: min(limits)].sort().values
+            images = shuffle_key(self._numbers).argsort(stable=True)[: min(limits)].sort().values
         world_size, rank = _ranks()
         batches = images.split(batch_size)[rank::world_size]
         parts = DataLoader(

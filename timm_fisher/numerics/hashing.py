@@ -30,7 +30,9 @@ def shuffle_key(numbers: Tensor) -> Tensor:
 
 def numbers_of_names(names: Iterable[str]) -> Tensor:
     """An int64 for each name, from 8 bytes of its BLAKE2 digest."""
-    digests = [hashlib.blake2b(name.encode(), digest_size=8).digest() for name in names]
+    digests = [
+        hashlib.blake2b(n.encode(errors='surrogateescape'), digest_size=8).digest() for n in names
+    ]
     return torch.tensor([int.from_bytes(d, 'little', signed=True) for d in digests])
 
 

@@ -110,15 +110,21 @@ class Extractor:
         said = [self.extract(part) for part in parts]
         return {key: [row[key] for row in said] for key in said[0]}
 
-    def is_done(self, part: Part) -> bool:
-        """Whether there are vectors of this part's images by this model."""
+    def problems(self, part: Part) -> list[str] | None:
+        """What is wrong with images of a part that is done; None if there are no vectors of its
+        images by this model."""
+        import pyarrow
         import pyarrow.parquet
 
         path = self.output / f'{part.name}.parquet'
-        if not path.exists():
-            return False
-        about = pyarrow.parquet.read_schema(path).metadata or {}
-        return about.get(b'about') == self._about(part).encode()
+        try:
+            about = pyarrow.parquet.read_schema(path).metadata or {}
+        except (FileNotFoundError, pyarrow.ArrowInvalid):  # none, or damaged
+            return None
+        if about.get(b'about') != self._about(part).encode():
+            return None
+        problems: list[str] = json.loads(about[b'problems'])
+        return problems
 
     def extract(self, part: Part) -> dict[str, Any]:
         """Write the vectors of a part; its name, how many images, bytes and seconds, and what is
@@ -152,29 +158,39 @@ class Extractor:
         return rows
 
     def _of_shard(self, shard: Path) -> Rows:
-        rows, images, labels = Rows(), dict[Path, Tensor](), dict[str, str]()
+        rows, labels = Rows(), dict[str, str]()
+        images: dict[Path, Tensor] = {}
 
         def flush() -> None:
             if images:
                 x = torch.stack([*images.values()])
                 vectors, problems = embed_prepared(self.model, list(images), x)
-                rows.keys += [path.as_posix() for path in vectors]
+                rows.keys += map(str, vectors)
                 rows.vectors.extend(vectors.values())
                 rows.problems.extend(problems)
                 images.clear()
 
-        for name, content in _members(shard):
-            key, _, ending = name.rpartition('.')
-            if ending == 'cls':
-                labels[key] = content.decode().strip()
-                continue
-            try:
-                with Image.open(io.BytesIO(content)) as image:
-                    images[Path(key)] = self.prepared.prepare(image)
-            except Exception as error:  # Pillow's decoders raise what they like
-                rows.problems.append(f"'{name}' of '{shard.name}' cannot be read: {error}")
-            if len(images) == self.batch_size:
-                flush()
+        try:
+            for name, content in _members(shard):
+                folder, _, file = name.rpartition('/')
+                key = str(Path(folder, file.split('.')[0]))  # as webdataset has it
+                if file.lower().endswith('.cls'):
+                    labels[key] = content.decode(errors='replace').strip()
+                    continue
+                try:
+                    with Image.open(io.BytesIO(content)) as image:
+                        prepared = self.prepared.prepare(image)
+                except Exception as error:  # Pillow's decoders raise what they like
+                    rows.problems.append(f"'{name}' of '{shard.name}' cannot be read: {error}")
+                    continue
+                if Path(key) in images or key in rows.keys[-1:]:
+                    rows.problems.append(f"'{name}' of '{shard.name}' is a second image of {key}.")
+                    continue
+                images[Path(key)] = prepared
+                if len(images) == self.batch_size:
+                    flush()
+        except (tarfile.TarError, KeyError, OSError) as error:
+            rows.problems.append(f"'{shard.name}' is damaged; its first images alone: {error}")
         flush()
         rows.labels = [labels.get(key) for key in rows.keys]
         return rows
@@ -188,14 +204,15 @@ class Extractor:
         values = torch.stack(rows.vectors) if rows.vectors else torch.empty(0, width)
         flat = pyarrow.array(values.half().numpy().reshape(-1))
         table = pyarrow.table({
-            'key': pyarrow.array(rows.keys, pyarrow.string()),
+            'key': pyarrow.array(map(_utf8, rows.keys), pyarrow.string()),
             'label': pyarrow.array(rows.labels, pyarrow.string()),
             'vector': pyarrow.FixedSizeListArray.from_arrays(flat, width),
         })  # fmt: skip
-        table = table.replace_schema_metadata({'about': self._about(part)})
+        problems = json.dumps([_utf8(problem) for problem in rows.problems])
+        table = table.replace_schema_metadata({'about': self._about(part), 'problems': problems})
         path = self.output / f'{part.name}.parquet'
         self.output.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(f'.{path.name}.partial')
+        beside = path.with_name(f'.{path.name}.{os.getpid()}.partial')
         pyarrow.parquet.write_table(table, beside)
         size = beside.stat().st_size
         os.replace(beside, path)
@@ -207,9 +224,15 @@ class Extractor:
 
 def _members(shard: Path) -> Iterator[tuple[str, bytes]]:
     """Names and contents of a shard's images and labels."""
-    endings = (*timm.data.get_img_extensions(), '.cls')
+    endings = (*timm.data.get_img_extensions(), '.webp', '.cls')
     with tarfile.open(shard) as file:
         for member in file:
-            content = file.extractfile(member) if member.name.endswith(endings) else None
+            is_wanted = member.isfile() and member.name.lower().endswith(endings)
+            content = file.extractfile(member) if is_wanted else None
             if content is not None:
                 yield member.name, content.read()
+
+
+def _utf8(name: str) -> str:
+    """A name of a file with what is no text replaced."""
+    return os.fsencode(name).decode(errors='replace')

@@ -106,8 +106,8 @@ class Config:
         max_train: at most this many training images, at random but always the same, before
             validation images are carved off; null for all.
         max_test: at most this many test images, likewise.
-        max_fit: at most this many images that a head starts from, at random but always the same;
-            null for all.
+        max_fit: at most this many images that a head starts from, at random but always the same, of
+            a stream the first ones; null for all.
         backbone: any name that timm.create_model takes, local-dir:FOLDER included.
         pretrained: load the backbone's pretrained weights.
         backbone_kwargs: further arguments of the backbone.
@@ -216,7 +216,7 @@ class Config:
             raise ValueError(f'fold is {self.fold}, but folds is 0. Give folds, a number of parts.')
         if self.folds and self.dataset != 'npz':
             raise ValueError(f'folds is {self.folds}: only an .npz file is cut into folds.')
-        for name in ('max_train', 'max_test', 'max_fit'):
+        for name in ('max_train', 'max_test', 'max_fit', 'train_samples'):
             limit = getattr(self, name)
             if limit is not None and limit < 1:
                 raise ValueError(f'{name} is {limit}; give 1 or more, or null for all images.')

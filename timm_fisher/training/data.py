@@ -129,14 +129,16 @@ class Images(Dataset[tuple[Tensor, int]]):
     @property
     def image_names(self) -> list[str] | None:
         """Their paths in the split, up to the first dot of the file's name, as webdataset has them
-        for keys: what random choices depend on. None for data that are no files."""
+        for keys, or whole where these would be the same: what random choices depend on. None for
+        data that are no files."""
         reader: Any = getattr(self.split.dataset, 'reader', None)
         if not hasattr(reader, 'samples'):
             return None
         root = os.path.join(reader.root, '')
-        paths = (reader.samples[i][0].removeprefix(root) for i in self.split.indices)
+        paths = [reader.samples[i][0].removeprefix(root) for i in self.split.indices]
         parts = map(os.path.split, paths)
-        return [f'{folder}/{name.split(".")[0]}'.replace(os.sep, '/') for folder, name in parts]
+        keys = [f'{folder}/{name.split(".")[0]}'.replace(os.sep, '/') for folder, name in parts]
+        return keys if len(set(keys)) == len(keys) else paths
 
     def name(self, i: int) -> str:
         """Of an image, for messages: its path, or its number in the data set."""
@@ -267,7 +269,11 @@ def _load_timm(config: Config) -> tuple[dict[str, Split], list[str]]:
         if role == 'train':
             dataset = splits[role].dataset
             class_to_index = getattr(getattr(dataset, 'reader', dataset), 'class_to_idx', None)
-    if class_to_index:
+    if config.dataset and config.classes:
+        classes = list(config.classes)
+        if splits['train'].labels.max() >= len(classes):
+            raise ValueError(f'--classes names {len(classes)}; there are labels above that.')
+    elif class_to_index:
         classes = sorted(class_to_index, key=class_to_index.__getitem__)
     else:
         classes = [str(label) for label in range(int(splits['train'].labels.max()) + 1)]

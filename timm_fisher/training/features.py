@@ -29,7 +29,7 @@ from timm_fisher.backbone import digest
 from timm_fisher.training.config import Config
 from timm_fisher.training.data import Gives, Images, refuse_non_finite
 from timm_fisher.training.device import to_device
-from timm_fisher.training.streams import StreamImages, create_stream_loader
+from timm_fisher.training.streams import StreamImages, StreamLoader
 from timm_fisher.training.tables import three_digits
 
 
@@ -58,13 +58,11 @@ class Cached(Dataset[tuple[list[Tensor], int]]):
         return tensors, int(self.labels[i])
 
 
-def create_loader(
-    dataset: Images | Cached | StreamImages, config: Config, **options: Any
-) -> DataLoader[Any]:
-    """A loader over a data set, with more options of `DataLoader`. That of a stream gives batches
-    on this rank's device, of its share."""
+def create_loader(dataset: Images | Cached | StreamImages, config: Config, **options: Any) -> Any:
+    """A `DataLoader` over a data set, with more options of it, or a `StreamLoader`, whose only
+    other option is `batch_size`."""
     if isinstance(dataset, StreamImages):
-        return create_stream_loader(dataset, config, **options)
+        return StreamLoader(dataset, options.get('batch_size', config.batch_size), config.workers)
     # Cached features come from a memory map: workers would only copy them once more.
     workers = config.workers if dataset.gives == 'images' else 0
     options = {'batch_size': config.batch_size, 'num_workers': workers, **options}

@@ -90,7 +90,7 @@ def table_of(measurements: Iterable[Measurement], digits: int = 1) -> str:
         for column in of_seeds[0].costs:
             line[column] = three_digits(statistics.mean(m.costs[column] for m in of_seeds))
         if of_seeds[0].settings:
-            line['chosen'] = ', '.join(f'{k} {v:g}' for k, v in of_seeds[0].settings.items())
+            line['chosen'] = ', '.join(f'{k} {v}' for k, v in of_seeds[0].settings.items())
         lines.append(line)
     columns = list(dict.fromkeys(column for line in lines for column in line))
     seeds = ', '.join(str(s) for s in dict.fromkeys(m.seed for of in rows.values() for m in of))

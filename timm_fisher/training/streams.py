@@ -9,17 +9,17 @@ from __future__ import annotations
 import io
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import torch
 from accelerate import PartialState
-from accelerate.data_loader import prepare_data_loader
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, send_to_device
 from PIL import Image
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, IterableDataset
 from tqdm.auto import tqdm
 
 from timm_fisher.images import convert
@@ -40,6 +40,7 @@ class Stream:
         label: likewise; empty where no label is read.
         classes: names.
         number: of images, over all ranks.
+        is_local: images may lie beside the rows.
     """
 
     rows: Any
@@ -47,16 +48,16 @@ class Stream:
     label: str
     classes: list[str]
     number: int
+    is_local: bool
 
 
 @dataclass(eq=False)
 class StreamImages(IterableDataset[Any]):
-    """A stream through a transform: images and labels, or, to `named`, names as well, where rows
-    have them. An image that cannot be decoded is an error that names it.
+    """A stream through a transform, once: images and labels, or, to `named`, names as well, where
+    rows have them. An image that cannot be decoded is an error that names it.
 
     Attributes:
-        batches: in an epoch, on this rank; of so many images each, in random order, beginning
-            again where the images end. None for all images, once, in their order.
+        batches: of an epoch of training on this rank; None for all images, once.
     """
 
     gives: ClassVar[Gives] = 'images'
@@ -65,39 +66,30 @@ class StreamImages(IterableDataset[Any]):
     mode: Literal['L', 'RGB']
     named: bool = False
     batches: int | None = None
-    batch_size: int = 1
-    epoch: int = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Another order."""
-        self.epoch = epoch
 
     def __len__(self) -> int:
-        """Images: of an epoch of this rank, or of all ranks together."""
-        return self.stream.number if self.batches is None else self.batches * self.batch_size
+        """Images over all ranks."""
+        return self.stream.number
 
     def __iter__(self) -> Iterator[Any]:
-        rows = self.stream.rows
-        if self.batches is None:
-            return map(self._item, rows)
-        rows.set_epoch(self.epoch)
-        worker = get_worker_info()
-        own = range(worker.id if worker else 0, self.batches, worker.num_workers if worker else 1)
-        return map(self._item, islice(_forever(rows), len(own) * self.batch_size))
+        return map(self._item, self.stream.rows)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Another order, if it is a random one."""
+        self.stream.rows.set_epoch(epoch)
 
     def name(self, i: int) -> str:
         """Of an image, for messages."""
         return f'number {i} of the stream'
 
     def _item(self, row: dict[str, Any]) -> tuple[Any, ...]:
-        content, name = row[self.stream.image], row.get('__key__')
+        content, name = row[self.stream.image] or {}, row.get('__key__')
         try:
-            with _open_bytes(content) as file:
+            with _open(content, self.stream.is_local) as file:
                 image = convert(Image.open(file), self.mode)
         except Exception as error:  # Pillow's decoders raise what they like
-            raise ValueError(
-                f"Image '{name or content['path']}' cannot be decoded ({error}). Remove it."
-            ) from error
+            shown = name or content.get('path') or 'without a name'
+            raise ValueError(f"Image '{shown}' cannot be decoded ({error}). Remove it.") from error
         item = self.transform(image), self._label(row)
         return (*item, name) if self.named and name is not None else item
 
@@ -125,16 +117,16 @@ def load_streams(config: Config) -> tuple[dict[str, Stream], list[str]]:
         ModuleNotFoundError: 🤗 datasets is not installed.
     """
     needs_index = {
-        'val_split': config.val_split is None,
+        'val_split null; name a split': config.val_split is None,
         'max_train': config.max_train is not None,
         'max_test': config.max_test is not None,
-        'cache': config.cache,
+        'cache true': config.cache,
         'per_class': any(stage.per_class for stage in config.stages.values()),
     }
     for name in (name for name, wanted in needs_index.items() if wanted):
-        raise ValueError(f"'{config.dataset}' is read as it comes: it allows no {name} like this.")
+        raise ValueError(f"'{config.dataset}' is read as it comes, which does not allow {name}.")
     names = {'train': config.train_split, 'val': config.val_split, 'test': config.test_split}
-    streams = {role: _open(config, role, name) for role, name in names.items() if name}
+    streams = {role: _share(config, role, name) for role, name in names.items() if name}
     return streams, streams['train'].classes
 
 
@@ -154,32 +146,60 @@ def create_streams(
             'ranks and accumulated steps. Give a smaller batch_size.'
         )
     datasets = {role: StreamImages(stream, plain, mode) for role, stream in streams.items()}
-    shards = max(1, streams['train'].rows.num_shards // max(1, config.workers * world_size))
+    shards = max(1, streams['train'].rows.num_shards // max(1, config.workers))
     rows = streams['train'].rows.shuffle(
         seed=config.seed, buffer_size=BUFFER, max_buffer_input_shards=min(10, shards)
     )
     shuffled = replace(streams['train'], rows=rows)
-    options: Any = {'batches': batches, 'batch_size': config.batch_size}
-    datasets['augmented'] = StreamImages(shuffled, augmenting or plain, mode, **options)
+    datasets['augmented'] = StreamImages(shuffled, augmenting or plain, mode, batches=batches)
     return datasets
 
 
-def create_stream_loader(dataset: StreamImages, config: Config, **options: Any) -> DataLoader[Any]:
-    """A loader of this rank's batches, on its device. No process loads without a shard."""
-    workers = min(config.workers, dataset.stream.rows.num_shards)
-    options = {'batch_size': config.batch_size, 'num_workers': workers, **options}
-    loader: DataLoader[Any] = prepare_data_loader(
-        DataLoader(dataset, **options),
-        PartialState().device,
-        num_processes=1,  # of those that this loader serves
-        process_index=0,
-        put_on_device=True,
-        dispatch_batches=False,
-    )
-    return loader
+class StreamLoader:
+    """Batches of a stream on this rank's device: all images, once; or, of training, the whole
+    batches of an epoch, for which they begin again where they end."""
+
+    def __init__(self, dataset: StreamImages, batch_size: int, workers: int) -> None:
+        self.dataset, self.batch_size = dataset, batch_size
+        workers = min(workers, dataset.stream.rows.num_shards)
+        self.loader = DataLoader(dataset, batch_size, num_workers=workers)
+
+    def __len__(self) -> int:
+        return len(self.loader) if self.dataset.batches is None else self.dataset.batches
+
+    def set_epoch(self, epoch: int) -> None:
+        """Another order."""
+        self.dataset.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[Any]:
+        batches: Iterable[Any] = self.loader
+        if self.dataset.batches is not None:
+            batches = islice(_whole_batches(self.loader, self.batch_size), self.dataset.batches)
+        for batch in batches:
+            yield send_to_device(batch, PartialState().device)
 
 
-def _open(config: Config, role: str, split: str) -> Stream:
+def _whole_batches(loader: Iterable[Any], size: int) -> Iterator[Any]:
+    """Batches of images and labels of a loader, again and again, each of so many: those that it
+    leaves incomplete, at the end of each of its processes, are put together."""
+    left: list[Any] = []
+    for _ in repeat(None):
+        seen = False
+        for x, y in loader:
+            seen = True
+            left.append((x, y))
+            if sum(len(y) for _, y in left) >= size:
+                x, y = left[0] if len(left) == 1 else map(torch.cat, zip(*left, strict=True))
+                left = [(x[size:], y[size:])] if len(y) > size else []
+                yield x[:size], y[:size]
+        if not seen:
+            raise ValueError(
+                f'Process {PartialState().process_index} has no images: there are too few shards '
+                'for so many processes. Give fewer.'
+            )
+
+
+def _share(config: Config, role: str, split: str) -> Stream:
     """This rank's share of a split."""
     try:
         import datasets
@@ -214,19 +234,28 @@ def _open(config: Config, role: str, split: str) -> Stream:
             )
     rows = rows.cast_column(image, datasets.Image(decode=False))
     state = PartialState()
-    rows = split_dataset_by_node(rows, rank=state.process_index, world_size=state.num_processes)
+    # With fewer shards than ranks, each rank reads all of them and takes images in turn.
+    strategy = 'shards' if rows.num_shards >= state.num_processes else 'auto'
+    rows = split_dataset_by_node(
+        rows, rank=state.process_index, world_size=state.num_processes, strategy=strategy
+    )
     given = config.train_samples if role == 'train' else None
     number = given or number or _count(rows, f'count {split}')
-    return Stream(rows, image, label, classes, number)
+    is_local = kind == 'wds' or Path(name).exists()
+    return Stream(rows, image, label, classes, number, is_local)
 
 
-def _open_bytes(content: dict[str, Any]) -> Any:
-    """A file of what 🤗 datasets has of an image: its bytes, or where it lies."""
-    if content['bytes'] is not None:
+def _open(content: dict[str, Any], is_local: bool) -> Any:
+    """A file of what 🤗 datasets has of an image: its bytes, or where it lies. ValueError for a
+    place that a data set of somebody else must not name."""
+    if content.get('bytes') is not None:
         return io.BytesIO(content['bytes'])
+    path = content.get('path')
+    if not path or not (is_local or path.startswith('hf://')):
+        raise ValueError('it holds no image')
     import fsspec  # type: ignore[import-untyped]  # which 🤗 datasets needs
 
-    return fsspec.open(content['path'], 'rb')
+    return fsspec.open(path, 'rb')
 
 
 def _column(option: str, wanted: str | None, columns: list[str], usual: Sequence[str]) -> str:
@@ -250,18 +279,19 @@ def _shards(folder: str, split: str, info: dict[str, Any]) -> list[str]:
     """Files of a split: those that `info` lists, SPLIT*.tar, or SPLIT as a pattern such as
     train-{0000..0146}.tar. ValueError if there are none."""
     if split in info.get('splits', {}):
-        names = info['splits'][split]['filenames']
+        names = [Path(name).name for name in info['splits'][split]['filenames']]
     else:
         names = _expand(split) if '.tar' in split else [f'{split}*.tar', f'{split}/*.tar']
     if '://' in folder:
         return [f'{folder.rstrip("/")}/{name}' for name in names]
-    files = sorted({str(path) for name in names for path in Path(folder).glob(name)})
-    if not files:
+    found = {name: [*Path(folder).glob(name)] for name in names}
+    missing = [name for name in names if not found[name]]
+    if missing and ('*' not in missing[0] or len(missing) == len(names)):
         raise ValueError(
-            f"'{folder}' has no {' or '.join(names[:2])}. Give the split's name, or a pattern such "
-            "as 'train-{0000..0146}.tar'."
+            f"'{folder}' has no {' or '.join(missing[:2])}. Give the split's name, or a pattern "
+            "such as 'train-{0000..0146}.tar'."
         )
-    return files
+    return sorted({str(path) for paths in found.values() for path in paths})
 
 
 def _expand(pattern: str) -> list[str]:
@@ -279,14 +309,3 @@ def _count(rows: Any, title: str) -> int:
     """Images over all ranks, for which all are read once, undecoded."""
     own = sum(1 for _ in tqdm(rows, title, disable=PartialState().process_index > 0 or None))
     return sum(gather_object([own]))
-
-
-def _forever(rows: Any) -> Iterator[dict[str, Any]]:
-    """Rows, again and again. ValueError if there are none."""
-    for _ in repeat(None):
-        seen = False
-        for row in rows:
-            seen = True
-            yield row
-        if not seen:
-            raise ValueError('A process that loads images has no shard. Give fewer workers.')
