@@ -117,7 +117,7 @@ def _write(
         if main:
             sample = function(send_to_device(default_collate([dataset[0][0]]), device))
             shapes = [(len(dataset), *tensor.shape[1:]) for tensor in sample]
-            print(f'{_size(shapes)} for {len(dataset)} images -> {paths[0].parent}')
+            print(f'features of {len(dataset)} images: {_size(shapes)} -> {paths[0].parent}')
             _allocate(unfinished, shapes)
         accelerator.wait_for_everyone()
         arrays = [np.lib.format.open_memmap(path, mode='r+') for path in unfinished]
