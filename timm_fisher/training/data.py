@@ -6,7 +6,6 @@ import hashlib
 import itertools
 import math
 import os
-import zipfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -24,6 +23,7 @@ from torch.utils.data import Dataset
 
 from timm_fisher.images import convert, open_image
 from timm_fisher.registry import check_arguments
+from timm_fisher.training.arrays import ArrayImages, read_arrays, to_pixels
 from timm_fisher.training.config import Config
 
 # What a data set holds: images, a backbone's features of them, or pooled vectors.
@@ -78,20 +78,6 @@ class Split:
             for i in self.indices[:: math.ceil(len(self.indices) / 256)]:
                 digest.update(np.asarray(source[i][0]).tobytes())
         return digest.hexdigest()
-
-
-@dataclass(eq=False)
-class ArrayImages(Dataset[tuple[Image.Image, int]]):
-    """Images in one array, uint8 `[n, H, W]` or `[n, H, W, C]`, and their classes `[n]`."""
-
-    pixels: np.ndarray
-    targets: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.pixels)
-
-    def __getitem__(self, i: int) -> tuple[Image.Image, int]:
-        return Image.fromarray(self.pixels[i]), int(self.targets[i])
 
 
 @dataclass(eq=False)
@@ -363,7 +349,7 @@ def _refuse_unreadable(paths: list[str]) -> None:
 def _load_arrays(config: Config) -> tuple[dict[str, Split], list[str]]:
     """The splits 'train' and 'test', as the documentation of `Config.dataset` has it."""
     file = config.data_dir
-    arrays = _read_arrays(file)
+    arrays = read_arrays(file)
     has_test_split = 'x_train' in arrays
     pairs = [('x_train', 'y_train'), ('x_test', 'y_test')] if has_test_split else [('x', 'y')]
     if has_test_split and config.folds:
@@ -395,47 +381,11 @@ def _load_arrays(config: Config) -> tuple[dict[str, Split], list[str]]:
         unknown = np.setdiff1d(labels, classes).tolist()
         if unknown:
             raise ValueError(f"'{y}' in '{file}' has classes that training lacks: {unknown}.")
-        pixels = _to_pixels(arrays[x], top, f"'{x}' in '{file}'")
+        pixels = to_pixels(arrays[x], top, f"'{x}' in '{file}'")
         splits[name] = _whole(ArrayImages(pixels, np.searchsorted(classes, labels)))
     if not has_test_split and config.test_split is not None:
         splits['train'], splits['test'] = _split_off_test(splits['train'], config)
     return splits, [str(name) for name in classes]
-
-
-def _read_arrays(file: str) -> dict[str, np.ndarray]:
-    if not os.path.isfile(file):
-        raise ValueError(f"'{file}' is not a file; give --data-dir FILE.npz.")
-    try:
-        with np.load(file, allow_pickle=False) as arrays:
-            return {key: arrays[key] for key in arrays.files}
-    except (AttributeError, EOFError, OSError, ValueError, zipfile.BadZipFile) as error:
-        raise ValueError(f"'{file}' cannot be read as an .npz file of arrays: {error}") from error
-
-
-def _to_pixels(x: np.ndarray, top: float, where: str) -> np.ndarray:
-    """uint8 `[n, H, W]` or `[n, H, W, C]`; `top` is the largest value of the whole file."""
-    if x.ndim not in (3, 4) or not x.size or (x.ndim == 4 and x.shape[3] not in (1, 3, 4)):
-        raise ValueError(
-            f'{where} has shape {list(x.shape)}; images are [n, H, W] or [n, H, W, C] with 1, 3 or '
-            '4 channels C.'
-        )
-    if x.dtype.kind == 'f' and not np.isfinite(x).all():
-        bad = np.flatnonzero(~np.isfinite(x).reshape(len(x), -1).all(1))
-        raise ValueError(
-            f'{where} has NaN or infinite values in {len(bad)} of {len(x)} images, the first of '
-            f'them number {bad[0]}.'
-        )
-    if x.dtype.kind == 'f' and x.min() >= 0 and top <= 1:
-        x = np.rint(x * 255).astype(np.uint8)
-    elif x.dtype == np.uint8 and top <= 1:  # binary
-        x = x * np.uint8(255)
-    elif x.dtype != np.uint8:
-        values = f' from {x.min():g} to {x.max():g}' if x.dtype.kind in 'fiu' else ''
-        raise ValueError(
-            f'{where} is {x.dtype}{values}; images are uint8 from 0 to 255 or floating-point from '
-            '0 to 1.'
-        )
-    return x[..., 0] if x.ndim == 4 and x.shape[3] == 1 else x
 
 
 def _split_off_test(whole: Split, config: Config) -> tuple[Split, Split]:
