@@ -13,7 +13,6 @@ import io
 import json
 import os
 import tarfile
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -127,19 +126,16 @@ class Extractor:
         return problems
 
     def extract(self, part: Part) -> dict[str, Any]:
-        """Write the vectors of a part; its name, how many images, bytes and seconds, and what is
-        wrong with images that were left out."""
-        start = time.perf_counter()
+        """Write the vectors of a part; how many images and bytes, and what is wrong with images
+        that were left out."""
         if part.files[0].endswith('.tar'):
             rows = self._of_shard(self.folder / part.files[0])
         else:
             rows = self._of_files(part.files)
         size = self._write(part, rows)
         return {
-            'name': part.name,
             'images': len(rows.keys),
             'bytes': size,
-            'seconds': time.perf_counter() - start,
             'problems': rows.problems,
         }
 
