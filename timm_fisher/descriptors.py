@@ -280,7 +280,7 @@ def _gives_output(
     except (RuntimeError, AttributeError):
         return False
     same_shape = isinstance(beside, Tensor) and beside.shape == output.shape
-    return same_shape and _operations(beside) == _operations(output)
+    return same_shape and operations(beside) == operations(output)
 
 
 def _from_features(
@@ -334,7 +334,7 @@ def _unused_parts(
     backbone: Any, features: Sequence[Tensor], ran: set[str]
 ) -> tuple[set[str], set[str]]:
     """See `find_descriptors`; `ran` are the names of modules that did."""
-    reached = set().union(*(_operations(tensor)[0] for tensor in features))
+    reached = set().union(*(operations(tensor)[0] for tensor in features))
     dead = {
         name for name, p in backbone.named_parameters() if p.requires_grad and id(p) not in reached
     }
@@ -354,7 +354,7 @@ def _unused_parts(
     return idle, dead
 
 
-def _operations(tensor: Tensor) -> tuple[set[int], Counter[str]]:
+def operations(tensor: Tensor) -> tuple[set[int], Counter[str]]:
     """Ids of the parameters that a tensor's autograd graph begins with, and how often each
     operation occurs. Cheaper than a backward pass."""
     parameters: set[int] = set()

@@ -11,6 +11,7 @@ from timm.layers.helpers import to_2tuple
 from timm.models import group_parameters
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from timm_fisher.backbone import (
     check_number,
@@ -24,6 +25,7 @@ from timm_fisher.compose import ConcatHeads
 from timm_fisher.descriptors import Descriptors, StageDescriptors, read_last
 from timm_fisher.head import PoolingHead, Unpooled
 from timm_fisher.layers import PreNorm, Projection, create_classifier
+from timm_fisher.lora import LoRA
 from timm_fisher.registry import check_output, create_head
 from timm_fisher.script import scriptable
 from timm_fisher.specification import parse_heads
@@ -45,6 +47,8 @@ class PooledModel(nn.Module):
         head_kwargs: arguments of a head that is named; of several, each goes to the only one that
             has it.
         backbone_kwargs: further arguments of the backbone, as `timm.create_model` takes them.
+        lora: train low-rank changes of the backbone's weights in place of them: arguments of
+            `timm_fisher.lora.LoRA`, as in `dict(r=8, targets=['qkv', 'proj'])`; {} for its own.
         num_classes: outputs of the classifier; 0 gives embeddings.
         in_chans: channels of the image; None for the backbone's own.
         img_size: input size, side or (height, width); None for the backbone's own.
@@ -81,6 +85,7 @@ class PooledModel(nn.Module):
         *,
         head_kwargs: dict[str, Any] | None = None,
         backbone_kwargs: dict[str, Any] | None = None,
+        lora: dict[str, Any] | None = None,
         num_classes: int = 1000,
         in_chans: int | None = None,
         img_size: int | tuple[int, int] | None = None,
@@ -116,10 +121,13 @@ class PooledModel(nn.Module):
         )
         self.backbone = built.module
         self.backbone_weights = describe_weights(self.backbone, cache_dir) if pretrained else None
+        self.descriptors = built.descriptors
+        self.lora = None if lora is None else LoRA.of(lora)
+        if self.lora is not None:
+            self.lora.add_to(self.backbone, self.descriptors, built.input_size)
         self._always_frozen = [
             name for name, p in self.backbone.named_parameters() if not p.requires_grad
         ]
-        self.descriptors = built.descriptors
         self._stages_left = len(getattr(self.backbone, 'feature_info', ())) + 1 + stages[-1]
         places = [stages.index(place) for _, place, _ in heads]
         channels = [reader.num_features for reader in self.descriptors]
@@ -162,6 +170,7 @@ class PooledModel(nn.Module):
         given: dict[str, Any] = {
             'head_kwargs': head_kwargs or None,
             'backbone_kwargs': options or None,
+            'lora': lora,
             'img_size': img_size,
             'projection': projection,
             'pre_norm': pre_norm or None,
@@ -322,13 +331,16 @@ class PooledModel(nn.Module):
         self.classifier.to(device=like.device, dtype=like.dtype).train(self.training)
 
     def train(self, mode: bool = True) -> Self:
-        """As `nn.Module.train`, but a backbone or head that is frozen as a whole stays in eval
-        mode: its batch-norm statistics would move otherwise."""
+        """As `nn.Module.train`, but what is frozen stays in eval mode, as its batch-norm statistics
+        would move otherwise: backbone or head as a whole, and batch norms of a LoRA backbone."""
         super().train(mode)
         for part in (self.backbone, self.head):
             trained = [parameter.requires_grad for parameter in part.parameters()]
             if trained and not any(trained):
                 part.eval()
+        for module in self.backbone.modules():
+            if self.lora is not None and isinstance(module, _BatchNorm):
+                module.eval()
         return self
 
     def requires_grad_(self, requires_grad: bool = True) -> Self:

@@ -125,7 +125,7 @@ def test_parts_of_a_released_model_agree(name):
         if not (adapter and key.startswith('backbone.'))
     }
     numbers = sum(int(np.prod(shape)) for shape in stored.values())
-    assert f'| numbers stored here | {numbers:,} |' in card.text
+    assert f'| numbers stored here | {numbers:,} ' in card.text
     assert f'| pooled vector | {metrics["out_features"]} |' in card.text
     for label in labels:
         assert label in card.text

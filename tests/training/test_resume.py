@@ -10,6 +10,7 @@ import random
 import resource
 import signal
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import distributed_checks
@@ -180,8 +181,25 @@ def stop(recipe, tmp_path, monkeypatch):
             },
             (5,),
         ),
+        pytest.param(
+            {
+                'lora': {'r': 2},
+                'stages': {'tune': {'train': 'all', 'epochs': 2, 'lr': 0.01}},
+            },
+            (5,),
+            marks=pytest.mark.skipif(not find_spec('peft'), reason='needs the extra lora'),
+        ),
     ],
-    ids=['memory', 'unsupervised first', 'unsupervised', 'gsnmf', 'dbm_idfk', 'dropcov', 'metric'],
+    ids=[
+        'memory',
+        'unsupervised first',
+        'unsupervised',
+        'gsnmf',
+        'dbm_idfk',
+        'dropcov',
+        'metric',
+        'lora',
+    ],
 )
 def test_run_stopped_at_a_step_resumes_exactly(recipe, stop, few_images, tmp_path, change, steps):
     """Before any checkpoint, in the first stage, in the first and in the last epoch of the second:

@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from timm_fisher.hub.metrics import MEASURES
 from timm_fisher.hub.readme import REPOSITORY, generate
 from timm_fisher.hub.text import code_block, escape_markdown, is_shown
+from timm_fisher.lora import is_factor
 from timm_fisher.specification import parse_heads
 
 TEMPLATE = Path(__file__).with_name('card_template.md')
@@ -32,6 +33,7 @@ def make_card(
     *,
     repo_id: str = 'USER/NAME',
     adapter: bool = False,
+    stored_bytes: int = 0,
     description: str = '',
     dataset: str = '',
     dataset_id: str = '',
@@ -51,7 +53,8 @@ def make_card(
         metrics: content of metrics.json, checked by `check_metrics`: a result (`accuracy`, ...) for
             'test' or 'val', the run's `command`, `seed`, `versions`, and the accuracy of `seeds`.
         repo_id: the Hub's repository.
-        adapter: head and classifier alone are stored.
+        adapter: head and classifier alone are stored, and factors of LoRA.
+        stored_bytes: size of model.safetensors; 0 if it is not to be shown.
         description: what the model is, in a sentence or two.
         dataset: name of the data set that it was trained on; empty for that of the metrics.
         dataset_id: the Hub's repository of the data set.
@@ -132,8 +135,9 @@ def make_card(
         stored_parameters=sum(
             value.numel()
             for key, value in model.state_dict().items()
-            if not (adapter and key.startswith('backbone.'))
+            if not (adapter and key.startswith('backbone.') and not is_factor(key))
         ),
+        stored_bytes=stored_bytes,
         macs=count_macs(model, size),
         dataset=dataset,
         split=split,

@@ -158,11 +158,22 @@ def _is_table(value: Any) -> bool:
     return isinstance(value, dict)
 
 
+def _is_lora(value: Any) -> bool:
+    return _is_table(value) and all(
+        key in _LORA and _LORA[key](option) for key, option in value.items()
+    )
+
+
 def _is_weights(value: Any) -> bool:
     known = _is_table(value) and set(value) == {'hf_hub_id', 'sha256'}
     return known and all(text is None or _is_text(200)(text) for text in value.values())
 
 
+_LORA: dict[str, Callable[[Any], bool]] = {
+    'r': _is_whole(1, 1024),
+    'alpha': _is_whole(1, 2**20),
+    'targets': _is_list(_is_text(200), 1000),
+}
 _ARGUMENTS: dict[str, _Check] = {
     'backbone': ("one of timm's architectures", _is_architecture),
     'head': (
@@ -184,6 +195,7 @@ _ARGUMENTS: dict[str, _Check] = {
     'stage': ('a whole number from -64 to -1', _is_whole(-64, -1)),
     'class_token': ('drop, keep or append', _is_one_of('drop', 'keep', 'append')),
     'last_stride': ('1', _is_one_of(1)),
+    'lora': ('a table of a rank r up to 1024, alpha and targets', _is_lora),
     'backbone_weights': ('a table of hf_hub_id and sha256', _is_weights),
 }  # fmt: skip
 

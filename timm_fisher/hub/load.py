@@ -18,6 +18,7 @@ from timm_fisher.errors import LoadError
 from timm_fisher.hub.config import TRUST, SavedConfig, read_config
 from timm_fisher.hub.state import check_rebuildable, rebuild_derived_buffers
 from timm_fisher.hub.weights import Header, check_tensors, read_header, read_tensors
+from timm_fisher.lora import LoRA, is_factor
 from timm_fisher.model import PooledModel
 from timm_fisher.place import with_place
 from timm_fisher.registry import check_arguments, nearest
@@ -109,6 +110,7 @@ def load(
     pretrained: bool = True,
     backbone: str | None = None,
     any_backbone: bool = False,
+    merge_lora: bool = True,
     trust_config: bool = False,
     pretrained_cfg_overlay: dict[str, Any] | None = None,
     cache_dir: str | Path | None = None,
@@ -123,6 +125,8 @@ def load(
             `timm.create_model` takes, such as 'local-dir:FOLDER'. None for what the environment
             variable TIMM_FISHER_BACKBONE says, if it is set.
         any_backbone: take other weights of the backbone than an adapter was trained with.
+        merge_lora: add the changes that LoRA has trained to the backbone's weights; False keeps the
+            factors, to train them on or to save them again, which needs peft.
         trust_config: lift the limits on the backbone's arguments, on the size of images, and on
             memory that the weights do not fill.
         pretrained_cfg_overlay: replaces what was saved about images.
@@ -131,8 +135,11 @@ def load(
 
     Errors as those of `from_pretrained`.
     """
-    check_arguments('A saved model', PooledModel, arguments, given=('backbone', *LOADING))
+    check_arguments('A saved model', PooledModel, arguments, given=('backbone', 'lora', *LOADING))
     saved = read_config(source, place, cache_dir, trust_config=trust_config)
+    lora = (
+        LoRA.of(saved.arguments.pop('lora')) if merge_lora and 'lora' in saved.arguments else None
+    )
     arguments = {key: value for key, value in arguments.items() if value is not None}
     head = saved.arguments['head']
     if 'head_kwargs' in arguments and arguments.get('head', head) == head:
@@ -143,7 +150,7 @@ def load(
         _check_size(model, saved, header, place)
     if header is not None:
         with torch.inference_mode(False):  # whose tensors could not be trained later
-            _fill(model, saved, header, backbone, any_backbone, cache_dir)
+            _fill(model, saved, header, lora, backbone, any_backbone, cache_dir)
         model.backbone_weights = None if any_backbone else saved.backbone_weights
     elif torch.get_default_device().type != 'meta':
         model = PooledModel(**{**saved.arguments, **arguments})
@@ -182,9 +189,13 @@ def _build(saved: SavedConfig, arguments: Mapping[str, Any], where: str) -> Pool
 
 
 def is_adapter(saved: SavedConfig, header: Header) -> bool:
-    """Whether a file holds head and classifier alone."""
-    own = any(name.startswith('backbone.') for name in header.tensors)
+    """Whether a file holds no weights of the backbone."""
+    own = any(_is_of_backbone(name) for name in header.tensors)
     return saved.backbone_weights is not None and not own
+
+
+def _is_of_backbone(name: str) -> bool:
+    return name.startswith('backbone.') and not is_factor(name)
 
 
 def _find_backbone(
@@ -218,16 +229,21 @@ def _fill(
     model: PooledModel,
     saved: SavedConfig,
     header: Header,
+    lora: LoRA | None,
     backbone: str | None,
     any_backbone: bool,
     cache_dir: str | Path | None,
 ) -> None:
-    """Give a model on the meta device its tensors, once all headers are exactly of it; where the
-    default device is the meta device, the header of the saved model's own file is checked alone."""
-    expected, elsewhere = model.state_dict(), dict[str, Tensor]()
+    """Give a model on the meta device its tensors, once all headers are exactly of it, and merge
+    the factors of `lora`; where the default device is the meta device, the header of the saved
+    model's own file is checked alone."""
+    stored, elsewhere = model, dict[str, Tensor]()
     tensors = dict[str, Tensor]()
     if saved.arguments.get('in_chans', saved.images['input_size'][0]) != model.in_chans:
-        expected = _build(saved, {}, header.where).state_dict()  # with the stem as it was saved
+        stored = _build(saved, {}, header.where)  # with the stem as it was saved
+    expected = stored.state_dict()
+    if lora is not None:
+        expected |= _factors(lora, stored, header.where)
     if is_adapter(saved, header):
         expected, elsewhere = _split(expected)
     elif backbone is not None:
@@ -247,6 +263,8 @@ def _fill(
         if not any_backbone:
             _check_digest(tensors, saved, header.where, of_backbone.where)
     tensors |= read_tensors(header, expected)
+    if lora is not None:
+        tensors = lora.merge(tensors)
     for name, wanted in model.state_dict().items():
         if tensors[name].shape != wanted.shape:
             tensors[name] = _adapt_stem(tensors[name], model.in_chans, wanted.shape, header.where)
@@ -255,9 +273,20 @@ def _fill(
     model.to(torch.get_default_device())
 
 
+def _factors(lora: LoRA, model: PooledModel, where: str) -> dict[str, Tensor]:
+    """The factors that a saved model holds beside the tensors of `model`."""
+    try:
+        made = lora.factors(model.backbone)
+    except ValueError as error:
+        raise LoadError(
+            f"The config.json of '{where}' asks for another backbone: {error}"
+        ) from None
+    return {f'backbone.{name}': value for name, value in made.items()}
+
+
 def _split(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """What an adapter holds, and what comes from elsewhere: its backbone."""
-    of_backbone = {key: value for key, value in tensors.items() if key.startswith('backbone.')}
+    of_backbone = {key: value for key, value in tensors.items() if _is_of_backbone(key)}
     return {key: tensors[key] for key in tensors if key not in of_backbone}, of_backbone
 
 

@@ -24,6 +24,7 @@ from timm_fisher.hub.metrics import check_metrics, read_metrics
 from timm_fisher.hub.replace import replace_files
 from timm_fisher.hub.state import check_json, check_state
 from timm_fisher.hub.weights import is_finite
+from timm_fisher.lora import is_factor
 from timm_fisher.model import PooledModel
 
 FILES = ('config.json', WEIGHTS, 'README.md', 'metrics.json')
@@ -55,8 +56,9 @@ def save_pretrained(
         label_names: names of the classes, by index; None for those it was loaded with, if any.
         data_config: preprocessing, as `timm.data.resolve_input_data_config` gives it; None for
             the backbone's own, or what it was loaded with.
-        adapter: store head and classifier alone; None for where that is possible, that is where
-            the backbone has the weights that it was loaded with, from a known repository.
+        adapter: store head and classifier alone, and factors of LoRA; None for where that is
+            possible, that is where the backbone has the weights that it was loaded with, from a
+            known repository.
         backbone_id: that repository, for a backbone that was loaded from a folder.
         float16: names of tensors that are stored in half precision.
         card: what else the card says, see `timm_fisher.hub.card.make_card`.
@@ -91,7 +93,10 @@ def save_pretrained(
 
     def write(beside: Path) -> None:
         config = _write_model(model, beside, label_names, data_config, weights, adapter, float16)
-        text = make_card(model, config, reported, adapter=adapter, **(card or {}))
+        size = (beside / WEIGHTS).stat().st_size
+        text = make_card(
+            model, config, reported, adapter=adapter, stored_bytes=size, **(card or {})
+        )
         if old_text is not None:
             text = readme.update(text, old_text, f"'{old}'")
         (beside / 'README.md').write_bytes(text.encode())
@@ -146,7 +151,8 @@ def _why_no_adapter(model: PooledModel, weights: dict[str, str | None] | None) -
             'the backbone did not come from the Hub; backbone_id names the repository of the same '
             'weights'
         )
-    if digest(model.backbone.state_dict()) != weights['sha256']:
+    state = model.backbone.state_dict()
+    if digest({key: state[key] for key in state if not is_factor(key)}) != weights['sha256']:
         return f"the backbone's weights are no longer those of '{weights['hf_hub_id']}'"
     return ''
 
@@ -188,7 +194,9 @@ def _write_model(
     if unknown := sorted(set(float16) - set(state)):
         raise ValueError(f"The model has no tensor '{unknown[0]}' to be stored in float16.")
     if adapter:
-        state = {key: state[key] for key in state if not key.startswith('backbone.')}
+        state = {
+            key: state[key] for key in state if not key.startswith('backbone.') or is_factor(key)
+        }
     for key, value in state.items():
         # safetensors refuses other memory formats, such as that of a channels-last model.
         state[key] = (value.half() if key in float16 else value).contiguous()

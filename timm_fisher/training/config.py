@@ -111,6 +111,8 @@ class Config:
         backbone: any name that timm.create_model takes, local-dir:FOLDER included.
         pretrained: load the backbone's pretrained weights.
         backbone_kwargs: further arguments of the backbone.
+        lora: train low-rank changes of the backbone's weights in place of them, in the stages that
+            train it: r, alpha and targets, see timm_fisher/lora.py; {} for its defaults.
         backbone_stage: -1 pools the backbone's output, -2, -3, ... an earlier stage.
         class_token: drop, keep or append it, where the backbone has one.
         last_stride: 1 keeps stride 1 in the last stage of a ResNet, without dilation.
@@ -159,6 +161,7 @@ class Config:
     backbone: str = 'resnet50'
     pretrained: bool = False
     backbone_kwargs: dict[str, Any] = field(default_factory=dict)
+    lora: dict[str, Any] | None = None
     backbone_stage: int = -1
     class_token: Literal['drop', 'keep', 'append'] = 'drop'
     last_stride: int | None = None

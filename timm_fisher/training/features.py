@@ -179,8 +179,11 @@ def _size(shapes: list[tuple[int, ...]]) -> str:
 
 
 def _cache_key(model: PooledModel, dataset: Images, accelerator: Accelerator) -> str:
+    weights = model.backbone.state_dict()
+    if model.lora is not None:
+        weights = model.lora.merge(weights)  # untrained factors change nothing, whatever their seed
     about = (
-        digest(model.backbone.state_dict()),
+        digest(weights),
         dataset.split.fingerprint(),
         repr(dataset.transform),
         dataset.mode,

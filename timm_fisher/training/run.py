@@ -123,6 +123,7 @@ def create_model(config: Config, num_classes: int) -> PooledModel:
         num_classes=num_classes,
         head_kwargs=config.head_kwargs,
         backbone_kwargs=config.backbone_kwargs,
+        lora=config.lora,
         img_size=config.img_size,
         projection=config.projection,
         pre_norm=config.pre_norm,
