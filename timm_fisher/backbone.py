@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from timm_fisher.descriptors import StageDescriptors, find_descriptors, remove_unused
 from timm_fisher.head import PoolingHead
+from timm_fisher.lora import LoRA
 from timm_fisher.registry import get_head, nearest
 from timm_fisher.specification import HeadSpec
 
@@ -36,14 +37,16 @@ _DATA_KEYS = (
 @dataclass
 class Backbone:
     """A timm model without classifier, what reads its stages in ascending order, the size of an
-    image (channels, height, width), rows and columns of the last stage's descriptors, and those of
-    the model's arguments that its folder or repository has, beside size, channels and classes."""
+    image (channels, height, width), rows and columns of the last stage's descriptors, those of the
+    model's arguments that its folder or repository has, beside size, channels and classes, and
+    where its weights come from, if it is pretrained."""
 
     module: Any
     descriptors: StageDescriptors
     input_size: tuple[int, int, int]
     pool_size: tuple[int, int] | None
     arguments: dict[str, Any]
+    weights: dict[str, str | None] | None
 
 
 def create_backbone(
@@ -54,6 +57,7 @@ def create_backbone(
     heads: Sequence[HeadSpec],
     class_token: str,
     last_stride: int | None,
+    lora: LoRA | None,
     pretrained: bool,
 ) -> Backbone:
     """Look at a backbone on the meta device, then build it without what is not needed.
@@ -66,6 +70,7 @@ def create_backbone(
         arguments: of `timm.create_model`.
         img_size, class_token, last_stride, pretrained: as `PooledModel` takes them.
         heads: that pool its stages.
+        lora: low-rank changes, which its layers get factors of.
 
     Raises:
         ValueError: an unknown backbone, stage or class-token mode, or a backbone that cannot give
@@ -101,10 +106,13 @@ def create_backbone(
         if last_stride is not None:
             _keep_last_stride(module, last_stride)
     remove_unused(module, idle, dead)
+    weights = describe_weights(module, arguments.get('cache_dir')) if pretrained else None
+    if lora is not None:
+        lora.add_to(module, descriptors, input_size)
     recorded = ('num_classes', 'in_chans', 'img_size')  # by the model itself
     stored = getattr(module, 'pretrained_model_args', {})
     given = {key: value for key, value in stored.items() if key not in recorded}
-    return Backbone(module, descriptors, input_size, pool_size, given)
+    return Backbone(module, descriptors, input_size, pool_size, given, weights)
 
 
 def _check_context(backbone: str, head: HeadSpec, reader: Any) -> None:

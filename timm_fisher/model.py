@@ -13,14 +13,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from timm_fisher.backbone import (
-    check_number,
-    create_backbone,
-    describe_weights,
-    resize,
-    set_size,
-    wrap_cfg,
-)
+from timm_fisher.backbone import check_number, create_backbone, resize, set_size, wrap_cfg
 from timm_fisher.compose import ConcatHeads
 from timm_fisher.descriptors import Descriptors, StageDescriptors, read_last
 from timm_fisher.head import PoolingHead, Unpooled
@@ -110,6 +103,7 @@ class PooledModel(nn.Module):
             'cache_dir': cache_dir,
         }
         requested = {key: value for key, value in requested.items() if value is not None}
+        self.lora = None if lora is None else LoRA.of(lora)
         built = create_backbone(
             backbone,
             {**(backbone_kwargs or {}), **requested},
@@ -117,14 +111,11 @@ class PooledModel(nn.Module):
             heads=heads,
             class_token=class_token,
             last_stride=last_stride,
+            lora=self.lora,
             pretrained=pretrained,
         )
-        self.backbone = built.module
-        self.backbone_weights = describe_weights(self.backbone, cache_dir) if pretrained else None
+        self.backbone, self.backbone_weights = built.module, built.weights
         self.descriptors = built.descriptors
-        self.lora = None if lora is None else LoRA.of(lora)
-        if self.lora is not None:
-            self.lora.add_to(self.backbone, self.descriptors, built.input_size)
         self._always_frozen = [
             name for name, p in self.backbone.named_parameters() if not p.requires_grad
         ]
@@ -179,7 +170,7 @@ class PooledModel(nn.Module):
             'last_stride': last_stride,
         }
         given = {key: value for key, value in given.items() if value is not None}
-        self._given: dict[str, Any] = {'backbone': backbone, 'head': head, **given}
+        self._given = {'backbone': backbone, 'head': head, **given}
 
     @property
     def heads(self) -> list[tuple[PoolingHead, int]]:

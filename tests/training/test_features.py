@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import re
+import shutil
 import time
 
 import numpy as np
@@ -65,6 +67,28 @@ def test_cache_does_not_change_the_result(recipe, images, tmp_path, head, train)
         assert a['train_loss'] == pytest.approx(b['train_loss'], rel=1e-4)
         assert a['val_loss'] == pytest.approx(b['val_loss'], rel=1e-4)
     assert read_metrics(cached)['test'] == pytest.approx(read_metrics(plain)['test'], rel=1e-4)
+
+
+def test_disk_that_is_too_small_for_features(recipe, few_images, tmp_path, monkeypatch, capsys):
+    """A stage that trains the classifier alone needs pooled vectors alone."""
+    stages = {'warm': {**HEAD_ONLY['warm'], 'train': 'classifier'}}
+    options = {'data_dir': few_images, 'head': 'sparse_fisher', 'stages': stages}
+    expected = recipe(output=tmp_path / 'expected', **options, test_split=None)
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, 'disk_usage', lambda path: usage)
+    capsys.readouterr()
+    cache = tmp_path / 'small'
+    run = recipe(output=tmp_path / 'run', cache_dir=cache, **options, test_split=None)
+    said = 'MiB of features do not fit into .*/small: pooled vectors alone are kept'
+    text = capsys.readouterr().out
+    assert len(re.findall(said, text)) == 1
+    assert not list(cache.glob('*.npy'))
+    assert 'features of 24 images' in text  # pooled
+    for a, b in zip(read_log(run), read_log(expected), strict=True):
+        assert a['val_loss'] == pytest.approx(b['val_loss'], rel=1e-4)
+    # What is there already needs no room.
+    recipe(output=tmp_path / 'again', **options, test_split=None)
+    assert 'do not fit' not in capsys.readouterr().out
 
 
 def test_cache_is_used_again(recipe, few_images, tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ import copy
 import hashlib
 import math
 import os
+import shutil
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -76,8 +77,7 @@ def cache_features(
     weights, images and transform are in `config.cache_dir`, which all ranks must see, already.
     OSError if there is no space for them."""
     to_device(model, accelerator.device).eval()
-    stem = Path(config.cache_dir, _cache_key(model, dataset, accelerator))
-    paths = [stem.with_name(f'{stem.name}-{i}.npy') for i in range(len(model.descriptors))]
+    paths = _paths(model, dataset, config, accelerator)
     # The main process decides for all: another run may publish the same files at any moment.
     if not broadcast_object_list([all(_is_whole(path, len(dataset)) for path in paths)])[0]:
         features = partial(model.descriptors.features, model.backbone)
@@ -85,14 +85,44 @@ def cache_features(
     return Cached(paths, dataset, 'features')
 
 
-def cache_pooled(
-    model: PooledModel, features: Cached, path: Path, config: Config, accelerator: Accelerator
-) -> Cached:
-    """Pool cached features once, for a stage that trains the classifier alone, into a new file: the
-    head may have been trained meanwhile."""
+def has_room(
+    model: PooledModel, datasets: Sequence[Images], config: Config, accelerator: Accelerator
+) -> bool:
+    """Whether the features of all of these are in `config.cache_dir` already or fit onto its disk;
+    if not, the main process says how large they are."""
     to_device(model, accelerator.device).eval()
-    _write([path], lambda x: [model.pool(x)], features, config, accelerator)
-    return Cached([path], features, 'pooled')
+    missing: list[tuple[int, ...]] = []
+    for dataset in datasets:
+        image = send_to_device(dataset[0][0][None], accelerator.device)
+        with torch.inference_mode():
+            features = model.descriptors.features(model.backbone, image)
+        paths = _paths(model, dataset, config, accelerator)
+        if not all(_is_whole(path, len(dataset)) for path in paths):
+            missing += [(len(dataset), *tensor.shape[1:]) for tensor in features]
+    folder = next(path for path in (Path(config.cache_dir, '_').resolve().parents) if path.exists())
+    free = shutil.disk_usage(folder).free
+    fits, text = broadcast_object_list([_bytes(missing) <= free, _size(missing)])
+    if not fits:
+        accelerator.print(
+            f'{text} of features do not fit into {config.cache_dir}: pooled vectors alone are kept.'
+        )
+    return bool(fits)
+
+
+def cache_pooled(
+    model: PooledModel,
+    dataset: Images | Cached,
+    path: Path,
+    config: Config,
+    accelerator: Accelerator,
+) -> Cached:
+    """Pool images or their cached features once, for a stage that trains the classifier alone, into
+    a new file: the head may have been trained meanwhile."""
+    to_device(model, accelerator.device).eval()
+    from_images = dataset.gives == 'images'
+    pool = (lambda x: model.pool(model.forward_features(x))) if from_images else model.pool
+    _write([path], lambda x: [pool(x)], dataset, config, accelerator)
+    return Cached([path], dataset, 'pooled')
 
 
 @torch.inference_mode()
@@ -171,11 +201,23 @@ def _allocate(paths: list[Path], shapes: list[tuple[int, ...]]) -> None:
         ) from error
 
 
-def _size(shapes: list[tuple[int, ...]]) -> str:
+def _bytes(shapes: list[tuple[int, ...]]) -> int:
     """Of float32 arrays, together."""
-    size = sum(4 * math.prod(shape) for shape in shapes)
+    return sum(4 * math.prod(shape) for shape in shapes)
+
+
+def _size(shapes: list[tuple[int, ...]]) -> str:
+    size = _bytes(shapes)
     unit, exponent = ('GiB', 30) if size >= 2**30 else ('MiB', 20)
     return f'{three_digits(size / 2**exponent)} {unit}'
+
+
+def _paths(
+    model: PooledModel, dataset: Images, config: Config, accelerator: Accelerator
+) -> list[Path]:
+    """Files of the features of a data set, one for each stage that the model pools."""
+    stem = Path(config.cache_dir, _cache_key(model, dataset, accelerator))
+    return [stem.with_name(f'{stem.name}-{i}.npy') for i in range(len(model.descriptors))]
 
 
 def _cache_key(model: PooledModel, dataset: Images, accelerator: Accelerator) -> str:

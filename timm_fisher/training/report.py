@@ -132,3 +132,10 @@ def draw_curve(history: list[dict[str, Any]], path: Path) -> None:
             axes[-1].annotate(row['stage'], (i + 0.6, 0.02), xycoords=('data', 'axes fraction'))
     figure.tight_layout()
     save_png(figure, path)
+
+
+def one_line(results: dict[str, Any]) -> str:
+    """Results as a text: `val loss 0.1234, val accuracy 98.76%`."""
+    forms = {k: '.4g' if isinstance(v, float) else '' for k, v in results.items()}
+    forms |= {k: '.2%' for k in forms if 'accuracy' in k or 'recall' in k}
+    return ', '.join(f'{k.replace("_", " ")} {v:{forms[k]}}' for k, v in results.items())

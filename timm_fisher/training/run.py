@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -38,9 +39,15 @@ from timm_fisher.training.checkpoint import (
 from timm_fisher.training.config import Config, Stage
 from timm_fisher.training.data import Images, create_datasets, load_splits, preprocessing
 from timm_fisher.training.device import create_accelerator, to_device
-from timm_fisher.training.features import Cached, cache_features, cache_pooled, create_loader
+from timm_fisher.training.features import (
+    Cached,
+    cache_features,
+    cache_pooled,
+    create_loader,
+    has_room,
+)
 from timm_fisher.training.metric_learning import MetricLearning, PerClassSampler
-from timm_fisher.training.report import describe, draw_curve, head_names
+from timm_fisher.training.report import describe, draw_curve, head_names, one_line
 from timm_fisher.training.stages import (
     Objective,
     create_objective,
@@ -265,7 +272,7 @@ class Run:
             if metric in result:
                 row[f'val_{metric}'] = result[metric]
         row['seconds'] = round(time.perf_counter() - start, 2)
-        self.accelerator.print(_text(row))
+        self.accelerator.print(one_line(row))
         if isinstance(scheduler, ReduceLROnPlateau):
             scheduler.step(row['train_loss'])
         progress.steps += len(training.loader)
@@ -383,25 +390,30 @@ class Run:
         }
         if self.accelerator.is_main_process:
             write(self.output / 'metrics.json', json.dumps(metrics, indent=2) + '\n')
-        self.accelerator.print(f'{split}: {_text(result)} -> {self.output}')
+        self.accelerator.print(f'{split}: {one_line(result)} -> {self.output}')
         return metrics
 
     def _datasets(self, stage: Stage, *, pool: bool = False) -> dict[str, Any]:
         """Images, or, with a frozen backbone, features of the model as it is now or, to `pool`, its
-        pooled vectors where the classifier alone is trained."""
-        config, accelerator = self.config, self.accelerator
+        pooled vectors where the classifier alone is trained. For that no features need be kept."""
+        model, config, accelerator = self.model, self.config, self.accelerator
         if not config.caches(stage):
             return self.images
-        pool = pool and stage.train == 'classifier' and not stage.head_loss
-        cached = {}
+        data: dict[str, Any] = {k: self.images[k] for k in self.images if k != 'augmented'}
+        classifier_alone = stage.train == 'classifier' and not stage.head_loss
         with self._timed('features'):
-            for name in (name for name in self.images if name != 'augmented'):
-                data = cache_features(self.model, self.images[name], config, accelerator)
-                if pool and name != 'test':
+            if not classifier_alone or self._has_room:
+                data = {k: cache_features(model, data[k], config, accelerator) for k in data}
+            for name in data if pool and classifier_alone else ():
+                if name != 'test':
                     path = self.output / 'pooled' / f'{name}.npy'
-                    data = cache_pooled(self.model, data, path, config, accelerator)
-                cached[name] = data
-        return cached
+                    data[name] = cache_pooled(model, data[name], path, config, accelerator)
+        return data
+
+    @cached_property
+    def _has_room(self) -> bool:
+        images = [self.images[name] for name in self.images if name != 'augmented']
+        return has_room(self.model, images, self.config, self.accelerator)
 
     def _evaluate(self, objective: Objective, dataset: Data, name: str) -> dict[str, Any]:
         """Results of an objective on a data set, each image counted once, on all ranks."""
@@ -436,10 +448,3 @@ class Run:
         label_names = self.classes if self.model.num_classes else None
         data_config = self.data_config
         timm_fisher.save_model(self.model, folder, label_names=label_names, data_config=data_config)
-
-
-def _text(results: dict[str, Any]) -> str:
-    """`val loss 0.1234, val accuracy 98.76%`."""
-    forms = {k: '.4g' if isinstance(v, float) else '' for k, v in results.items()}
-    forms |= {k: '.2%' for k in forms if 'accuracy' in k or 'recall' in k}
-    return ', '.join(f'{k.replace("_", " ")} {v:{forms[k]}}' for k, v in results.items())
