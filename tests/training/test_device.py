@@ -96,3 +96,10 @@ def test_other_devices_get_the_memory_format_alone(monkeypatch):
     model = to_device(nn.Conv2d(3, 4, 3), 'meta')
     assert model.weight.is_meta
     assert model.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_launch_that_shards_the_model_is_refused(recipe, tmp_path, monkeypatch):
+    monkeypatch.setenv('ACCELERATE_USE_FSDP', 'true')
+    with pytest.raises(ValueError, match=r'launched with FSDP: .* Launch without it'):
+        recipe(data_dir=tmp_path)
+    assert not (tmp_path / 'run').exists()

@@ -54,7 +54,17 @@ def _keep_freed_memory() -> None:
 
 
 def create_accelerator(config: Config) -> Accelerator:
-    """Accelerate, for the devices and the precision that the run was launched for."""
+    """Accelerate, for the devices and the precision that the run was launched for.
+
+    Raises:
+        ValueError: it was launched to shard the model.
+    """
+    for name in ('FSDP', 'DEEPSPEED', 'MEGATRON_LM'):
+        if os.environ.get(f'ACCELERATE_USE_{name}') == 'true':
+            raise ValueError(
+                f'This run was launched with {name}: recipes keep the whole model on each device '
+                '(DDP). Launch without it. A large backbone takes least memory frozen, or by lora.'
+            )
     # An unsupervised loss need not depend on all that the stage trains.
     unsupervised = any(stage.unsupervised for stage in config.stages.values())
     accelerator = Accelerator(
