@@ -31,18 +31,19 @@ class Named(TensorDataset):
 
 
 def write_shards(images: Path, folder: Path, **counts: Sequence[int]) -> Path:
-    """`folder/SPLIT-0.tar`, ...: shards as webdataset has them of `images/SPLIT/CLASS/*.png`, of so
-    many images each, by split, or one of all."""
+    """`folder/SPLIT-0.tar`, ...: shards as webdataset has them of `images/SPLIT/CLASS/`, of so many
+    images each, by split, or one of all."""
     folder.mkdir(exist_ok=True)
     classes = sorted(path.name for path in (images / 'train').iterdir())
     for split in sorted(path.name for path in images.iterdir()):
-        paths = iter(sorted((images / split).rglob('*.png')))
+        paths = iter(sorted((images / split).glob('*/*')))
         for i, count in enumerate(counts.get(split, [10**6])):
             with tarfile.open(folder / f'{split}-{i}.tar', 'w') as file:
                 for path in itertools.islice(paths, count):
                     name = path.relative_to(images / split).with_suffix('')
                     label = str(classes.index(path.parent.name)).encode()
-                    for ending, content in (('png', path.read_bytes()), ('cls', label)):
+                    parts = {path.suffix.removeprefix('.'): path.read_bytes(), 'cls': label}
+                    for ending, content in parts.items():
                         info = tarfile.TarInfo(f'{name.as_posix()}.{ending}')
                         info.size = len(content)
                         file.addfile(info, io.BytesIO(content))

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+from distributed_checks import FITTED
 from streams import Named, Shards
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
@@ -173,3 +178,40 @@ def test_a_data_set_is_in_its_order():
     with torch.no_grad():
         expected = model.eval().forward_features(images).flatten(2).transpose(1, 2)
     torch.testing.assert_close(x, expected)
+
+
+FIT = """
+import resource, sys, torch
+from torch.utils.data import DataLoader, IterableDataset
+import distributed_checks, timm_fisher
+
+class Generated(IterableDataset):
+    def __iter__(self):
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(NUMBER // 100):
+            for image in torch.randn(100, 3, 32, 32, generator=generator):
+                yield image, 0
+
+torch.set_num_threads(1)
+assert timm_fisher.fit(distributed_checks.create(HEAD), DataLoader(Generated(), 100)) == NUMBER
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ('head', 'number'),
+    [*((head, 20_000) for head in FITTED), ('sparse_fisher', 100_000), ('smso', 100_000)],
+)
+def test_memory_does_not_grow_with_the_stream(head, number):
+    """Descriptors of 20 000 images would take 655 MB, of 100 000 five times as much."""
+    megabytes = []
+    for count in (1_000, number):
+        script = f'HEAD, NUMBER = {head!r}, {count}\n{FIT}'
+        environment = {**os.environ, 'PYTHONPATH': str(Path(__file__).parents[1])}
+        done = subprocess.run(
+            [sys.executable, '-c', script], env=environment, check=True, stdout=subprocess.PIPE
+        )
+        megabytes.append(int(done.stdout))
+    print(head, number, megabytes)
+    assert megabytes[1] - megabytes[0] < 150

@@ -163,7 +163,7 @@ def test_npz_fingerprints(npz):
 
     def prints(x, y, **options):
         splits, _ = load_npz(npz(x=x, y=y), **options)
-        return {name: split.fingerprint() for name, split in splits.items()}
+        return {name: split.fingerprint for name, split in splits.items()}
 
     x, y = digits(60)
     first = prints(x, y)

@@ -6,13 +6,15 @@ import io
 import json
 import re
 import tarfile
+from statistics import fmean, stdev
 
 import pytest
 import torch
-from conftest import COLOURS, TINY, write_images
+from conftest import COLOURS, DATA, TINY, write_images
 from run_checks import finish, read_log, read_metrics, read_weights, slow
 from streams import write_shards
 
+from timm_fisher.hub.pypi import write_lite0
 from timm_fisher.numerics.hashing import numbers_of_contents
 from timm_fisher.training.config import Config
 from timm_fisher.training.data import create_datasets, load_splits
@@ -41,15 +43,19 @@ def shards(folder, tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def parquet(folder, tmp_path_factory):
+    return write_parquet(folder, tmp_path_factory.mktemp('parquet'))
+
+
+def write_parquet(folder, place):
     """The same images in parquet files of 🤗 datasets, under other names of columns."""
-    place = tmp_path_factory.mktemp('parquet')
+    classes = sorted(path.name for path in (folder / 'train').iterdir())
     for split in ('train', 'val', 'test'):
-        paths = sorted((folder / split).rglob('*.png'))
+        paths = sorted((folder / split).glob('*/*'))
         rows = {
             'photo': [str(path) for path in paths],
-            'colour': [CLASSES.index(path.parent.name) for path in paths],
+            'colour': [classes.index(path.parent.name) for path in paths],
         }
-        features = {'photo': datasets.Image(), 'colour': datasets.ClassLabel(names=CLASSES)}
+        features = {'photo': datasets.Image(), 'colour': datasets.ClassLabel(names=classes)}
         data = datasets.Dataset.from_dict(rows, datasets.Features(features))
         for i in range(2):
             data.shard(2, i).to_parquet(place / f'data/{split}-{i:05d}-of-00002.parquet')
@@ -227,3 +233,44 @@ def test_a_row_does_not_choose_the_file(folder, tmp_path):
     for place in (str(path), f'file://{path}', 'https://example.org/x.png', None):
         with pytest.raises(ValueError, match='it holds no image'):
             _open({'bytes': None, 'path': place}, is_local=False)
+
+
+@pytest.mark.slow
+def test_trashnet_from_shards(recipe, tmp_path):
+    """As accurate as from its folder, within what seeds make of it."""
+    images = DATA / 'trashnet'
+    if not images.exists():
+        pytest.skip('needs trashnet: set TIMM_FISHER_DATA to the folder that holds it')
+    write_lite0(tmp_path / 'lite0')
+    classes = sorted(path.name for path in (images / 'train').iterdir())
+    shards = write_shards(images, tmp_path / 'shards', train=[500, 20, 10**6])
+    parquet = write_parquet(images, tmp_path / 'parquet')
+    keys = {'input_key': 'photo', 'target_key': 'colour'}
+    sources = {
+        'folder': {'data_dir': images},
+        'wds': {'dataset': 'wds/trashnet', 'data_dir': shards, 'classes': classes},
+        'hfids': {'dataset': f'hfids/{parquet}', 'data_dir': tmp_path / 'hf', **keys},
+    }
+    accuracies = {}
+    for source, options in sources.items():
+        for seed in range(3):
+            run = recipe(
+                output=tmp_path / f'{source}-{seed}',
+                seed=seed,
+                **options,
+                backbone=f'local-dir:{tmp_path / "lite0"}',
+                pretrained=True,
+                head='avg + sparse_fisher@-2',
+                head_kwargs={'reduce_dim': 32, 'code_dim': 16},
+                backbone_stage=-1,
+                img_size=96,
+                batch_size=64,
+                stages={'only': {'train': 'classifier', 'epochs': 5, 'lr': 0.005}},
+                cache=False,
+            )
+            accuracies.setdefault(source, []).append(read_metrics(run)['test']['accuracy'])
+    print(accuracies)
+    mean, deviation = fmean(accuracies['folder']), stdev(accuracies['folder'])
+    for source in ('wds', 'hfids'):
+        assert fmean(accuracies[source]) == pytest.approx(mean, abs=2 * deviation + 0.01)
+    assert mean > 0.7

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -58,9 +59,10 @@ class Split:
         rest, part = (self.take(part[np.argsort(self.indices[part])]) for part in parts)
         return rest, part
 
+    @cached_property
     def fingerprint(self) -> str:
-        """Changes when the images do; of data that are neither files nor one array, when one of 256
-        images does, evenly spread."""
+        """Changes when the images do, up to when it is first asked for; of data that are neither
+        files nor one array, when one of 256 images does, evenly spread."""
         source = getattr(self.dataset, 'reader', self.dataset)
         digest = hashlib.sha256(self.indices.tobytes() + self.labels.tobytes())
         if isinstance(source, ArrayImages):
@@ -207,7 +209,7 @@ def load_splits(config: Config) -> tuple[dict[str, Split], list[str]]:
         stratify = None if config.unsupervised else train.labels
         parts = train.carve('validation', config.val_fraction, stratify, config.seed)
         splits['train'], splits['val'] = parts
-    prints = {name: split.fingerprint() for name, split in splits.items()}
+    prints = {name: split.fingerprint for name, split in splits.items()}
     for name, other in itertools.combinations(prints, 2):
         if prints[name] == prints[other]:
             raise ValueError(
@@ -320,7 +322,7 @@ def _whole(dataset: Any, cache_dir: str | None = None) -> Split:
     if hasattr(source, 'samples'):
         seen = None
         with suppress(OSError):  # a file that is not there, as will be said
-            seen = Path(cache_dir, f'readable-{split.fingerprint()}') if cache_dir else None
+            seen = Path(cache_dir, f'readable-{split.fingerprint}') if cache_dir else None
         if seen is None or not seen.exists():
             _refuse_unreadable([path for path, _ in source.samples])
             if seen is not None:

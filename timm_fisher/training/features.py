@@ -226,7 +226,7 @@ def _cache_key(model: PooledModel, dataset: Images, accelerator: Accelerator) ->
         weights = model.lora.merge(weights)  # untrained factors change nothing, whatever their seed
     about = (
         digest(weights),
-        dataset.split.fingerprint(),
+        dataset.split.fingerprint,
         repr(dataset.transform),
         dataset.mode,
         repr(model.descriptors),
