@@ -83,6 +83,14 @@ def fitted_to_stream(head: str, rank: int = 0, world_size: int = 1) -> dict[str,
     return {name: tensor.clone() for name, tensor in model.head.state_dict().items()}
 
 
+def fitted_by_one_rank(rank: int = 0) -> dict[str, Tensor]:
+    """In float64; the other ranks have no images."""
+    model, (images, _) = create('sparse_fisher').double(), create_images(59)
+    shards = Shards(images.double(), [] if rank else [range(59)], named=True)
+    timm_fisher.fit(model, DataLoader(shards, batch_size=8))
+    return {name: tensor.clone() for name, tensor in model.head.state_dict().items()}
+
+
 class WithLoss(nn.Module):
     """A model whose `forward` gives the loss too: what DDP wraps."""
 
@@ -155,6 +163,7 @@ def main() -> None:
             results['fit to a stream'][head] = fitted_to_stream(head, rank, world_size)
         module = accelerator.prepare_model(WithLoss(create(head)))
         results['gradients'][head] = gradients(module, rank, world_size)
+    results['fit of one rank'] = fitted_by_one_rank(rank)
     results['updated'] = updated(rank, world_size)
     torch.manual_seed(0)
     module = accelerator.prepare_model(metric_learning())

@@ -146,6 +146,12 @@ def test_fit_to_a_stream_on_two_ranks_equals_the_fit_on_one(ranks, head):
         torch.testing.assert_close(found, ranks[0]['fit to a stream'][head], atol=0, rtol=0)
 
 
+def test_fit_where_one_rank_has_all_images(ranks):
+    expected = distributed_checks.fitted_by_one_rank()
+    for rank in ranks:
+        torch.testing.assert_close(rank['fit of one rank'], expected, atol=1e-12, rtol=1e-12)
+
+
 @pytest.mark.parametrize('head', distributed_checks.HEADS)
 def test_gradients_on_two_ranks_equal_those_on_one(ranks, head):
     expected = distributed_checks.gradients(

@@ -122,12 +122,15 @@ class DescriptorStream(ABC):
     def _first_of_ranks(self, n: int, keys: np.ndarray, rows: Tensor) -> Tensor:
         """The first `n` of all ranks' rows `[m, D]`, by their keys `[m, 2]`."""
         world_size, rank = _ranks()
-        counts = torch.zeros(world_size, dtype=torch.long)
-        counts[rank] = len(keys)
-        counts = self.sum(counts)[0].cpu()
+        about = torch.zeros(world_size, 2, dtype=torch.long)
+        if len(keys):
+            about[rank] = torch.tensor([len(keys), rows.dtype == torch.float64])
+        about = self.sum(about)[0].cpu()
+        counts, double = about[:, 0], bool(about[:, 1].any())
         start, total = int(counts[:rank].sum()), int(counts.sum())
         if not total:
             raise ValueError('fit needs at least one image; the loader gives none.')
+        rows = rows.to(torch.float64 if double else rows.dtype)  # of a rank without a share, too
         of_all = torch.zeros(total, 2, dtype=torch.long)
         of_all[start : start + len(keys)] = torch.from_numpy(keys)
         order = _order(self.sum(of_all)[0].cpu().numpy())[:n] - start
