@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 from small_models import backbone_of
-from streams import Shards
+from streams import Named, Shards
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader
 
 import timm_fisher
 from timm_fisher import PoolingHead, get_head
@@ -70,8 +70,8 @@ def create_images(count: int) -> tuple[Tensor, Tensor]:
 
 def fitted(head: str) -> dict[str, Tensor]:
     """The head after a fit to 59 images: 15 104 descriptors, the last batch is incomplete."""
-    model = create(head)
-    timm_fisher.fit(model, DataLoader(TensorDataset(*create_images(59)), batch_size=8))
+    model, (images, _) = create(head), create_images(59)
+    timm_fisher.fit(model, DataLoader(Named(images), batch_size=8))
     return {name: tensor.clone() for name, tensor in model.head.state_dict().items()}
 
 
