@@ -104,6 +104,7 @@ class LoRA:
             ValueError: a target that cannot be changed.
             ImportError: peft is missing.
         """
+        names = '|'.join(map(re.escape, self.layers(backbone)))
         try:
             from peft import LoraConfig, inject_adapter_in_model
         except ImportError as error:
@@ -111,7 +112,6 @@ class LoRA:
                 'Factors of LoRA that are trained need peft: pip install "timm_fisher[lora]". '
                 'A saved model with its factors merged needs none.'
             ) from error
-        names = '|'.join(map(re.escape, self.layers(backbone)))
         config = LoraConfig(r=self.r, lora_alpha=self.alpha, target_modules=names)
         inject_adapter_in_model(config, backbone)
         _check_called(backbone, read, input_size)
