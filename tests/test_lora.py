@@ -215,6 +215,17 @@ def test_merged_and_unmerged_agree(peft, tmp_path, backbone):
     ]
 
 
+def test_size_of_images_and_patches(peft, tmp_path):
+    timm_fisher.save_model(with_changes('test_vit'), tmp_path)
+    merged, apart = (load(tmp_path, merge_lora=merge, img_size=192) for merge in (True, False))
+    x = images(size=192)
+    torch.testing.assert_close(merged(x), apart(x), rtol=1e-4, atol=1e-6)
+    merged.set_input_size(patch_size=8)
+    with pytest.raises(ValueError, match='Patches keep their size beside lora'):
+        apart.set_input_size(patch_size=8)
+    assert torch.equal(apart(x), load(tmp_path, merge_lora=False, img_size=192)(x))
+
+
 def test_layer_that_is_not_called_is_refused(peft):
     with torch.device('meta'), pytest.raises(ValueError, match=r"does not call its layer .*\.qkv'"):
         timm_fisher.create_model('beit_base_patch16_224', lora={})

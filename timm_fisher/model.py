@@ -362,8 +362,11 @@ class PooledModel(nn.Module):
         that fixes them resamples its position embedding and patch embedding.
 
         Raises:
-            ValueError: the backbone can neither take another size nor resample.
+            ValueError: the backbone can neither take another size nor resample, or has LoRA factors
+                beside its patch embedding.
         """
+        if patch_size is not None and self.lora is not None:
+            raise ValueError('Patches keep their size beside lora. Load the model with it merged.')
         size = to_2tuple(img_size or self.pretrained_cfg['input_size'][1:])
         resize(self.backbone, size, None if patch_size is None else to_2tuple(patch_size))
         input_size = (self.in_chans, *size)
