@@ -105,8 +105,12 @@ LAYER = 'backbone.conv1.0'
             'unexpected backbone.fc.lora_A.weight',
         ),
         (lambda w: w[f'{LAYER}.lora_A.weight'].fill_(float('nan')), 'lora_A.weight holds NaN'),
+        (
+            lambda w: [w[f'{LAYER}.lora_{key}.weight'].fill_(1e30) for key in 'AB'],
+            f'the factors of LoRA make {LAYER}.weight infinite',
+        ),
     ],
-    ids=['missing', 'another rank', 'unexpected', 'NaN'],
+    ids=['missing', 'another rank', 'unexpected', 'NaN', 'infinite'],
 )
 def test_factors_are_checked(tmp_path, change, message):
     write_with_factors(tmp_path)
@@ -158,7 +162,9 @@ def test_missing_peft_is_said(monkeypatch):
     ('lora', 'error', 'message'),
     [
         ({'rank': 4}, TypeError, "lora has no argument 'rank'.*Arguments: r, alpha, targets"),
-        ({'r': 0}, ValueError, 'r=0 and alpha=16; both are 1 or more'),
+        ({'r': 0}, ValueError, 'r of lora is 0; give a whole number from 1 to 1024'),
+        ({'r': 2000}, ValueError, 'r of lora is 2000'),
+        ({'alpha': 2.5}, ValueError, 'alpha of lora is 2.5; give a whole number'),
         ({'targets': 'conv1'}, ValueError, 'give a list of names'),
         ({'targets': ['conv_dw']}, ValueError, "'conv_dw' of lora's targets"),
         ({'targets': ['pw']}, ValueError, "'pw' of lora's targets"),  # no whole name
@@ -224,6 +230,15 @@ def test_size_of_images_and_patches(peft, tmp_path):
     with pytest.raises(ValueError, match='Patches keep their size beside lora'):
         apart.set_input_size(patch_size=8)
     assert torch.equal(apart(x), load(tmp_path, merge_lora=False, img_size=192)(x))
+
+
+def test_stages_can_be_taken_out(peft):
+    model = create('test_vit', lora={'r': 2})
+    model.prune_intermediate_layers([0], prune_head=False)
+    model.requires_grad_(True)
+    trained = [name for name, p in model.backbone.named_parameters() if p.requires_grad]
+    assert trained
+    assert all('.lora_' in name for name in trained)
 
 
 def test_layer_that_is_not_called_is_refused(peft):

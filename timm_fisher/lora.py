@@ -33,10 +33,11 @@ class LoRA:
         r: rank of the changes.
         alpha: the changes are scaled by alpha / r.
         targets: layers to change, by their names or the ends of their names, such as 'qkv' or
-            'mlp.fc1'; none for all linear layers and convolutions without groups or dilation.
+            'mlp.fc1'; none for all linear layers and convolutions without groups, dilation or
+            standardized weights.
 
     Raises:
-        ValueError: a rank or an alpha below 1, or targets that are one text.
+        ValueError: a value of another type, or out of range.
     """
 
     r: int = 8
@@ -44,10 +45,14 @@ class LoRA:
     targets: Sequence[str] = ()
 
     def __post_init__(self) -> None:
-        if self.r < 1 or self.alpha < 1:
-            raise ValueError(f'lora has r={self.r} and alpha={self.alpha}; both are 1 or more.')
-        if isinstance(self.targets, str):
-            raise ValueError(f'targets of lora are {self.targets!r}; give a list of names.')
+        for name, value, most in (('r', self.r, 1024), ('alpha', self.alpha, 2**20)):
+            if type(value) is not int or not 1 <= value <= most:
+                raise ValueError(
+                    f'{name} of lora is {value!r:.100}; give a whole number from 1 to {most}.'
+                )
+        targets = self.targets
+        if not isinstance(targets, list | tuple) or any(type(name) is not str for name in targets):
+            raise ValueError(f'targets of lora are {targets!r:.100}; give a list of names.')
 
     @classmethod
     def of(cls, arguments: Mapping[str, Any]) -> Self:
@@ -67,6 +72,8 @@ class LoRA:
             for name, layer in backbone.named_modules()
             if type(layer) in LAYERS and layer.weight.requires_grad and _is_simple(layer)
         }
+        if not found:
+            raise ValueError(f'{type(backbone).__name__} has no layer that lora can change.')
         if not self.targets:
             return found
         chosen: dict[str, nn.Linear | nn.Conv2d] = {}

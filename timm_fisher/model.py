@@ -338,8 +338,9 @@ class PooledModel(nn.Module):
         """As `nn.Module.requires_grad_`, but what timm froze in the backbone, or what the
         descriptors do not depend on, stays frozen."""
         super().requires_grad_(requires_grad)
-        for name in self._always_frozen:
-            self.backbone.get_parameter(name).requires_grad_(False)
+        for name, parameter in self.backbone.named_parameters():
+            if name in self._always_frozen:
+                parameter.requires_grad_(False)
         return self
 
     def freeze_backbone(self, frozen: bool = True) -> Self:
@@ -362,8 +363,7 @@ class PooledModel(nn.Module):
         that fixes them resamples its position embedding and patch embedding.
 
         Raises:
-            ValueError: the backbone can neither take another size nor resample, or has LoRA factors
-                beside its patch embedding.
+            ValueError: the backbone can neither take another size nor resample, or it has lora.
         """
         if patch_size is not None and self.lora is not None:
             raise ValueError('Patches keep their size beside lora. Load the model with it merged.')

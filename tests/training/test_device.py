@@ -98,8 +98,9 @@ def test_other_devices_get_the_memory_format_alone(monkeypatch):
     assert model.weight.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_launch_that_shards_the_model_is_refused(recipe, tmp_path, monkeypatch):
-    monkeypatch.setenv('ACCELERATE_USE_FSDP', 'true')
-    with pytest.raises(ValueError, match=r'launched with FSDP: .* Launch without it'):
+@pytest.mark.parametrize('name', ['FSDP', 'DEEPSPEED', 'MEGATRON_LM', 'PARALLELISM_CONFIG'])
+def test_launch_that_shards_the_model_is_refused(recipe, tmp_path, monkeypatch, name):
+    monkeypatch.setenv(f'ACCELERATE_USE_{name}', 'True')
+    with pytest.raises(ValueError, match=rf'launched with {name}: .* Launch without it'):
         recipe(data_dir=tmp_path)
     assert not (tmp_path / 'run').exists()

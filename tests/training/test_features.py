@@ -81,7 +81,7 @@ def test_disk_that_is_too_small_for_features(recipe, few_images, tmp_path, monke
     run = recipe(output=tmp_path / 'run', cache_dir=cache, **options, test_split=None)
     said = 'MiB of features do not fit into .*/small: pooled vectors alone are kept'
     text = capsys.readouterr().out
-    assert len(re.findall(said, text)) == 1
+    assert re.search(said, text)
     assert not list(cache.glob('*.npy'))
     assert 'features of 24 images' in text  # pooled
     for a, b in zip(read_log(run), read_log(expected), strict=True):

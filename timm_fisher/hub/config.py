@@ -21,6 +21,7 @@ from timm_fisher.errors import LoadError
 from timm_fisher.head import MOST_FEATURES
 from timm_fisher.hub.text import LONGEST_LABEL, problem
 from timm_fisher.hub.weights import find_file
+from timm_fisher.lora import LoRA
 from timm_fisher.registry import nearest
 
 ARCHITECTURE = 'timm_fisher'
@@ -159,9 +160,10 @@ def _is_table(value: Any) -> bool:
 
 
 def _is_lora(value: Any) -> bool:
-    return _is_table(value) and all(
-        key in _LORA and _LORA[key](option) for key, option in value.items()
-    )
+    try:
+        return _is_table(value) and len(LoRA.of(value).targets) <= MOST_VALUES
+    except (TypeError, ValueError):
+        return False
 
 
 def _is_weights(value: Any) -> bool:
@@ -169,11 +171,6 @@ def _is_weights(value: Any) -> bool:
     return known and all(text is None or _is_text(200)(text) for text in value.values())
 
 
-_LORA: dict[str, Callable[[Any], bool]] = {
-    'r': _is_whole(1, 1024),
-    'alpha': _is_whole(1, 2**20),
-    'targets': _is_list(_is_text(200), 1000),
-}
 _ARGUMENTS: dict[str, _Check] = {
     'backbone': ("one of timm's architectures", _is_architecture),
     'head': (

@@ -17,7 +17,7 @@ from timm_fisher.backbone import can_resize, digest
 from timm_fisher.errors import LoadError
 from timm_fisher.hub.config import TRUST, SavedConfig, read_config
 from timm_fisher.hub.state import check_rebuildable, rebuild_derived_buffers
-from timm_fisher.hub.weights import Header, check_tensors, read_header, read_tensors
+from timm_fisher.hub.weights import Header, check_tensors, is_finite, read_header, read_tensors
 from timm_fisher.lora import LoRA, is_factor
 from timm_fisher.model import PooledModel
 from timm_fisher.place import with_place
@@ -265,6 +265,12 @@ def _fill(
     tensors |= read_tensors(header, expected)
     if lora is not None:
         tensors = lora.merge(tensors)
+        for name, value in tensors.items():
+            if not is_finite(value):
+                raise LoadError(
+                    f"The weights of '{header.where}' are refused: the factors of LoRA make "
+                    f'{name} infinite. Nothing was loaded.'
+                )
     for name, wanted in model.state_dict().items():
         if tensors[name].shape != wanted.shape:
             tensors[name] = _adapt_stem(tensors[name], model.in_chans, wanted.shape, header.where)

@@ -59,8 +59,8 @@ def create_accelerator(config: Config) -> Accelerator:
     Raises:
         ValueError: it was launched to shard the model.
     """
-    for name in ('FSDP', 'DEEPSPEED', 'MEGATRON_LM'):
-        if os.environ.get(f'ACCELERATE_USE_{name}') == 'true':
+    for name in ('FSDP', 'DEEPSPEED', 'MEGATRON_LM', 'PARALLELISM_CONFIG'):
+        if os.environ.get(f'ACCELERATE_USE_{name}', '').lower() == 'true':
             raise ValueError(
                 f'This run was launched with {name}: recipes keep the whole model on each device '
                 '(DDP). Launch without it. A large backbone takes least memory frozen, or by lora.'

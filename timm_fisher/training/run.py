@@ -14,7 +14,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -402,18 +401,13 @@ class Run:
         data: dict[str, Any] = {k: self.images[k] for k in self.images if k != 'augmented'}
         classifier_alone = stage.train == 'classifier' and not stage.head_loss
         with self._timed('features'):
-            if not classifier_alone or self._has_room:
+            if not classifier_alone or has_room(model, [*data.values()], config, accelerator):
                 data = {k: cache_features(model, data[k], config, accelerator) for k in data}
             for name in data if pool and classifier_alone else ():
                 if name != 'test':
                     path = self.output / 'pooled' / f'{name}.npy'
                     data[name] = cache_pooled(model, data[name], path, config, accelerator)
         return data
-
-    @cached_property
-    def _has_room(self) -> bool:
-        images = [self.images[name] for name in self.images if name != 'augmented']
-        return has_room(self.model, images, self.config, self.accelerator)
 
     def _evaluate(self, objective: Objective, dataset: Data, name: str) -> dict[str, Any]:
         """Results of an objective on a data set, each image counted once, on all ranks."""
