@@ -126,6 +126,7 @@ def test_factors_are_checked(tmp_path, change, message):
         ({'r': 4, 'code': 'x'}, 'lora is .*, not a table of'),
         ({'r': 4, 'targets': 'conv1'}, 'lora is .*, not a table of'),
         ({'r': 4, 'targets': ['layer9']}, "'layer9' of lora's targets is no linear layer"),
+        ({'r': 4, 'targets': ['\x1b[2J']}, 'lora is .*, not a table of'),
         ({'r': 1024}, 'differences'),
     ],
 )
@@ -211,7 +212,9 @@ def test_merged_and_unmerged_agree(peft, tmp_path, backbone):
     model = with_changes(backbone)
     x = images(size=model.pretrained_cfg['input_size'][1])
     timm_fisher.save_model(model, tmp_path)
-    assert (model(x) - create(backbone)(x)).abs().max() > 1e-3
+    plain = create(backbone)
+    plain.load_state_dict({k: v for k, v in model.state_dict().items() if not is_factor(k)})
+    assert (model.forward_features(x) - plain.forward_features(x)).abs().max() > 1e-3
     apart = load(tmp_path, merge_lora=False)
     assert torch.equal(apart(x), model(x))
     assert torch.equal(copy.deepcopy(apart)(x), model(x))
@@ -230,6 +233,13 @@ def test_size_of_images_and_patches(peft, tmp_path):
     with pytest.raises(ValueError, match='Patches keep their size beside lora'):
         apart.set_input_size(patch_size=8)
     assert torch.equal(apart(x), load(tmp_path, merge_lora=False, img_size=192)(x))
+
+
+def test_in_inference_mode(peft):
+    with torch.inference_mode():
+        model = create('test_resnet', lora={'r': 2})
+    model.forward_features(images()).sum().backward()
+    assert model.backbone.conv1[0].lora_B.default.weight.grad is not None
 
 
 def test_stages_can_be_taken_out(peft):

@@ -102,7 +102,8 @@ def create_backbone(
     if torch.get_default_device().type == 'meta':
         module = seen
     else:
-        module = timm.create_model(name, pretrained=pretrained, **arguments)
+        with torch.inference_mode(False):  # whose tensors could not be trained later
+            module = timm.create_model(name, pretrained=pretrained, **arguments)
         if last_stride is not None:
             _keep_last_stride(module, last_stride)
     remove_unused(module, idle, dead)

@@ -120,7 +120,8 @@ class LoRA:
                 'A saved model with its factors merged needs none.'
             ) from error
         config = LoraConfig(r=self.r, lora_alpha=self.alpha, target_modules=names)
-        inject_adapter_in_model(config, backbone)
+        with torch.inference_mode(False):  # whose tensors could not be trained later
+            inject_adapter_in_model(config, backbone)
         _check_called(backbone, read, input_size)
         backbone.register_state_dict_post_hook(_to_stored)
         backbone.register_load_state_dict_pre_hook(_from_stored)
@@ -159,7 +160,10 @@ def _check_called(backbone: nn.Module, read: StageDescriptors, input_size: Seque
 
 
 def _is_simple(layer: Any) -> bool:
-    return isinstance(layer, nn.Linear) or (layer.groups == 1 and layer.dilation == (1, 1))
+    if isinstance(layer, nn.Linear):
+        return True
+    # Of a convolution, peft takes over kernel, stride and padding alone.
+    return (layer.groups, layer.dilation, layer.padding_mode) == (1, (1, 1), 'zeros')
 
 
 def _stored(name: str) -> str:

@@ -161,7 +161,7 @@ def _is_table(value: Any) -> bool:
 
 def _is_lora(value: Any) -> bool:
     try:
-        return _is_table(value) and len(LoRA.of(value).targets) <= MOST_VALUES
+        return _is_table(value) and _is_list(_is_text(200), MOST_VALUES)(LoRA.of(value).targets)
     except (TypeError, ValueError):
         return False
 
