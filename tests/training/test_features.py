@@ -86,7 +86,13 @@ def test_disk_that_is_too_small_for_features(recipe, few_images, tmp_path, monke
     assert 'features of 24 images' in text  # pooled
     for a, b in zip(read_log(run), read_log(expected), strict=True):
         assert a['val_loss'] == pytest.approx(b['val_loss'], rel=1e-4)
-    # What is there already needs no room.
+    # To the byte; what is there already needs no room.
+    needed = sum(np.load(path).nbytes for path in (tmp_path / 'cache').glob('*.npy'))
+    for free, is_said in ((needed - 1, True), (needed, False)):
+        usage = usage._replace(free=free)
+        recipe(output=tmp_path / f'{free}', cache_dir=cache, **options, test_split=None)
+        assert ('do not fit' in capsys.readouterr().out) == is_said
+    usage = usage._replace(free=0)
     recipe(output=tmp_path / 'again', **options, test_split=None)
     assert 'do not fit' not in capsys.readouterr().out
 

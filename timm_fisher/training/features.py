@@ -85,6 +85,7 @@ def cache_features(
     return Cached(paths, dataset, 'features')
 
 
+@torch.inference_mode()
 def has_room(
     model: PooledModel, datasets: Sequence[Images], config: Config, accelerator: Accelerator
 ) -> bool:
@@ -93,12 +94,10 @@ def has_room(
     to_device(model, accelerator.device).eval()
     missing: list[tuple[int, ...]] = []
     for dataset in datasets:
-        image = send_to_device(dataset[0][0][None], accelerator.device)
-        with torch.inference_mode():
-            features = model.descriptors.features(model.backbone, image)
         paths = _paths(model, dataset, config, accelerator)
         if not all(_is_whole(path, len(dataset)) for path in paths):
-            missing += [(len(dataset), *tensor.shape[1:]) for tensor in features]
+            features = partial(model.descriptors.features, model.backbone)
+            missing += _shapes(features, dataset, accelerator)
     folder = next(path for path in (Path(config.cache_dir, '_').resolve().parents) if path.exists())
     free = shutil.disk_usage(folder).free
     fits, text = broadcast_object_list([_bytes(missing) <= free, _size(missing)])
@@ -145,8 +144,7 @@ def _write(
     rows = iter(share)
     try:
         if main:
-            sample = function(send_to_device(default_collate([dataset[0][0]]), device))
-            shapes = [(len(dataset), *tensor.shape[1:]) for tensor in sample]
+            shapes = _shapes(function, dataset, accelerator)
             print(f'features of {len(dataset)} images: {_size(shapes)} -> {paths[0].parent}')
             _allocate(unfinished, shapes)
         accelerator.wait_for_everyone()
@@ -168,6 +166,14 @@ def _write(
         for path in unfinished:  # gigabytes that nobody would find
             path.unlink(missing_ok=True)
         raise
+
+
+def _shapes(
+    function: Callable[[Any], list[Any]], dataset: Images | Cached, accelerator: Accelerator
+) -> list[tuple[int, ...]]:
+    """Of what a function of a batch gives for a whole data set."""
+    sample = function(send_to_device(default_collate([dataset[0][0]]), accelerator.device))
+    return [(len(dataset), *tensor.shape[1:]) for tensor in sample]
 
 
 def _is_whole(path: Path, length: int) -> bool:
