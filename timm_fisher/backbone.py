@@ -49,6 +49,7 @@ class Backbone:
     weights: dict[str, str | None] | None
 
 
+@torch.inference_mode(False)  # whose tensors could not be trained later
 def create_backbone(
     name: str,
     arguments: Mapping[str, Any],
@@ -78,7 +79,7 @@ def create_backbone(
     """
     _check_name(name)
     arguments = {**arguments, 'num_classes': 0}
-    with torch.inference_mode(False), torch.device('meta'):
+    with torch.device('meta'):
         seen = timm.create_model(name, **arguments)
         if img_size is not None and get_model_input_config(seen)['fixed_input_size']:
             arguments['img_size'] = img_size
@@ -102,8 +103,7 @@ def create_backbone(
     if torch.get_default_device().type == 'meta':
         module = seen
     else:
-        with torch.inference_mode(False):  # whose tensors could not be trained later
-            module = timm.create_model(name, pretrained=pretrained, **arguments)
+        module = timm.create_model(name, pretrained=pretrained, **arguments)
         if last_stride is not None:
             _keep_last_stride(module, last_stride)
     remove_unused(module, idle, dead)

@@ -120,8 +120,7 @@ class LoRA:
                 'A saved model with its factors merged needs none.'
             ) from error
         config = LoraConfig(r=self.r, lora_alpha=self.alpha, target_modules=names)
-        with torch.inference_mode(False):  # whose tensors could not be trained later
-            inject_adapter_in_model(config, backbone)
+        inject_adapter_in_model(config, backbone)
         _check_called(backbone, read, input_size)
         backbone.register_state_dict_post_hook(_to_stored)
         backbone.register_load_state_dict_pre_hook(_from_stored)
@@ -145,7 +144,7 @@ def is_factor(name: str) -> bool:
 
 def _check_called(backbone: nn.Module, read: StageDescriptors, input_size: Sequence[int]) -> None:
     """Refuse factors of a layer that the backbone never calls: it takes the layer's weight."""
-    with torch.inference_mode(False), torch.enable_grad():
+    with torch.enable_grad():
         was_training = backbone.training
         features = read.features(backbone.eval(), torch.zeros(1, *input_size))
         backbone.train(was_training)
