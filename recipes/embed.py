@@ -7,8 +7,8 @@
 The images, in subfolders, are taken `--part_size` at a time; or each shard of webdataset (*.tar) by
 itself. A part becomes NAME.parquet: `key` (path, or key of webdataset), `label` (folder, or .cls)
 and `vector`, float16, of unit length. What was interrupted goes on with the parts that are not
-there; a part is made anew if its images or the model are others. The exit status is 1 if an image
-has no vector.
+there; a part is made anew if its images, the model or the precision are others. The exit status is
+1 if an image has no vector.
 
 accelerate shares the parts out over its processes, Ray over actors, of this machine or of a cluster
 whose machines all see the folders; it starts those that die again.
@@ -24,12 +24,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from accelerate import PartialState
+from accelerate import Accelerator
 from tqdm.auto import tqdm
 
 from timm_fisher.hub.text import shown
 from timm_fisher.retrieval.extraction import Extractor, Part, list_parts
 from timm_fisher.training.command_line import run
+from timm_fisher.training.device import use_all_cores
 from timm_fisher.training.tables import three_digits
 
 
@@ -47,6 +48,7 @@ class Settings:
         backbone: source of an adapter's backbone, such as local-dir:FOLDER.
         batch_size: images per step.
         workers: processes that load images, for each that embeds them.
+        mixed_precision: null for what `accelerate launch` says.
     """
 
     model: str
@@ -58,6 +60,7 @@ class Settings:
     backbone: str | None = None
     batch_size: int = 32
     workers: int = 2
+    mixed_precision: Literal['no', 'fp16', 'bf16'] | None = None
 
     def __post_init__(self) -> None:
         for name in ('part_size', 'actors', 'batch_size'):
@@ -66,7 +69,8 @@ class Settings:
 
 
 def main(settings: Settings) -> None:
-    state = PartialState()
+    state = Accelerator(mixed_precision=settings.mixed_precision)
+    use_all_cores(state)
     if settings.images.resolve() == settings.output.resolve():
         raise ValueError('--images and --output are the same folder. Give another for the vectors.')
     if settings.engine == 'ray' and state.num_processes > 1:
@@ -85,6 +89,7 @@ def main(settings: Settings) -> None:
         'backbone': settings.backbone,
         'batch_size': settings.batch_size,
         'workers': settings.workers,
+        'mixed_precision': state.mixed_precision,
     }
     extractor = Extractor(**options)
     done = {part.name: extractor.problems(part) for part in parts}

@@ -71,11 +71,17 @@ def command_line(options: dict[str, Any]) -> list[str]:
     return [f'--{key}={value}' for key, value in text.items()]
 
 
+def forget_launch() -> None:
+    """Have accelerate, in this process, look anew at how it was launched."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
 @pytest.fixture
 def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Path]]:
     """`recipe(head='avg', ...)` trains in this process and returns the output folder."""
-    from accelerate.state import AcceleratorState, GradientState
-
     from timm_fisher.training import run as training
     from timm_fisher.training.command_line import parse
     from timm_fisher.training.config import Config
@@ -89,19 +95,15 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
 
-    def reset() -> None:
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
-
     def run(*arguments: str, **options: Any) -> Path:
         options = {'output': tmp_path / 'run', 'cache_dir': tmp_path / 'cache', **TINY, **options}
         config = parse(Config, arguments=[*arguments, *command_line(options)])
-        reset()
+        forget_launch()
         training.train(config)
         return Path(options['output'])
 
     yield run
-    reset()
+    forget_launch()
     torch.set_num_threads(threads)
 
 

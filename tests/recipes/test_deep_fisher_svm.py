@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import ENVIRONMENT, TINY, command_line, load_script, write_images
+from conftest import ENVIRONMENT, TINY, command_line, forget_launch, load_script, write_images
 from sklearn.metrics import average_precision_score
 from torch.utils.data import DataLoader
 
@@ -28,23 +28,17 @@ def script():
 @pytest.fixture
 def run(script, tmp_path, monkeypatch):
     """`run(mode='multi', ...)` runs the script in this process; returns the output folder."""
-    from accelerate.state import AcceleratorState, GradientState
-
     for key, value in ENVIRONMENT.items():
         monkeypatch.setenv(key, value)
 
-    def reset():
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
-
     def start(**options):
         options = {'output': tmp_path / 'run', 'cache_dir': tmp_path / 'cache', **SMALL, **options}
-        reset()
+        forget_launch()
         script.main(parse(script.DeepFisher, arguments=command_line(options)))
         return options['output']
 
     yield start
-    reset()
+    forget_launch()
 
 
 def decisions(folder, images, split):

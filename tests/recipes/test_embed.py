@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import COLOURS, load_script, write_images
+from conftest import COLOURS, forget_launch, load_script, write_images
 from run_checks import finish
 from streams import write_shards
 
@@ -45,13 +45,15 @@ def command(place, tmp_path, capsys):
         options = [f'--model={place / "model"}', f'--images={place / images}']
         options += [f'--output={tmp_path / "out"}', '--workers=0', '--batch_size=4']
         status = 0
+        forget_launch()
         try:
             command_line.run(script.main, script.Settings, arguments=[*options, *arguments])
         except SystemExit as stopped:
             status = stopped.code
         return status, *capsys.readouterr()
 
-    return run
+    yield run
+    forget_launch()
 
 
 def read(folder):
@@ -132,6 +134,25 @@ def test_keys_of_shards(command, place, tmp_path):
     status, out, again = command(*options)
     assert (status, again) == (1, err), 'what was left out is said again'
     assert '2 parts, 2 of them done' in out
+
+
+def test_precision(command, place, tmp_path, monkeypatch):
+    """As `accelerate launch` says, unless an option says otherwise; parts of another are made anew.
+    Float16 alone keeps 1e-3 of a number, bfloat16 1e-2."""
+    exact = expected(place)[1]
+    monkeypatch.delenv('OMP_NUM_THREADS', raising=False)
+    for launched, options, largest in [
+        (None, [], 1e-3),
+        ('bf16', [], 3e-2),
+        ('bf16', ['--mixed_precision=no'], 1e-3),
+        ('no', ['--mixed_precision=bf16'], 3e-2),
+    ]:
+        if launched:
+            monkeypatch.setenv('ACCELERATE_MIXED_PRECISION', launched)
+        status, out, _ = command(*options)
+        assert (status, '0 of them done' in out) == (0, True)
+        error = np.abs(read(tmp_path / 'out')[2] - exact).max()
+        assert largest / 30 < error < largest
 
 
 def test_other_files_of_vectors(command, place, tmp_path):

@@ -28,6 +28,8 @@ from timm_fisher.retrieval.index import embed_files, embed_prepared, fingerprint
 from timm_fisher.training.device import to_device
 from timm_fisher.vectors import Prepared
 
+HALF = {'no': None, 'bf16': torch.bfloat16, 'fp16': torch.float16}
+
 
 @dataclass
 class Part:
@@ -83,6 +85,7 @@ class Extractor:
         backbone: source of an adapter's backbone.
         batch_size: images at a time.
         workers: processes that read files.
+        mixed_precision: in which the backbone computes: no (float32), bf16 or fp16.
     """
 
     def __init__(
@@ -94,10 +97,13 @@ class Extractor:
         backbone: str | None = None,
         batch_size: int = 32,
         workers: int = 0,
+        mixed_precision: str = 'no',
     ) -> None:
-        self.model = from_pretrained_or_pypi(model, backbone)
-        to_device(self.model, 'cuda' if torch.cuda.is_available() else 'cpu').eval()
-        self.fingerprint = fingerprint(self.model)
+        device = 'cuda' if torch.cuda.is_available() else 'cpu'
+        self.model = to_device(from_pretrained_or_pypi(model, backbone), device).eval()
+        half = HALF[mixed_precision]
+        self.autocast = torch.autocast(device, half, enabled=half is not None)
+        self.fingerprint = f'{fingerprint(self.model)} {mixed_precision}'
         self.prepared = Prepared([], self.model)
         self.folder, self.output = Path(folder), Path(output)
         self.batch_size, self.workers = batch_size, workers
@@ -128,16 +134,13 @@ class Extractor:
     def extract(self, part: Part) -> dict[str, Any]:
         """Write the vectors of a part; how many images and bytes, and what is wrong with images
         that were left out."""
-        if part.files[0].endswith('.tar'):
-            rows = self._of_shard(self.folder / part.files[0])
-        else:
-            rows = self._of_files(part.files)
+        with self.autocast:
+            if part.files[0].endswith('.tar'):
+                rows = self._of_shard(self.folder / part.files[0])
+            else:
+                rows = self._of_files(part.files)
         size = self._write(part, rows)
-        return {
-            'images': len(rows.keys),
-            'bytes': size,
-            'problems': rows.problems,
-        }
+        return {'images': len(rows.keys), 'bytes': size, 'problems': rows.problems}
 
     def _of_files(self, files: list[str]) -> Rows:
         rows = Rows()

@@ -76,9 +76,15 @@ def create_accelerator(config: Config) -> Accelerator:
     # Checkpoints hold the weights in timm's form, once.
     accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.clear())
     accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())
+    use_all_cores(accelerator)
+    return accelerator
+
+
+def use_all_cores(accelerator: Accelerator) -> None:
+    """On a CPU, share its cores out over the processes of this machine: `accelerate launch` gives
+    each of them one thread unless it is told otherwise."""
     launched = 'ACCELERATE_MIXED_PRECISION' in os.environ
     if accelerator.device.type == 'cpu' and launched and os.environ.get('OMP_NUM_THREADS') == '1':
-        # `accelerate launch` sets one thread per process unless it is told otherwise.
         cpus = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-        torch.set_num_threads(max(1, (cpus or 1) // accelerator.num_processes))
-    return accelerator
+        processes = int(os.environ.get('LOCAL_WORLD_SIZE', accelerator.num_processes))
+        torch.set_num_threads(max(1, (cpus or 1) // processes))
