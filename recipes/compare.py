@@ -30,6 +30,7 @@ from timm_fisher.training.launch import combinations, launch, run_folder
 from timm_fisher.training.probe import train_probes
 from timm_fisher.training.report import command, data_name
 from timm_fisher.training.results import (
+    BASELINES,
     Result,
     choose,
     describe,
@@ -40,12 +41,6 @@ from timm_fisher.training.results import (
     result_of,
     write_results,
 )
-
-# What every table must hold: timm's pool, and what the Fisher vectors' normalisation alone brings.
-BASELINES: dict[str, dict[str, Any]] = {
-    'avg': {'head': 'avg'},
-    'avg + power_l2': {'head': 'avg', 'head_kwargs': {'normalize': True}},
-}
 
 
 @dataclass
@@ -89,7 +84,9 @@ class Comparison:
         command_line.check_lists(self, 'seeds')
         grids = [self.search, *(v['search'] for v in self.variants.values() if 'search' in v)]
         for key, values in (pair for grid in grids for pair in grid.items()):
-            if len({json.dumps(value) for value in values}) < max(1, len(values)):
+            if not isinstance(values, list) or len({json.dumps(value) for value in values}) < max(
+                1, len(values)
+            ):
                 raise ValueError(f'search has {key}: {values}; give one or more, all different.')
         if self.data_dir:
             self.train = {**self.train, 'data_dir': self.data_dir}
@@ -101,10 +98,10 @@ def main(comparison: Comparison) -> None:
     """Run all variants, writing the results so far."""
     for name, variant in comparison.variants.items():
         options, grid = split_options(variant, comparison)
-        if parse_options(options, {key: values[0] for key, values in grid.items()}).unsupervised:
+        if not parse_options(options, {key: values[0] for key, values in grid.items()}).classifies:
             raise ValueError(
-                f"All stages of '{name}' are unsupervised; heads are compared by the accuracy of a "
-                'classifier. Add a stage that trains it.'
+                f"No stage of '{name}' trains a classifier, by whose accuracy heads are compared. "
+                'Add one.'
             )
     known = read_results(Path(comparison.known)) if comparison.known else []
     output = Path(comparison.output)

@@ -41,6 +41,7 @@ from timm_fisher.files import keep_settings, write
 from timm_fisher.layers import Projection
 from timm_fisher.retrieval import evaluate_retrieval
 from timm_fisher.training import command_line, embeddings
+from timm_fisher.training.arrays import read_arrays, to_pixels
 from timm_fisher.training.data import Split, load_splits
 from timm_fisher.training.launch import combinations, file_name, launch, run_folder
 from timm_fisher.training.measure import timed
@@ -96,7 +97,12 @@ def main(comparison: Comparison) -> None:
     output = Path(comparison.output)
     free = ('output', 'seeds', 'heads', 'search')
     settings = {k: v for k, v in vars(comparison).items() if k not in free}
-    keep_settings(output, settings)
+    keep_settings(output, settings | {'first_seed': comparison.seeds[0]})
+    for name, options in comparison.heads.items():
+        if embeddings.parse_options({**comparison.train, **options}).classifies:
+            raise ValueError(
+                f"A stage of '{name}' trains a classifier. Give each a loss of metric learning."
+            )
     folder = Path(comparison.train['data_dir'])
     if comparison.data_dir.endswith('.npz') and not folder.exists():
         write_by_classes(Path(comparison.data_dir), folder)
@@ -104,6 +110,7 @@ def main(comparison: Comparison) -> None:
     for name, options in comparison.heads.items():
         path = output / f'{file_name(name)}.jsonl'
         options = {**comparison.train, **options}
+        keep_settings(output / file_name(name), options)
         if not path.exists():
             write_measurements(measure_frozen(name, options, comparison), path)
         measured += read_measurements(path)
@@ -141,11 +148,13 @@ def train(
 
 def write_by_classes(file: Path, folder: Path) -> None:
     """Images of a file of arrays as train/, val/ and test/, which share no class."""
-    with np.load(file, allow_pickle=False) as arrays:
-        x, y = arrays['x'], arrays['y']
-    classes, y = np.unique(y, return_inverse=True)  # of texts no path is made
+    arrays = read_arrays(str(file))
+    if not {'x', 'y'} <= set(arrays):
+        raise ValueError(f"'{file}' must hold x and y; it has {sorted(arrays)}.")
+    images = to_pixels(arrays['x'], arrays['x'].max(initial=0), f"'x' in '{file}'")
+    classes, y = np.unique(arrays['y'], return_inverse=True)  # of texts no path is made
     partial = folder.with_name(f'{folder.name}.partial')
-    for i, (pixels, label) in enumerate(zip(x, y, strict=True)):
+    for i, (pixels, label) in enumerate(zip(images, y, strict=True)):
         place = label / len(classes)
         split = 'train' if place < 0.5 else 'val' if place < 0.75 else 'test'
         path = partial / split / str(label) / f'{i:05}.png'

@@ -2,8 +2,9 @@
 
     python recipes/evaluate.py --model NAME_OR_FOLDER_OR_HUB_ID --data-dir PATH
 
-PATH is a folder with test/CLASS/IMAGE, or with the split that is asked for; or a file FILE.npz, as
-recipes/train.py takes it. `--confusion FILE.png` draws what is taken for what.
+PATH is a folder with test/CLASS/IMAGE, or with the split that is asked for; or a file FILE.npz with
+arrays x_test and y_test beside x_train and y_train. `--confusion FILE.png` draws what is taken for
+what.
 """
 
 from __future__ import annotations

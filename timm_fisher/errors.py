@@ -1,4 +1,5 @@
-"""Errors of saving, loading and sharing, and what huggingface_hub raises in one sentence."""
+"""Errors of arguments, of saving, loading and sharing, and what huggingface_hub raises in one
+sentence."""
 
 from __future__ import annotations
 
@@ -7,6 +8,10 @@ from contextlib import contextmanager
 
 from huggingface_hub import errors as hub_errors
 from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
+
+
+class ArgumentError(TypeError):
+    """An argument that nothing takes, that is missing, or is of another type."""
 
 
 class LoadError(RuntimeError):

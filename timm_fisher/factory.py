@@ -16,6 +16,7 @@ from timm.models._features import FeatureGetterNet
 from torch import nn
 
 from timm_fisher.backbone import create_features
+from timm_fisher.errors import ArgumentError
 from timm_fisher.hub.load import LOADING, load
 from timm_fisher.model import PooledModel
 from timm_fisher.place import with_place
@@ -50,7 +51,7 @@ def create_model(
     of_model = set(inspect.signature(PooledModel).parameters)
     of_head = argument_names(head)
     for key in of_model & of_head & set(arguments):
-        raise TypeError(
+        raise ArgumentError(
             f"Both the model and the head '{head}' have an argument '{key}'. Create the model by "
             f"timm.create_model('timm_fisher', ..., head_kwargs=dict({key}=...))."
         )
@@ -87,7 +88,7 @@ def timm_fisher(
     gives it to the factory, where nothing depends on it.
     """
     if 'global_pool' in arguments:
-        raise TypeError(
+        raise ArgumentError(
             f'global_pool={arguments["global_pool"]!r} cannot be set: this model pools by its '
             'head, which is set by head=.'
         )
@@ -171,7 +172,7 @@ def _explain_argument(
         kinds: list[Any] = [PooledModel, type(timm.create_model(backbone))]
     known = {key for kind in kinds for key in inspect.signature(kind).parameters}
     known |= argument_names(head)
-    return TypeError(
+    return ArgumentError(
         f"Neither the model, its head {head!r:.100} nor its backbone '{backbone}' has an argument "
         f"'{match[1]}'.{nearest(match[1], known)}"
     )

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from timm_fisher.errors import ArgumentError
 from timm_fisher.head import CONTEXT, PoolingHead, example
 
 GROUP = 'timm_fisher.heads'
@@ -69,8 +70,8 @@ def create_head(name: str, in_features: int, /, **arguments: Any) -> PoolingHead
     try:
         made = head(in_features, **arguments)
     except Exception as error:
-        known = (kind for kind in (TypeError, ValueError) if isinstance(error, kind))
-        kind = next(known, RuntimeError)
+        kinds = {TypeError: ArgumentError, ValueError: ValueError}
+        kind = next((kinds[k] for k in kinds if isinstance(error, k)), RuntimeError)
         reason = f'{type(error).__name__}: {error}' if kind is RuntimeError else error
         raise kind(f'{title(name)} cannot be built: {reason}') from error
     _, *asked = inspect.signature(made.forward).parameters.values()
@@ -145,13 +146,13 @@ def check_arguments(
     for key in arguments:
         if key not in parameters:
             known = ', '.join(parameters) or 'none'
-            raise TypeError(
+            raise ArgumentError(
                 f"{what} has no argument '{key}' (given {key}={arguments[key]!r})."
                 f'{nearest(key, parameters)} Arguments: {known}.'
             )
     for key, parameter in parameters.items():
         if parameter.default is inspect.Parameter.empty and key not in arguments:
-            raise TypeError(f"{what} needs the argument '{key}'.")
+            raise ArgumentError(f"{what} needs the argument '{key}'.")
 
 
 def nearest(name: str, names: Collection[str]) -> str:

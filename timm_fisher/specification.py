@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from timm_fisher.errors import ArgumentError
 from timm_fisher.registry import get_head, nearest
 
 # What a head named beside others ends with, as the others do by default.
@@ -47,14 +48,14 @@ def parse_heads(
     if isinstance(head, str):
         return _parse_names(head, head_kwargs or {}, stage)
     if head_kwargs:
-        raise TypeError(
+        raise ArgumentError(
             f'{head_kwargs=} is for heads that are named. In a list, each takes its arguments in '
             "its own dict: head=[dict(name='avg', normalize=True), ...]."
         )
     heads = []
     for given in head if isinstance(head, list | tuple) else [None]:
         if not isinstance(given, dict) or not isinstance(given.get('name'), str):
-            raise TypeError(
+            raise ArgumentError(
                 "Several heads are named as in 'avg + sparse_fisher@-2', or given as a list of "
                 "dicts with a name, such as [dict(name='gmm_fisher', stage=-2, components=64), "
                 f'...]; got {head!r:.200}.'
@@ -62,7 +63,9 @@ def parse_heads(
         arguments = dict(given)
         name, own_stage = arguments.pop('name'), arguments.pop('stage', stage)
         if not isinstance(own_stage, int):
-            raise TypeError(f"stage={own_stage!r} of the head '{name}' is not a number like -2.")
+            raise ArgumentError(
+                f"stage={own_stage!r} of the head '{name}' is not a number like -2."
+            )
         heads.append(HeadSpec(name, own_stage, arguments))
     if not heads:
         raise ValueError('head is an empty list; give one head or more.')
@@ -106,9 +109,9 @@ def _parse_names(text: str, head_kwargs: Mapping[str, Any], stage: int) -> list[
         owners = [spec for spec, names in zip(heads, known, strict=True) if key in names]
         if not owners:
             near = nearest(key, set().union(*known))
-            raise TypeError(f"None of the heads '{text}' has an argument '{key}'.{near}")
+            raise ArgumentError(f"None of the heads '{text}' has an argument '{key}'.{near}")
         if len(owners) > 1:
-            raise TypeError(
+            raise ArgumentError(
                 f"More than one of the heads '{text}' has an argument '{key}'. Give a list: head="
                 f"[dict(name='{owners[0].name}', {key}={value!r}), ...]."
             )

@@ -38,7 +38,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     'sparse_fisher': [{'tied': True}],
 }
 # Heads that need what ONNX, or PyTorch's exporter to it, does not have.
-WITHOUT_ONNX = {'mpn_cov': 'eigendecomposition'}
+WITHOUT_ONNX = {'mpn_cov'}  # the eigendecomposition
 Way = Literal['compile', 'export', 'onnx']
 SHAPES = ({0: torch.export.Dim('batch')},)
 

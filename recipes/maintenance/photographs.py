@@ -37,6 +37,8 @@ class Settings:
 
 
 def main(settings: Settings) -> None:
+    if len(settings.folders) != 2:
+        raise ValueError(f'Give two folders, TRASHNET and TARGET, not {len(settings.folders)}.')
     source, target = settings.folders
     size = 0
     for split, count in (('train', settings.train), ('test', settings.test)):

@@ -30,7 +30,7 @@ from timm_fisher.training.command_line import run
 from timm_fisher.training.data import load_folder
 from timm_fisher.training.evaluate import draw_confusion, predict
 from timm_fisher.training.launch import launch
-from timm_fisher.training.results import choose, read_results
+from timm_fisher.training.results import BASELINES, choose, read_results
 from timm_fisher.training.tsne import plot_tsne
 from timm_fisher.vectors import Prepared
 
@@ -90,7 +90,7 @@ def main(settings: Settings) -> None:
 def train(name: str, data: str, settings: Settings) -> PooledModel:
     """A model of probe.yaml at the rate that validated best, on the images given."""
     config = yaml.safe_load((RECIPES / 'configs/probe.yaml').read_text())
-    variants = {'avg': {'head': 'avg'}, **config['variants']}
+    variants = {**BASELINES, **config['variants']}
     chosen = choose(r for r in read_results(RECIPES / 'results/probe.jsonl') if r.data == data)
     if name not in variants or name not in chosen:
         known = [each for each in variants if each in chosen]

@@ -65,7 +65,7 @@ class Clustering:
         seeds: of the repetitions, each of everything random.
         train: options of training: data, backbone, `head_kwargs` of gsnmf (no more components than
             training images are made), and the stages of fine-tuning, all of them unsupervised.
-        clustered: the test split, or all images; all are where there is no test split in the data.
+        clustered: the test split, or all images.
         neighbours: of each image in the graph of spectral clustering.
         paper: its figures in per cent, by representation and column of the table, shown beside.
     """
@@ -149,8 +149,7 @@ def measure(clustering: Clustering, seed: int, output: Path) -> dict[str, Any]:
 
     # Clusters and classes
     labels = {name: split.labels for name, split in splits.items()}
-    one_set = splits['test'].dataset is splits['train'].dataset
-    chosen = list(splits) if one_set or clustering.clustered == 'all' else ['test']
+    chosen = list(splits) if clustering.clustered == 'all' else ['test']
     truth = np.concatenate([labels[name] for name in chosen])
     rows = {}
     for name, parts in vectors.items():

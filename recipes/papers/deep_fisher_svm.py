@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -34,7 +34,7 @@ from torch import Tensor
 
 import timm_fisher
 from timm_fisher import PooledModel
-from timm_fisher.files import save_png, write
+from timm_fisher.files import keep_settings, save_png, write
 from timm_fisher.heads.gmm_fisher import GMMFisher, Mixture
 from timm_fisher.numerics.linalg import unit_length
 from timm_fisher.training import command_line, embeddings, tables
@@ -46,16 +46,15 @@ from timm_fisher.training.report import data_name
 
 
 @dataclass
-class DeepFisher(Config):
+class DeepFisher:
     """Learn the Fisher kernel of a linear SVM, on a frozen timm backbone.
-
-    Of the options of training, those of data and backbone count: nothing is trained in stages.
 
     Args:
         output: folder of the run.
-        reduce_dim: dimensions of a descriptor after PCA; null for no reduction.
-        components: Gaussians of the mixture.
-        l2_descriptors: L2-normalise each descriptor before PCA.
+        data_dir: as recipes/train.py takes it; a file FILE.npz with `dataset: npz` in `train`.
+        seed: of everything random.
+        train: options of training: data, backbone, and `head_kwargs` of gmm_fisher. Nothing is
+            trained in stages.
         mode: a mixture for each class (single), or one that all classes share (multi).
         C: of eq. 4; null chooses it on the validation split, in mode single for each class.
         bias: append a constant 1 to the Fisher vectors. The paper's eq. 4 has no bias; what the
@@ -67,9 +66,9 @@ class DeepFisher(Config):
     """
 
     output: str = 'runs/deep_fisher_svm'
-    reduce_dim: int | None = 64
-    components: int = 32
-    l2_descriptors: bool = True
+    data_dir: str = ''
+    seed: int = 0
+    train: dict[str, Any] = field(default_factory=dict)
     mode: Literal['single', 'multi'] = 'multi'
     C: float | None = None
     bias: bool = False
@@ -78,39 +77,43 @@ class DeepFisher(Config):
     descriptor_fraction: float = 0.1
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         for name, allowed, wanted in (
             ('iterations', self.iterations >= 1, '1 or more'),
             ('descriptor_fraction', 0 < self.descriptor_fraction <= 1, 'more than 0, at most 1'),
             ('C', self.C is None or self.C > 0, 'more than 0, or null'),
-            ('test_split', self.test_split, 'the name of a split'),
         ):
             if not allowed:
                 raise ValueError(f'{name} is {getattr(self, name)}; give {wanted}.')
-        self.head = 'gmm_fisher'
-        names = ('reduce_dim', 'components', 'l2_descriptors')
-        self.head_kwargs = {name: getattr(self, name) for name in names}
+        if self.data_dir:
+            self.train = {**self.train, 'data_dir': self.data_dir}
+
+    @property
+    def config(self) -> Config:
+        """The configuration of data and model."""
+        options = {**self.train, 'head': 'gmm_fisher', 'seed': self.seed}
+        return embeddings.parse_options(options)
 
 
-def main(config: DeepFisher) -> None:
+def main(settings: DeepFisher) -> None:
     if Accelerator().num_processes > 1:
         raise ValueError(f'This runs in one process, not in {Accelerator().num_processes}.')
-    output = Path(config.output)
+    output, config = Path(settings.output), settings.config
+    if not config.test_split:
+        raise ValueError('test_split of train is null; give the name of a split.')
     if (output / 'metrics.json').exists():
         raise ValueError(f"'{output}' holds a finished run already. Give another --output.")
-    output.mkdir(parents=True, exist_ok=True)
-    write(output / 'config.yaml', config.to_yaml())
+    keep_settings(output, {k: v for k, v in asdict(settings).items() if k != 'output'})
 
     # Data, backbone, PCA and EM; C
     model, data = prepare(config)
     data_config = preprocessing(model, config)
     classes = data.classes
-    kernel = algorithm.FisherKernel(cast(GMMFisher, model.head), bias=config.bias)
+    kernel = algorithm.FisherKernel(cast(GMMFisher, model.head), bias=settings.bias)
     em = kernel.get()
-    if config.C is None:
-        costs = algorithm.choose_costs(kernel, data, shared=config.mode == 'multi')
+    if settings.C is None:
+        costs = algorithm.choose_costs(kernel, data, shared=settings.mode == 'multi')
     else:
-        costs = [config.C] * len(classes)
+        costs = [settings.C] * len(classes)
     print('C:', ', '.join(f'{name} {c:g}' for name, c in zip(classes, costs, strict=True)))
 
     def solve(mixture: Mixture, task: list[int], *splits: str) -> tuple[Tensor, dict[str, Tensor]]:
@@ -130,9 +133,9 @@ def main(config: DeepFisher) -> None:
     log: list[dict[str, Any]] = []
     columns: dict[tuple[str, str], list[Tensor]] = defaultdict(list)
     single = {name: [index] for index, name in enumerate(classes)}
-    tasks = single if config.mode == 'single' else {'all': list(range(len(classes)))}
+    tasks = single if settings.mode == 'single' else {'all': list(range(len(classes)))}
     keys = ('iterations', 'tolerance', 'descriptor_fraction', 'seed')
-    options = {key: getattr(config, key) for key in keys}
+    options = {key: getattr(settings, key) for key in keys}
     iterations, best_iteration = {}, {}
     for name, task in tasks.items():
         kernel.set(em)
@@ -154,7 +157,7 @@ def main(config: DeepFisher) -> None:
             columns['test', kind].append(trained['test'])
             columns['transfer', kind].append(transferred['test'])
             columns['svms', kind].append(svms)
-        folder = output / ('model' if config.mode == 'multi' else f'model-{name}')
+        folder = output / ('model' if settings.mode == 'multi' else f'model-{name}')
         save(best, svms, folder, [classes[c] for c in task])
     save(em, torch.cat(columns['svms', 'base'], 1), output / 'base', classes)
 
@@ -173,9 +176,9 @@ def main(config: DeepFisher) -> None:
         'seconds': round(sum(row['seconds'] for row in log), 1),
         'versions': {'torch': torch.__version__, 'timm': timm.__version__},
     }
-    text = table(results, config)
+    text = table(results, settings)
     write(output / 'tables.md', text)
-    write_measurements([measurement(results, config)], output / 'measurements.jsonl')
+    write_measurements([measurement(results, settings)], output / 'measurements.jsonl')
     write(output / 'metrics.json', json.dumps(metrics, indent=2) + '\n')
     print(f'\n{text}\n-> {output}')
 
@@ -213,19 +216,22 @@ def evaluate(scores: Tensor, signs: Tensor, classes: list[str]) -> dict[str, Any
     }
 
 
-def measurement(results: dict[str, Any], config: DeepFisher) -> Measurement:
+def measurement(results: dict[str, Any], settings: DeepFisher) -> Measurement:
     """The line of this run: mean average precisions."""
     groups = {'val': '(a) validation', 'test': '(a) test', 'transfer': '(b) test'}
     shares = {
         f'{title}: {kind}': results[group][kind]['mean_average_precision']
         for (group, title), kind in product(groups.items(), ('base', 'deep'))
     }
-    row = f'{config.mode}, {"with" if config.bias else "without"} bias'
-    table = table_name('deep_fisher_svm', data_name(config))
-    return Measurement(table, row, config.seed, shares)
+    table = table_name('deep_fisher_svm', data_name(settings.config))
+    return Measurement(table, row_name(settings), settings.seed, shares)
 
 
-def table(results: dict[str, Any], config: DeepFisher) -> str:
+def row_name(settings: DeepFisher) -> str:
+    return f'{settings.mode}, {"with" if settings.bias else "without"} bias'
+
+
+def table(results: dict[str, Any], settings: DeepFisher) -> str:
     """Markdown, as tables 2 and 3 of the paper."""
     header = (
         'class|(a) val: base|deep|diff.|(a) test: base|deep|diff.|(b) test: k_base|k_deep|diff.'
@@ -242,8 +248,8 @@ def table(results: dict[str, Any], config: DeepFisher) -> str:
             cells += [f'{base:.1f}', f'{deep:.1f}', f'{deep - base:+.1f}']
         rows.append(cells)
     return (
-        f'Average precision in %, mode {config.mode}, {"with" if config.bias else "without"} bias. '
-        '(a) Deep training: SVMs of the training split, with the EM and with the last mixture. '
+        f'Average precision in %, {row_name(settings)}. (a) Deep training: SVMs of the training '
+        'split, with the EM and with the last mixture. '
         '(b) Kernel transfer: SVMs of training and validation split, with the EM mixture and with '
         f'the one of the best validation result.\n\n{tables.table(header.split("|"), rows)}\n'
     )

@@ -80,6 +80,7 @@ def settings(tmp_path):
     config = {
         'data_dir': str(tmp_path / 'images.npz'),
         'output': str(tmp_path / 'out'),
+        'clustered': 'all',
         'train': {
             **TINY, 'dataset': 'npz', 'cache_dir': str(tmp_path / 'cache'),
             'stages': {'tune': {**stage, 'freeze_bn': True}},
@@ -105,7 +106,7 @@ def check_results(output, components):
 
 
 def test_run_leaves_everything(cluster, settings, tmp_path, monkeypatch, capsys):
-    """A data set without a test split is clustered as a whole. Finished seeds are not measured
+    """All images are clustered. Finished seeds are not measured
     again; other settings are refused."""
 
     def train_here(options, folder, log):

@@ -222,7 +222,7 @@ def test_unsupervised_stages_are_refused(compare, tmp_path):
     stages = {'only': {'unsupervised': True, 'train': 'head'}}
     variants = {'x': {'head': 'gsnmf', 'stages': stages, 'search': {'stages.only.lr': [0.1]}}}
     comparison = compare.Comparison(output=str(tmp_path / 'out'), variants=variants)
-    with pytest.raises(ValueError, match="All stages of 'x' are unsupervised"):
+    with pytest.raises(ValueError, match="No stage of 'x' trains a classifier"):
         compare.main(comparison)
     assert not (tmp_path / 'out').exists()
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT, TINY, load_script
+from PIL import Image
 from sklearn.decomposition import PCA
 from sklearn.preprocessing import normalize
 
@@ -147,6 +148,27 @@ def test_strength_is_chosen_on_validation_images(script, monkeypatch):
     assert found('test', 1.0) > found('test', 0.25) + 0.05
     assert row.settings == {'power': 0.25}
     assert row.shares['MAP@R'] == pytest.approx(found('test', 0.25), abs=1e-6)
+
+
+def test_arrays_are_those_of_the_other_recipes(script, tmp_path):
+    """Binary images are not black, and floating-point ones are read."""
+    x = np.arange(4 * 8 * 8).reshape(4, 8, 8) % 2
+    for name, values in (('binary', x.astype(np.uint8)), ('float', x.astype(np.float32))):
+        np.savez(tmp_path / f'{name}.npz', x=values, y=range(4))
+        script.write_by_classes(tmp_path / f'{name}.npz', tmp_path / name)
+        with Image.open(tmp_path / name / 'train/1/00001.png') as image:
+            np.testing.assert_array_equal(np.asarray(image), 255 * x[1])
+    np.savez(tmp_path / 'split.npz', x_train=x, y_train=range(4))
+    with pytest.raises(ValueError, match=r"must hold x and y; it has \['x_train', 'y_train'\]"):
+        script.write_by_classes(tmp_path / 'split.npz', tmp_path / 'split')
+
+
+def test_stage_that_trains_a_classifier_is_refused(script, tmp_path):
+    """Its epochs would be compared by something else than what is chosen by."""
+    train = {'data_dir': 'x', 'stages': {'a': {'train': 'classifier'}}}
+    comparison = script.Comparison(output=str(tmp_path), train=train)
+    with pytest.raises(ValueError, match="A stage of 'avg' trains a classifier"):
+        script.main(comparison)
 
 
 def test_no_path_is_made_of_a_class(script, tmp_path):

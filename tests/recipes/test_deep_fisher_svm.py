@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader
 from timm_fisher.training.command_line import parse
 from timm_fisher.training.measurements import read_measurements
 
-SMALL = {'reduce_dim': 6, 'components': 4, 'iterations': 3, 'C': 100.0}
-SMALL |= {key: value for key, value in TINY.items() if key != 'img_size'} | {'img_size': 32}
+SMALL = {'iterations': 3, 'C': 100.0}
+TRAIN = {**TINY, 'head_kwargs': {'reduce_dim': 6, 'components': 4}}
 
 
 @pytest.fixture(scope='module')
@@ -31,8 +31,9 @@ def run(script, tmp_path, monkeypatch):
     for key, value in ENVIRONMENT.items():
         monkeypatch.setenv(key, value)
 
-    def start(**options):
-        options = {'output': tmp_path / 'run', 'cache_dir': tmp_path / 'cache', **SMALL, **options}
+    def start(train=None, **options):
+        options = {'output': tmp_path / 'run', **SMALL, **options}
+        options['train'] = {**TRAIN, 'cache_dir': str(tmp_path / 'cache'), **(train or {})}
         forget_launch()
         script.main(parse(script.DeepFisher, arguments=command_line(options)))
         return options['output']
@@ -108,16 +109,17 @@ def test_run_leaves_everything(script, run, images, mode, monkeypatch):
         assert label_names == classes
         assert all((model.classifier.bias != 0).any() == (mode == 'single') for *_, model in found)
 
-    config = parse(script.DeepFisher, arguments=[f'--config={folder / "config.yaml"}'])
-    assert config.mode == mode
-    assert config.iterations == 3
+    settings = parse(script.DeepFisher, arguments=[f'--config={folder / "config.yaml"}'])
+    assert (settings.mode, settings.iterations) == (mode, 3)
+    assert settings.config.data_dir == str(images)
     with pytest.raises(ValueError, match='holds a finished run'):
         run(mode=mode, data_dir=images)
 
 
 @pytest.mark.slow
 def test_run_through_the_launcher(launch, images, tmp_path):
-    options = {**SMALL, 'data_dir': images, 'output': tmp_path / 'run', 'cache_dir': tmp_path / 'c'}
+    train = {**TRAIN, 'cache_dir': str(tmp_path / 'c')}
+    options = {**SMALL, 'data_dir': images, 'output': tmp_path / 'run', 'train': train}
     process = launch('recipes/papers/deep_fisher_svm.py', **options)
     text, _ = process.communicate(timeout=120)
     assert process.returncode == 0, text
@@ -138,7 +140,6 @@ def test_run_through_the_launcher(launch, images, tmp_path):
         ({'iterations': 0}, 'iterations is 0; give 1 or more'),
         ({'descriptor_fraction': 0.0}, 'descriptor_fraction is 0.0; give more than 0'),
         ({'C': -1.0}, 'C is -1.0; give more than 0'),
-        ({'test_split': None}, 'test_split is None; give the name of a split'),
         ({'code_dim': 5}, 'code_dim'),
     ],
 )
@@ -146,6 +147,11 @@ def test_wrong_options(run, capsys, option, message):
     with pytest.raises(SystemExit):
         run(**option)
     assert re.search(message, capsys.readouterr().err)
+
+
+def test_there_must_be_a_test_split(run, images):
+    with pytest.raises(ValueError, match='test_split of train is null'):
+        run(data_dir=images, train={'test_split': None})
 
 
 def test_splits_must_hold_every_class(run, tmp_path):

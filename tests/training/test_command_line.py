@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import pytest
 from limits import within
 
-from timm_fisher.errors import LoadError, PushError
+from timm_fisher.errors import ArgumentError, LoadError, PushError
 from timm_fisher.training.command_line import parse, run
 from timm_fisher.training.config import Config
 
@@ -60,6 +60,10 @@ def test_value_that_the_settings_refuse(capsys):
         (OSError('no file'), 2, 'error: no file'),
         (LoadError('not this'), 2, 'error: not this'),
         (PushError('not there'), 2, 'error: not there'),
+        (ArgumentError('no such argument'), 2, 'error: no such argument'),
+        (ChildProcessError('the run failed'), 2, 'error: the run failed'),
+        (FloatingPointError('diverged'), 2, 'error: diverged'),
+        (ModuleNotFoundError('install it'), 2, 'error: install it'),
         (KeyboardInterrupt(), 130, 'Interrupted.'),
         (KeyboardInterrupt('stopped'), 130, 'stopped'),
     ],

@@ -58,6 +58,9 @@ BAD_SETTINGS = [
     # given, and what the message must name
     ({'hed': 'avg'}, "'head'"),
     ({'whiten': 7}, 'whiten is 7; give 0 to 1'),
+    ({'whiten': 0.5}, 'whiten is 0.5, but there is no projection'),
+    ({'batch_size': 0}, 'batch_size is 0; give 1 or more'),
+    ({'grad_accum_steps': 0}, 'grad_accum_steps is 0; give 1 or more'),
     ({'stages': {'only': {'epoch': 3}}}, "'epochs'"),
     ({'batch_size': 'many'}, 'batch_size'),
     ({'backbone_stage': 1.5}, 'backbone_stage'),

@@ -46,6 +46,20 @@ def test_folder_without_images(recipe, tmp_path):
         recipe(data_dir=tmp_path / 'empty', val_split=None, test_split=None)
 
 
+def test_classes_with_synonyms(monkeypatch):
+    """As torchvision's ImageNet has them: the first name of each counts."""
+    names = {'tench': 0, 'Tinca tinca': 0, 'goldfish': 1, 'Carassius auratus': 1}
+
+    def create(dataset, data_dir, split, **options):
+        pixels = np.full((4, 8, 8), ('train', 'val', 'test').index(split), np.uint8)
+        made = data.ArrayImages(pixels, np.array([0, 1, 1, 0]))
+        made.class_to_idx = names
+        return made
+
+    monkeypatch.setattr(data, '_create_dataset', create)
+    assert load_splits(Config(dataset='torch/imagenet'))[1] == ['tench', 'goldfish']
+
+
 @pytest.mark.parametrize('val_split', ['val', None])
 def test_one_class_only(recipe, few, val_split):
     for split in ('train', 'val'):
@@ -131,7 +145,7 @@ def test_output_that_is_nan_names_the_image(recipe, few, monkeypatch, split, cac
         where = {'train': 'epoch 1, step 1', 'val': 'validation of epoch 1'}[split]
         error, message = (
             FloatingPointError,
-            rf"nan in .* {where}\. The first image with such a loss is '{path}'",
+            rf"nan in .* {where}\. With these weights '{path}' is the first such image",
         )
     with pytest.raises(error, match=message):
         recipe(data_dir=few, cache=cache, **NO_TEST)

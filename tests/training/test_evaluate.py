@@ -38,7 +38,7 @@ def test_accuracies():
 
 
 def test_arrays(tmp_path):
-    """The accuracy by hand, of any split; other classes are refused."""
+    """The accuracy by hand; other classes are refused, and what need not be a test image."""
     random = np.random.default_rng(0)
     x, y = random.random((60, 9, 9)), np.arange(60) % 3
     path = str(tmp_path / 'digits.npz')
@@ -52,9 +52,11 @@ def test_arrays(tmp_path):
     result = evaluate(model, path, 'test', workers=0)
     assert result['accuracy'] == right.float().mean().item()
     assert result['samples'] == 20
-    assert evaluate(model, path, 'val', workers=0)['samples'] == 6
-    with pytest.raises(ValueError, match=r"has no split 'tset', only \['train', 'test', 'val'\]"):
-        evaluate(model, path, 'tset', workers=0)
+    with pytest.raises(ValueError, match='which others were val images depended on the run'):
+        evaluate(model, path, 'val', workers=0)
+    np.savez(tmp_path / 'whole.npz', x=x, y=y)
+    with pytest.raises(ValueError, match=r"Of '\S+whole.npz' only test images in arrays of"):
+        evaluate(model, str(tmp_path / 'whole.npz'), 'test', workers=0)
     model.pretrained_cfg['label_names'] = ['0', '1', 'two']
     with pytest.raises(
         ValueError, match=r"\['0', '1', '2'\]; the model has 3, \['0', '1', 'two'\]"

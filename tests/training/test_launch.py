@@ -51,6 +51,9 @@ def test_finished_run_is_not_run_again(started, tmp_path):
         launch({'batch_size': 9}, tmp_path / 'run')
     launch({'batch_size': 8, 'workers': 1}, tmp_path / 'run')  # of no consequence
     assert len(started) == 1
+    launch({'augment': {}}, tmp_path / 'augmented')
+    with pytest.raises(ValueError, match='workers was 2, is 1'):
+        launch({'augment': {}, 'workers': 1}, tmp_path / 'augmented')
 
 
 def test_stages_keep_their_order(started, tmp_path):
@@ -99,7 +102,7 @@ def test_log_of_a_resumed_run_goes_on(tmp_path, monkeypatch):
     (run / 'metrics.json').unlink()
     log.write_text('a line\n')
     before = {path: path.read_bytes() for path in run.rglob('*') if path.is_file()}
-    with pytest.raises(RuntimeError, match='batch_size was 16, is 8'):
+    with pytest.raises(ChildProcessError, match='batch_size was 16, is 8'):
         launch({**options, 'batch_size': 8}, run, log=log)
     assert before == {path: path.read_bytes() for path in run.rglob('*') if path.is_file()}
     assert launch(options, run, log=log)['test'] == metrics['test']
@@ -114,5 +117,7 @@ def test_run_that_fails(tmp_path, monkeypatch):
     for key, value in ENVIRONMENT.items():
         monkeypatch.setenv(key, value)
     options = {**TINY, 'dataset': 'digits', 'head': 'agv'}
-    with pytest.raises(RuntimeError, match=r"run failed, see .*\.log:\n(.|\n)*Unknown head 'agv'"):
+    with pytest.raises(
+        ChildProcessError, match=r"run failed, see .*\.log:\n(.|\n)*Unknown head 'agv'"
+    ):
         launch(options, tmp_path / 'run', log=tmp_path / 'run.log')

@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import TINY
 
+import timm_fisher
 from timm_fisher.training.config import Config, Stage
 from timm_fisher.training.probe import nearest_neighbours, train_probes
 from timm_fisher.training.run import train
@@ -141,12 +142,24 @@ def test_a_rate_that_diverges_does_not_stop_the_others(images, tmp_path, name, l
             {'stages': {'s': Stage(train='head', sched='plateau')}},
             'probes know neither sched',
         ),
+        ({'stages': {'s': Stage(train='head', per_class=4)}}, 'nor per_class'),
     ],
 )
 def test_what_cannot_share_a_pass(images, tmp_path, change, message):
     good = configs(images, tmp_path)['netvlad, head, 0.003']
     with pytest.raises(ValueError, match=message):
         train_probes({'a': good, 'b': Config(**{**vars(good), **change})})
+
+
+def test_fit_of_a_share_of_the_images(images, tmp_path, monkeypatch):
+    seen = []
+    fit = timm_fisher.fit
+    monkeypatch.setattr(
+        timm_fisher, 'fit', lambda *given, **options: seen.append(fit(*given, **options))
+    )
+    config = configs(images, tmp_path, epochs=1)['netvlad, head, 0.003']
+    train_probes({'a': Config(**{**vars(config), 'max_fit': 50})})
+    assert seen == [50]
 
 
 def test_nearest_neighbours():

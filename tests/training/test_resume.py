@@ -8,6 +8,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import time
 from importlib.util import find_spec
@@ -279,6 +280,17 @@ def test_finished_run_resumes_to_itself(recipe, few_images):
     assert before[:2] == after[:2]
     assert all(torch.equal(before[2][name], after[2][name]) for name in before[2])
     assert (run / 'model/metrics.json').exists()
+
+
+def test_finished_run_without_its_checkpoint_is_not_overwritten(recipe, few_images):
+    options = {'data_dir': few_images, 'test_split': None}
+    run = recipe(**options)
+    shutil.rmtree(*run.glob('checkpoint-*'))
+    before = {path: path.read_bytes() for path in run.rglob('*') if path.is_file()}
+    for resume in (False, True):
+        with pytest.raises(ValueError, match='holds a finished run without its checkpoint'):
+            recipe(resume=resume, **options)
+    assert before == {path: path.read_bytes() for path in run.rglob('*') if path.is_file()}
 
 
 STAGES = {'warm': {'train': 'head', 'epochs': 3, 'lr': 0.01}}

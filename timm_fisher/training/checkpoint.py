@@ -50,8 +50,12 @@ def open_folder(config: Config, accelerator: Accelerator) -> Iterator[Path]:
                 write(owner, f': process {os.getpid()} on {platform.node()}, since {started}')
             if latest_checkpoint(output):
                 check_settings(output, config)
+            elif (output / 'metrics.json').exists():
+                raise ValueError(
+                    f"'{output}' holds a finished run without its checkpoint. Delete the folder to "
+                    'run it again, or give another --output.'
+                )
             elif accelerator.is_main_process:
-                (output / 'metrics.json').unlink(missing_ok=True)  # of a run that was deleted
                 write(output / 'config.yaml', config.to_yaml())
         yield output
     finally:
@@ -76,7 +80,7 @@ def check_settings(output: Path, config: Config) -> None:
         )
     old = yaml.safe_load((output / 'config.yaml').read_text())
     new = yaml.safe_load(config.to_yaml())
-    free = ('resume', 'output', 'workers', 'cache_dir')
+    free = config.of_no_consequence
     changed = [key for key in new if key not in free and new[key] != old.get(key)]
     if 'stages' not in changed and list(new['stages']) != list(old['stages']):
         changed.append('stages')  # whose order counts

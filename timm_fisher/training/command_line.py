@@ -13,10 +13,14 @@ from typing import Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 import jsonargparse
 
-from timm_fisher.errors import LoadError, PushError
+from timm_fisher.errors import ArgumentError, LoadError, PushError
 from timm_fisher.registry import nearest
 
 T = TypeVar('T')
+# What a user can mend. Each message is a sentence that says how.
+MISTAKES = (
+    ArgumentError, FloatingPointError, ImportError, LoadError, OSError, PushError, ValueError,
+)  # fmt: skip
 
 
 def run(
@@ -26,10 +30,9 @@ def run(
     positional: str | None = None,
     arguments: Sequence[str] | None = None,
 ) -> None:
-    """Call `main` with the settings of the command line, see `parse`. A mistake of the user
-    (ValueError, OSError, LoadError, PushError) becomes a sentence and exit status 2, with the
-    traceback under `python -X dev`; an interruption, by Ctrl-C or SIGTERM, a sentence and exit
-    status 130."""
+    """Call `main` with the settings of the command line, see `parse`. An error of
+    MISTAKES becomes a sentence and exit status 2, with the traceback under `python -X dev`; an
+    interruption, by Ctrl-C or SIGTERM, a sentence and exit status 130."""
     chosen = parse(settings, positional=positional, arguments=arguments)
     with suppress(ValueError):  # only the main thread may set handlers
         signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -38,7 +41,7 @@ def run(
     except KeyboardInterrupt as error:
         print(str(error) or 'Interrupted.', file=sys.stderr)
         sys.exit(130)  # as a shell says it of SIGINT
-    except (LoadError, PushError, OSError, ValueError) as error:
+    except MISTAKES as error:
         if sys.flags.dev_mode:
             raise
         print(f'error: {error}', file=sys.stderr)

@@ -132,7 +132,8 @@ class Config:
         stages: by name, in order; if all are unsupervised, no labels are needed, and the model gets
             no classifier.
         batch_size: images per process and step.
-        workers: processes that load images; another number draws other augmentations.
+        workers: processes that load images; another number draws other augmentations, and another
+            order of a stream.
         grad_accum_steps: steps whose gradients are added up.
         mixed_precision: null for what `accelerate launch` says.
         cache: run a frozen backbone once and keep its features; null: if there is no augmentation.
@@ -215,6 +216,11 @@ class Config:
                 )
         if not 0 <= self.whiten <= 1:
             raise ValueError(f'whiten is {self.whiten:g}; give 0 to 1.')
+        if self.whiten and self.projection is None:
+            raise ValueError(f'whiten is {self.whiten:g}, but there is no projection. Give both.')
+        for name in ('batch_size', 'grad_accum_steps'):
+            if getattr(self, name) < 1:
+                raise ValueError(f'{name} is {getattr(self, name)}; give 1 or more.')
         if self.fold and not self.folds:
             raise ValueError(f'fold is {self.fold}, but folds is 0. Give folds, a number of parts.')
         if self.folds and self.dataset != 'npz':
@@ -228,6 +234,12 @@ class Config:
     def streamed(self) -> bool:
         """Whether images are read as they come."""
         return self.dataset.startswith(('wds/', 'hfids/'))
+
+    @property
+    def of_no_consequence(self) -> tuple[str, ...]:
+        """Options that the result of a run does not depend on."""
+        depends_on_workers = self.augment is not None or self.streamed
+        return ('output', 'resume', 'cache_dir', *(() if depends_on_workers else ('workers',)))
 
     def caches(self, stage: Stage) -> bool:
         """Whether this stage trains on cached features of its frozen backbone."""

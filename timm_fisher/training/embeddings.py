@@ -64,7 +64,8 @@ def fit_once(model: PooledModel, features: Cached, folder: Path | None, config: 
         load_weights(model, folder)
         return float(json.loads((folder / 'seconds.json').read_text()))
     loader = DataLoader(features, config.batch_size)
-    seconds, _ = timed(lambda: timm_fisher.fit(model, loader, from_features=True))
+    fit = partial(timm_fisher.fit, model, loader, from_features=True, max_images=config.max_fit)
+    seconds, _ = timed(fit)
     if folder is not None:
         timm_fisher.save_model(model, folder, data_config=preprocessing(model, config))
         write(folder / 'seconds.json', json.dumps(seconds))

@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 from timm_fisher import PooledModel
 from timm_fisher.explain import class_names
 from timm_fisher.files import save_png
+from timm_fisher.training.arrays import read_arrays
 from timm_fisher.training.config import Config
 from timm_fisher.training.data import (
     Split,
@@ -61,7 +62,8 @@ def predict(
 
     Args:
         model: with a classifier.
-        data_dir: folder with SPLIT/CLASS/IMAGE, or a file of arrays, FILE.npz.
+        data_dir: folder with SPLIT/CLASS/IMAGE, or a file of arrays, FILE.npz, with x_test and
+            y_test among them.
         split: 'train', 'val' or 'test', or the name of another subfolder.
         batch_size: images per step.
         workers: processes that load images.
@@ -108,10 +110,14 @@ def draw_confusion(
 def _load_split(data_dir: str, split: str, model: PooledModel) -> Split:
     names = model.pretrained_cfg.get('label_names')
     if data_dir.endswith('.npz'):
+        if split != 'test' or 'x_test' not in read_arrays(data_dir):
+            raise ValueError(
+                f"Of '{data_dir}' only test images in arrays of their own, x_test and y_test, can "
+                f'be measured: which others were {split} images depended on the run, whose '
+                'metrics.json has the accuracy.'
+            )
         splits, classes = load_splits(Config(data_dir=data_dir, dataset='npz'))
-        if split not in splits:
-            raise ValueError(f"'{data_dir}' has no split '{split}', only {list(splits)}.")
-        images = splits[split]
+        images = splits['test']
     else:
         known = {name: i for i, name in enumerate(names)} if names else None
         images = load_folder(data_dir, split, known)

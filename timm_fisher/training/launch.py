@@ -34,7 +34,7 @@ def launch(options: Mapping[str, Any], output: Path, *, log: Path | None = None)
 
     Raises:
         ValueError: the folder holds the metrics of a run with other options.
-        RuntimeError: the run failed; the message has the end of its log.
+        ChildProcessError: the run failed; the message has the end of its log.
     """
     settings = {**options, 'output': str(output)}
     arguments = ['--config', yaml.safe_dump(settings, sort_keys=False)]  # stages have an order
@@ -58,7 +58,7 @@ def launch(options: Mapping[str, Any], output: Path, *, log: Path | None = None)
             raise
         if process.exitcode:
             said = f', see {log}:\n{log.read_text()[-3000:]}' if log else '.'
-            raise RuntimeError(f'The run in {output} failed{said}')
+            raise ChildProcessError(f'The run in {output} failed{said}')
     content: dict[str, Any] = json.loads(metrics.read_text())
     return content
 

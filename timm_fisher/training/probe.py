@@ -226,7 +226,8 @@ class Pool:
         to_device(model, self.accelerator.device)
         places = [self.stages.index(reader.stage) for reader in model.descriptors]
         loader = DataLoader(self.features['train'].select(places), config.batch_size)
-        fit = partial(timm_fisher.fit, model, loader, from_features=True, whiten=config.whiten)
+        options: Any = {'whiten': config.whiten, 'max_images': config.max_fit}
+        fit = partial(timm_fisher.fit, model, loader, from_features=True, **options)
         return model, timed(fit, str(self.accelerator.device))[0]
 
     def _pool(self, model: PooledModel, places: list[int], config: Config) -> dict[str, Cached]:
@@ -260,10 +261,10 @@ def _check(configs: Mapping[str, Config]) -> Config:
                 'cached features, without augmentation.'
             )
         fp16, accumulates = config.mixed_precision == 'fp16', config.grad_accum_steps > 1
-        if stage.sched == 'plateau' or fp16 or accumulates:
+        if stage.sched == 'plateau' or fp16 or accumulates or stage.per_class:
             raise ValueError(
-                f"'{name}': probes know neither sched: plateau, mixed_precision: fp16 nor "
-                'grad_accum_steps.'
+                f"'{name}': probes know neither sched: plateau, mixed_precision: fp16, "
+                'grad_accum_steps nor per_class.'
             )
         mine, theirs = asdict(config), asdict(first)
         changed = [key for key in mine if key not in OWN and mine[key] != theirs[key]]

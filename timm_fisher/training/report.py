@@ -90,7 +90,7 @@ def command(config: Config, mixed_precision: str, processes: int) -> str:
     """The command that repeats a run, without its configuration file; PATH stands for the images,
     and of other folders only the last name is left."""
     settings = _changed(config)
-    for key in ('output', 'resume', 'cache_dir', 'workers'):
+    for key in config.of_no_consequence:
         settings.pop(key, None)
     if config.data_dir:
         settings['data_dir'] = 'PATH'

@@ -24,6 +24,11 @@ from timm_fisher.hub.text import escape_markdown, problem
 from timm_fisher.training.rows import read_rows, write_rows
 from timm_fisher.training.tables import percent, records
 
+# What every table must hold: timm's pool, and what the Fisher vectors' normalisation alone brings.
+BASELINES: dict[str, dict[str, Any]] = {
+    'avg': {'head': 'avg'},
+    'avg + power_l2': {'head': 'avg', 'head_kwargs': {'normalize': True}},
+}
 AXES = {'out_features': 'pooled vector', 'train_seconds': 'training (s)'}  # of plots
 LONGEST = 500  # characters of a text that a table shows
 

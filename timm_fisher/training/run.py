@@ -348,7 +348,7 @@ class Run:
             image = (
                 ''
                 if place is None
-                else f"The first image with such a loss is '{dataset.name(place)}'. "
+                else f"With these weights '{dataset.name(place)}' is the first such image. "
             )
             raise FloatingPointError(
                 f'The loss is {loss} in stage {where}. {image}Last good checkpoint: '
@@ -359,7 +359,7 @@ class Run:
     @torch.no_grad()
     def _first_non_finite(self, objective: Objective, dataset: Data) -> int | None:
         """The place of the first image whose loss alone is not finite, for which the data set is
-        read once more; None if there is none, or no image is to blame: training has diverged."""
+        read once more; None if there is none, or if weights are not finite themselves."""
         if not all(parameter.isfinite().all() for parameter in objective.parameters()):
             return None
         objective.eval()
