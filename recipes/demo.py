@@ -41,6 +41,7 @@ from PIL import Image
 
 import timm_fisher
 from timm_fisher import PooledModel
+from timm_fisher.device import to_device
 from timm_fisher.errors import LoadError
 from timm_fisher.explain import attention, class_names, explain, overlay
 from timm_fisher.hub.load import find
@@ -49,7 +50,6 @@ from timm_fisher.images import convert, open_image
 from timm_fisher.retrieval import Search, update_index
 from timm_fisher.retrieval.index import list_images
 from timm_fisher.training import command_line
-from timm_fisher.training.device import to_device
 
 FIRST = ('trashnet-fisher', 'trashnet-isqrt-cov')  # the best two of the same classes
 LOADED = 4  # models that are kept in memory

@@ -29,8 +29,8 @@ from tqdm.auto import tqdm
 
 from timm_fisher.hub.text import shown
 from timm_fisher.retrieval.extraction import Extractor, Part, list_parts
+from timm_fisher.training.accelerator import use_all_cores
 from timm_fisher.training.command_line import run
-from timm_fisher.training.device import use_all_cores
 from timm_fisher.training.tables import three_digits
 
 

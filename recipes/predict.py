@@ -25,13 +25,13 @@ import timm
 import torch
 from tqdm.auto import tqdm
 
+from timm_fisher.device import to_device
 from timm_fisher.explain import attention, class_names, explain, overlay
 from timm_fisher.files import save_png, write
 from timm_fisher.hub.pypi import from_pretrained_or_pypi
 from timm_fisher.hub.text import csv_cell, shown
 from timm_fisher.images import read_image
 from timm_fisher.training.command_line import run
-from timm_fisher.training.device import to_device
 
 BATCH = 8  # images
 

@@ -30,6 +30,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from timm_fisher import PooledModel
+from timm_fisher.device import to_device
 from timm_fisher.files import save_png, write
 from timm_fisher.hub.pypi import from_pretrained_or_pypi
 from timm_fisher.hub.text import csv_cell, shown
@@ -38,7 +39,6 @@ from timm_fisher.retrieval.index import Index, embed_files, list_images, update_
 from timm_fisher.retrieval.metrics import evaluate_retrieval
 from timm_fisher.retrieval.search import Search
 from timm_fisher.training.command_line import run
-from timm_fisher.training.device import to_device
 from timm_fisher.training.tables import records
 
 MOST_ROWS, MOST_COLUMNS = 20, 10  # of the contact sheet

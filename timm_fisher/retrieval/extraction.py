@@ -23,9 +23,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from timm_fisher.device import to_device
 from timm_fisher.hub.pypi import from_pretrained_or_pypi
 from timm_fisher.retrieval.index import embed_files, embed_prepared, fingerprint, list_images
-from timm_fisher.training.device import to_device
 from timm_fisher.vectors import Prepared
 
 HALF = {'no': None, 'bf16': torch.bfloat16, 'fp16': torch.float16}

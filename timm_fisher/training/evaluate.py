@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from timm_fisher import PooledModel
+from timm_fisher.device import to_device
 from timm_fisher.explain import class_names
 from timm_fisher.files import save_png
 from timm_fisher.training.arrays import read_arrays
@@ -31,7 +32,6 @@ from timm_fisher.training.data import (
     load_splits,
     refuse_non_finite,
 )
-from timm_fisher.training.device import to_device
 
 
 def accuracies(labels: Sequence[int], predicted: Sequence[int]) -> dict[str, Any]:

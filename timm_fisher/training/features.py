@@ -27,9 +27,9 @@ from tqdm.auto import tqdm
 
 from timm_fisher import PooledModel
 from timm_fisher.backbone import digest
+from timm_fisher.device import to_device
 from timm_fisher.training.config import Config
 from timm_fisher.training.data import Gives, Images, refuse_non_finite
-from timm_fisher.training.device import to_device
 from timm_fisher.training.streams import StreamImages, StreamLoader
 from timm_fisher.training.tables import three_digits
 

@@ -27,10 +27,10 @@ from tqdm.auto import tqdm, trange
 
 import timm_fisher
 from timm_fisher import PooledModel
+from timm_fisher.device import to_device
 from timm_fisher.specification import HeadSpec, parse_heads
 from timm_fisher.training.config import Config, Stage
 from timm_fisher.training.data import Gives, create_datasets, load_splits, preprocessing
-from timm_fisher.training.device import to_device
 from timm_fisher.training.evaluate import accuracies
 from timm_fisher.training.features import Cached, cache_features, cache_pooled
 from timm_fisher.training.measure import timed

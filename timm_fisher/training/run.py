@@ -27,7 +27,9 @@ from tqdm.auto import tqdm
 
 import timm_fisher
 from timm_fisher import PooledModel
+from timm_fisher.device import to_device
 from timm_fisher.files import write
+from timm_fisher.training.accelerator import create_accelerator
 from timm_fisher.training.checkpoint import (
     Interruption,
     Progress,
@@ -37,7 +39,6 @@ from timm_fisher.training.checkpoint import (
 )
 from timm_fisher.training.config import Config, Stage
 from timm_fisher.training.data import Images, create_datasets, load_splits, preprocessing
-from timm_fisher.training.device import create_accelerator, to_device
 from timm_fisher.training.features import (
     Cached,
     cache_features,

@@ -12,12 +12,12 @@ import torch
 from torch import nn
 
 import timm_fisher
-from timm_fisher.training import device
-from timm_fisher.training.device import to_device
+from timm_fisher import device
+from timm_fisher.device import to_device
 
 PAGES = """
 import resource, torch
-from timm_fisher.training.device import to_device
+from timm_fisher.device import to_device
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -96,11 +96,3 @@ def test_other_devices_get_the_memory_format_alone(monkeypatch):
     model = to_device(nn.Conv2d(3, 4, 3), 'meta')
     assert model.weight.is_meta
     assert model.weight.is_contiguous(memory_format=torch.channels_last)
-
-
-@pytest.mark.parametrize('name', ['FSDP', 'DEEPSPEED', 'MEGATRON_LM', 'PARALLELISM_CONFIG'])
-def test_launch_that_shards_the_model_is_refused(recipe, tmp_path, monkeypatch, name):
-    monkeypatch.setenv(f'ACCELERATE_USE_{name}', 'True')
-    with pytest.raises(ValueError, match=rf'launched with {name}: .* Launch without it'):
-        recipe(data_dir=tmp_path)
-    assert not (tmp_path / 'run').exists()
