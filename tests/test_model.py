@@ -12,9 +12,11 @@ from timm.data import create_transform, resolve_input_data_config
 from timm.models import resolve_model_input_args
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV2, ModelEmaV3
+from torch.utils.data import DataLoader, TensorDataset
 
 import timm_fisher
 from timm_fisher import PooledModel
+from timm_fisher.explain import class_names
 
 # Outputs
 
@@ -130,6 +132,31 @@ def test_reset_classifier_to_none_and_back():
     assert torch.equal(model(x), embedding)
     model.reset_classifier(3)
     assert model(x).shape == (2, 3)
+
+
+def test_reset_classifier_forgets_the_names_of_the_old_classes(tmp_path):
+    model = timm_fisher.create_model('test_resnet', num_classes=2)
+    timm_fisher.save_model(model, tmp_path, label_names=['ash', 'elm'])
+    model = timm_fisher.from_pretrained(tmp_path)
+    assert class_names(model) == ['ash', 'elm']
+    model.reset_classifier(2)
+    assert 'ash' not in class_names(model)
+    timm_fisher.save_model(model, tmp_path / 'again')
+    assert 'ash' not in (tmp_path / 'again/config.json').read_text()
+
+
+def test_without_any_parameter():
+    """A classifier can be added, and a fit has nothing to do."""
+    model = timm_fisher.create_model('pixels', 'avg', num_classes=0, img_size=8)
+    loader = DataLoader(TensorDataset(torch.rand(4, *model.pretrained_cfg['input_size'])), 2)
+    assert timm_fisher.fit(model, loader) == 0
+    model.reset_classifier(3)
+    assert model(next(iter(loader))[0]).shape == (2, 3)
+
+
+def test_flag_that_is_a_text():
+    with pytest.raises(TypeError, match="takes pre_norm=True or pre_norm=False, not 'false'"):
+        timm_fisher.create_model('test_resnet', pre_norm='false')
 
 
 def test_reset_classifier_refuses_another_pool():

@@ -207,7 +207,11 @@ def test_claims_point_to_results(page):
     claims = [
         part
         for part in re.split(r'\n\s*\n|\n(?=- )', text)
-        if re.search(r'\b(ahead of|beats?|gains?|wins?|the best|better (by|than)|best of)\b', part)
+        if re.search(
+            r'\b(ahead of|beats?|gains?|wins?|loses?|the best|better (by|than)|best of)\b'
+            r'|\b(weakest|worse)\b|\b(below|above|behind) `',
+            part,
+        )
     ]
     assert claims
     for claim in claims:

@@ -227,6 +227,11 @@ def test_built_in_heads_return_what_they_say(name):
     check_output(name, 32, {})
 
 
+def test_the_look_at_an_output_takes_no_memory():
+    """A saved config may ask for descriptors of any length, of the backbone `pixels`."""
+    check_output('avg', 2**40, {})
+
+
 @pytest.mark.parametrize('in_features', [0, -3, 2.0, '8', True, None])
 def test_in_features_is_a_size(in_features):
     with pytest.raises(ValueError, match=f'in_features .* not {in_features!r}'):

@@ -52,6 +52,17 @@ def test_vectors(model, photographs):
         assert torch.allclose(again, vectors, atol=1e-6)
 
 
+def test_half_precision(photographs):
+    """Of files and of images in float32."""
+    torch.manual_seed(0)
+    options = {'num_classes': 0, 'img_size': 32}
+    model = timm_fisher.create_model('resnet10t', head='avg', **options).eval()
+    expected = timm_fisher.embed(model, photographs[1], workers=0)
+    vectors = timm_fisher.embed(model.bfloat16(), photographs[1], workers=0)
+    assert vectors.dtype == torch.float32
+    assert torch.allclose(vectors, expected, atol=2e-2)
+
+
 def test_mistakes(model, photographs, tmp_path):
     """Named."""
     paths = photographs[1]
@@ -63,8 +74,11 @@ def test_mistakes(model, photographs, tmp_path):
         timm_fisher.embed(model, [])
     with pytest.raises(ValueError, match='no images'):
         timm_fisher.embed(model, torch.empty(0, 3, 32, 32))
-    with pytest.raises(TypeError, match='give a list of files'):
-        timm_fisher.embed(model, str(paths[0]))
+    for one in (str(paths[0]), paths[0], photographs[0][0]):
+        with pytest.raises(TypeError, match='give a list of files'):
+            timm_fisher.embed(model, one)
+    with pytest.raises(TypeError, match=r'no batch of a loader. Of files give a list, as in'):
+        timm_fisher.embed(model, paths[0].parent.glob('*.png'))
     x = torch.zeros(5, 3, 32, 32)
     x[3, 0, 0, 0] = torch.nan
     with pytest.raises(ValueError, match='vector of image 3 is NaN'):

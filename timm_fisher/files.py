@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,11 +15,22 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def write(path: Path, text: str) -> None:
-    """Write beside, then rename."""
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file beside `path`, to write to, which then takes its place; on an error it is deleted."""
     beside = path.with_name(f'.{path.name}.partial')
-    beside.write_text(text, encoding='utf-8')
-    os.replace(beside, path)
+    try:
+        yield beside
+        os.replace(beside, path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+
+
+def write(path: Path, text: str) -> None:
+    """A text, as a whole or not at all."""
+    with replacing(path) as beside:
+        beside.write_text(text, encoding='utf-8')
 
 
 def keep_settings(folder: Path, settings: dict[str, Any]) -> None:
@@ -30,22 +43,20 @@ def keep_settings(folder: Path, settings: dict[str, Any]) -> None:
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """Save beside, then rename, as safetensors with texts in its header."""
+    """Safetensors with texts in its header, as a whole or not at all."""
     from safetensors.torch import save_file
 
-    beside = path.with_name(f'.{path.name}.partial')
-    beside.touch()
-    mode = beside.stat().st_mode  # what the user wants; safetensors makes its file private
-    save_file(tensors, beside, metadata)
-    beside.chmod(mode)
-    os.replace(beside, path)
+    with replacing(path) as beside:
+        beside.touch()
+        mode = beside.stat().st_mode  # what the user wants; safetensors makes its file private
+        save_file(tensors, beside, metadata)
+        beside.chmod(mode)
 
 
 def save_png(figure: Figure, path: Path) -> None:
-    """Save beside, then rename; the figure is closed."""
+    """A figure, which is closed, as a whole or not at all."""
     import matplotlib.pyplot as plt
 
-    beside = path.with_name(f'.{path.name}')
-    figure.savefig(beside, format='png', dpi=120)
+    with replacing(path) as beside:
+        figure.savefig(beside, format='png', dpi=120)
     plt.close(figure)
-    os.replace(beside, path)

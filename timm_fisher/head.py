@@ -127,8 +127,12 @@ def example(head: PoolingHead) -> tuple[Tensor, dict[str, Any]]:
     what else its `forward` asks for; the same each time."""
     rows = max(10, -(-head.least_descriptors // 10))
     size = (2, 10 * rows + 1, head.in_features)
-    x = torch.randn(size, generator=torch.Generator('cpu').manual_seed(0), device='cpu')
-    x = x.to(**like(head))
+    where = like(head)
+    if where['device'].type == 'meta':  # which costs nothing, however large
+        x = torch.empty(size, **where)
+    else:
+        x = torch.randn(size, generator=torch.Generator('cpu').manual_seed(0), device='cpu')
+        x = x.to(**where)
     context = {'grid': (rows, 10), 'class_token': x[:, 0]}
     return x[:, 1:], {name: context[name] for name in head.asks_for}
 

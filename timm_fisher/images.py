@@ -9,7 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import timm
 from PIL import Image
+
+ENDINGS = (*timm.data.get_img_extensions(), '.webp')  # of files that are taken for images
 
 
 def read_image(path: str | Path, channels: int = 3) -> Image.Image:

@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from timm_fisher.backbone import check_number, create_backbone, resize, set_size, wrap_cfg
 from timm_fisher.compose import ConcatHeads
 from timm_fisher.descriptors import Descriptors, StageDescriptors, read_last
-from timm_fisher.head import PoolingHead, Unpooled
+from timm_fisher.head import PoolingHead, Unpooled, like
 from timm_fisher.layers import PreNorm, Projection, create_classifier
 from timm_fisher.lora import LoRA
 from timm_fisher.registry import check_output, create_head
@@ -49,7 +49,7 @@ class PooledModel(nn.Module):
             from their principal components; None leaves them as they are.
         pre_norm: batch norm without weights between head and classifier, as probes of frozen
             backbones have it.
-        drop_rate: dropout between head and classifier.
+        drop_rate: dropout between head and classifier. As timm has it, rates are not saved.
         drop_path_rate: stochastic depth of the backbone.
         stage: -1 pools the backbone's output; -2, -3, ... an earlier stage of its `feature_info`.
         class_token: of a backbone that has one: 'drop' it, 'keep' the prefix tokens among the
@@ -116,9 +116,8 @@ class PooledModel(nn.Module):
         )
         self.backbone, self.backbone_weights = built.module, built.weights
         self.descriptors = built.descriptors
-        self._always_frozen = [
-            name for name, p in self.backbone.named_parameters() if not p.requires_grad
-        ]
+        parameters = self.backbone.named_parameters()
+        self._always_frozen = [name for name, p in parameters if not p.requires_grad]
         self._stages_left = len(getattr(self.backbone, 'feature_info', ())) + 1 + stages[-1]
         places = [stages.index(place) for _, place, _ in heads]
         channels = [reader.num_features for reader in self.descriptors]
@@ -307,7 +306,7 @@ class PooledModel(nn.Module):
         return self.classifier
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A fresh classifier for another number of classes; device, dtype and mode stay.
+        """A fresh classifier for other classes, without their names; device, dtype and mode stay.
 
         Raises:
             ValueError: `global_pool` is given; the pool of this model is its head.
@@ -316,10 +315,11 @@ class PooledModel(nn.Module):
             raise ValueError(
                 f'{global_pool=} cannot be set: this model pools by its head. Create another model.'
             )
-        like = next(iter([*self.classifier.parameters(), *self.parameters()]))
+        where = like(nn.ModuleList([self.classifier, self.backbone, self.head]))
         self.num_classes = num_classes
         self.classifier = create_classifier(self.head_hidden_size, num_classes)
-        self.classifier.to(device=like.device, dtype=like.dtype).train(self.training)
+        self.classifier.to(**where).train(self.training)
+        self.pretrained_cfg |= {'label_names': None, 'label_descriptions': None}
 
     def train(self, mode: bool = True) -> Self:
         """As `nn.Module.train`, but what is frozen stays in eval mode, as its batch-norm statistics
@@ -376,10 +376,7 @@ class PooledModel(nn.Module):
             self._given['img_size'] = img_size
 
     def prune_intermediate_layers(
-        self,
-        indices: int | list[int] = 1,
-        prune_norm: bool = False,
-        prune_head: bool = True,
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
         """Take out what some stages of `feature_info` do not need, as timm's models do.
 

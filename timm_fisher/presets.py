@@ -8,7 +8,7 @@ timm.create_model('resnet50_3g', num_classes=365, head_kwargs=dict(blocks=1))
 ```
 
 `pretrained=True` loads the backbone's weights, head and classifier are fresh. What is saved is the
-architecture `timm_fisher` with all of its arguments, not the preset's name.
+architecture `timm_fisher` with its arguments, not the preset's name.
 """
 
 from __future__ import annotations

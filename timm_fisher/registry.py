@@ -136,7 +136,8 @@ def check_arguments(
     call. The error begins with `what`; parameters in `given` are the caller's, not the user's.
 
     Raises:
-        TypeError: an unknown argument, with the nearest known ones, or a missing one.
+        TypeError: an unknown argument, with the nearest known ones, a missing one, or a value that
+            is neither True nor False where the default is one of them.
     """
     parameters = {
         key: parameter
@@ -153,6 +154,9 @@ def check_arguments(
     for key, parameter in parameters.items():
         if parameter.default is inspect.Parameter.empty and key not in arguments:
             raise ArgumentError(f"{what} needs the argument '{key}'.")
+        value = arguments.get(key)
+        if isinstance(parameter.default, bool) and value is not None and type(value) is not bool:
+            raise ArgumentError(f'{what} takes {key}=True or {key}=False, not {value!r}.')
 
 
 def nearest(name: str, names: Collection[str]) -> str:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
+from timm_fisher.head import like
 from timm_fisher.images import convert, read_image
 from timm_fisher.model import PooledModel
 
@@ -31,7 +32,8 @@ def embed(
     `model.head_hidden_size`. A classifier, and the batch norm before it, have no say.
 
     Args:
-        model: a `PooledModel`, with or without a classifier, on any device; its mode stays.
+        model: a `PooledModel`, with or without a classifier, on any device, of any dtype; its mode
+            stays.
         images: files or PIL images, which are prepared as the model wants them; a tensor
             `[n, C, H, W]` of images that are; or a loader, whose batches are tensors
             `[B, C, H, W]`, or tuples that begin with one.
@@ -40,11 +42,11 @@ def embed(
         progress: show a bar; None for only on a terminal.
 
     Raises:
-        TypeError: one file instead of a list.
+        TypeError: one file or image instead of a list, or something else that gives no batches.
         ValueError: no images, a file that cannot be read as an image, or an image whose vector is
             NaN or infinite.
     """
-    device = next(iter([*model.parameters(), *model.buffers()]), torch.empty(0)).device
+    where = like(model)
     batches, count = _batches(model, images, batch_size, workers)
     bar = tqdm(
         total=count, desc='embed', unit='image', disable=None if progress is None else not progress
@@ -54,7 +56,7 @@ def embed(
     vectors: list[Tensor] = []
     try:
         for x in batches:
-            pooled = model.pool(model.forward_features(x.to(device)), x.shape[2:]).float()
+            pooled = model.pool(model.forward_features(x.to(**where)), x.shape[2:]).float()
             bad = (~pooled.isfinite().all(1)).nonzero().flatten().tolist()
             if bad:
                 done = sum(map(len, vectors))
@@ -76,15 +78,26 @@ def _batches(
     model: PooledModel, images: Any, batch_size: int, workers: int
 ) -> tuple[Iterator[Tensor], int | None]:
     """Batches `[B, C, H, W]`, and how many images they hold, if that is known."""
-    if isinstance(images, str):
-        raise TypeError(f'images is {images!r}; give a list of files.')
+    if isinstance(images, str | Path | Image.Image):
+        raise TypeError(f'images is {images!r}; give a list of files or images.')
     if isinstance(images, Tensor):
         return iter(images.split(batch_size)), len(images)
     if isinstance(images, Sequence):
         prepared = Prepared(images, model)
         return iter(DataLoader(prepared, batch_size, num_workers=workers)), len(images)
-    firsts = (batch[0] if isinstance(batch, tuple | list) else batch for batch in images)
-    return firsts, None
+    return _first_of_each(images), None
+
+
+def _first_of_each(loader: Iterable[Any]) -> Iterator[Tensor]:
+    """Images of the batches of a loader."""
+    for batch in loader:
+        x = batch[0] if isinstance(batch, tuple | list) else batch
+        if not isinstance(x, Tensor):
+            raise TypeError(
+                f'images gives {x!r:.200}, which is no batch of a loader. Of files give a list, as '
+                'in list(folder.glob(...)).'
+            )
+        yield x
 
 
 class Prepared(Dataset[Tensor]):

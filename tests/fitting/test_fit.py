@@ -58,6 +58,18 @@ def test_fit_to_a_stream(name):
 def test_fit_says_how_many_images_it_saw():
     model = create(head='sparse_fisher', head_kwargs={'reduce_dim': 8, 'code_dim': 4})
     assert timm_fisher.fit(model, loader(), max_images=12) == 12
+    for wrong in (0, -3, 2.5):
+        with pytest.raises(ValueError, match=f'max_images={wrong} is not a whole number from 1'):
+            timm_fisher.fit(model, loader(), max_images=wrong)
+
+
+def test_fit_in_half_precision():
+    """Of images in float32, as loaders give them."""
+    model = create(head='sparse_fisher', head_kwargs={'reduce_dim': 8, 'code_dim': 4})
+    model.bfloat16()
+    before = model.head.dictionary.clone()
+    assert timm_fisher.fit(model, loader()) == 40
+    assert not torch.equal(model.head.dictionary, before)
     assert timm_fisher.fit(create(head='avg'), loader()) == 0
 
 

@@ -403,6 +403,14 @@ def test_names_with_their_source(tmp_path, monkeypatch):
         timm_fisher.from_pretrained('runs/model/config.json')
     with pytest.raises(ValueError, match="'' is no released model"):
         timm_fisher.from_pretrained('')
+    # What is said to be a folder is neither a released model nor a repository.
+    timm_fisher.save_model(create('avg'), 'trashnet-fisher')
+    assert timm_fisher.from_pretrained('local-dir:trashnet-fisher').num_classes == 5
+    for name in ('runs/modle', 'trashnet-3g'):
+        with pytest.raises(ValueError, match=f"There is no folder '{name}'"):
+            timm_fisher.from_pretrained(f'local-dir:{name}')
+    with pytest.raises(ValueError, match="is for the Hub, but 'runs/model' is a folder"):
+        timm_fisher.from_pretrained('local-dir:runs/model', revision='main')
     monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
     with pytest.raises(timm_fisher.LoadError, match=r"There is no folder 'runs/modle' here\."):
         timm_fisher.from_pretrained('runs/modle')

@@ -140,6 +140,7 @@ def test_of_a_path_the_last_name_stays(given, published):
     for form in (
         '{}', '--backbone {}', '--backbone={}', 'run "{}" x', "run '{}' x", '--config={},x', '({})',
         """run --kwargs '{{"a": ["{}"], "b": 1}}' \\\n    --c {}""", "it's {} isn't it", '{}\n{}',
+        'of `{}`', 'x 2>{}', '@{}', 'a|{};b&{}',
     ):  # fmt: skip
         assert command(form.format(given, given)) == form.format(published, published)
     metrics = {'backbone': given, 'list': [{'deep': given}], 'command': f'run {given} {given}'}

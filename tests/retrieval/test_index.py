@@ -102,6 +102,11 @@ def count(monkeypatch):
     return numbers
 
 
+def test_folders_given_as_texts(model, gallery, tmp_path):
+    index, _ = update_index(str(tmp_path / 'i'), str(gallery), model, workers=0)
+    assert load_index(str(tmp_path / 'i'), model).vectors.equal(index.vectors)
+
+
 def test_vectors_are_those_of_embed(model, gallery, tmp_path):
     index, problems = update(tmp_path / 'index', gallery, model, workers=1)
     assert problems == []

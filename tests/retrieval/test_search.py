@@ -86,6 +86,11 @@ def test_half_precision():
     assert torch.equal(indices, by_hand(gallery[5:6].float(), gallery.float(), 3)[1])
 
 
+def test_unknown_backend():
+    with pytest.raises(ValueError, match="backend='fiass' is neither 'torch' nor 'faiss'"):
+        Search(torch.eye(3), backend='fiass')
+
+
 def test_mistakes(monkeypatch):
     gallery = tied(9, 4)
     with pytest.raises(ValueError, match=r'vector 3 is 2, not 1'):

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 from tqdm.auto import tqdm
 
+from timm_fisher.head import like
 from timm_fisher.numerics.hashing import (
     numbers_of_contents,
     numbers_of_names,
@@ -219,7 +220,7 @@ class ModelStream(DescriptorStream):
 
     Raises:
         TypeError: the loader can be iterated over once, or not at all.
-        ValueError: there are no images.
+        ValueError: there are no images, or `max_images` is less than one.
     """
 
     def __init__(
@@ -236,7 +237,9 @@ class ModelStream(DescriptorStream):
         self.from_features, self.max_images = from_features, max_images
         self.descriptors = list(model.descriptors)[self.place]
         self.num_features = self.descriptors.num_features
-        self.device = next(model.parameters()).device
+        self.like = like(model)
+        if max_images is not None and (type(max_images) is not int or max_images < 1):
+            raise ValueError(f'{max_images=} is not a whole number from 1, or None for all images.')
         dataset: Any = getattr(loader, 'dataset', None)
         is_map_style = isinstance(loader, DataLoader) and not isinstance(dataset, IterableDataset)
         self.dataset: Any = dataset if is_map_style else None
@@ -262,8 +265,8 @@ class ModelStream(DescriptorStream):
     def _of_batch(self, x: Any) -> Any:
         """The backbone's features of a batch of the loader."""
         if self.from_features:
-            return (x[self.place] if isinstance(x, tuple | list) else x).to(self.device)
-        return self.descriptors.features(self.model.backbone, x.to(self.device))
+            return (x[self.place] if isinstance(x, tuple | list) else x).to(self.like['device'])
+        return self.descriptors.features(self.model.backbone, x.to(**self.like))
 
     @torch.no_grad()
     def _features(self, n: int | None = None) -> Iterator[tuple[Tensor, Any, Sequence[int]]]:
@@ -353,9 +356,9 @@ class PooledStream(ModelStream):
 
     def _of_batch(self, x: Any) -> Any:
         if self.from_features:
-            several = isinstance(x, tuple | list)
-            return [one.to(self.device) for one in x] if several else x.to(self.device)
-        return self.model.forward_features(x.to(self.device))
+            several, device = isinstance(x, tuple | list), self.like['device']
+            return [one.to(device) for one in x] if several else x.to(device)
+        return self.model.forward_features(x.to(**self.like))
 
 
 def _progress(loader: Any) -> Any:

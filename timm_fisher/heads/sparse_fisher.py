@@ -32,7 +32,13 @@ from timm_fisher.fitting.stream import DescriptorStream
 from timm_fisher.head import MOST_FEATURES, MOST_ITERATIONS, PoolingHead, check_range
 from timm_fisher.numerics.linalg import power_l2, precise
 from timm_fisher.numerics.reduction import Reduction
-from timm_fisher.numerics.sparse_coding import ista, learn_dictionary, lista
+from timm_fisher.numerics.sparse_coding import (
+    ista,
+    learn_dictionary,
+    lista,
+    shorten_atoms_,
+    start_lista,
+)
 
 FIT_SAMPLE = 10_000  # descriptors that PCA and dictionary are fitted to (section 3.3)
 
@@ -90,7 +96,7 @@ class SparseFisher(PoolingHead):
             self.encoder = nn.Parameter(torch.empty(code_dim, d))
             self.lateral = nn.Parameter(torch.empty(code_dim, code_dim))
             self.log_threshold = nn.Parameter(torch.empty(code_dim))
-            self._start_from_dictionary()
+            start_lista(self)
 
     @precise
     def forward(self, x: Tensor) -> Tensor:
@@ -110,12 +116,11 @@ class SparseFisher(PoolingHead):
         y = self.reduce.start(stream.sample(FIT_SAMPLE))
         self.dictionary.copy_(learn_dictionary(y, self.dictionary.shape[1], self.sparsity))
         if not self.tied:
-            self._start_from_dictionary()
+            start_lista(self)
 
-    @torch.no_grad()
     def project_(self) -> None:
         """Atoms longer than 1 are cut back to length 1."""
-        self.dictionary.div_(self.dictionary.norm(dim=0).clamp_min(1))
+        shorten_atoms_(self.dictionary)
 
     def encode(self, y: Tensor) -> tuple[Tensor, Tensor]:
         """Sparse codes `[B, N, m]` and residuals `[B, N, d]` of reduced descriptors `[B, N, d]`."""
@@ -131,10 +136,3 @@ class SparseFisher(PoolingHead):
     def _pool(self, code: Tensor, residual: Tensor) -> Tensor:
         fisher = (residual.transpose(1, 2) @ code / code.shape[1]).flatten(1)
         return power_l2(fisher) if self.normalize else fisher
-
-    @torch.no_grad()
-    def _start_from_dictionary(self) -> None:
-        encoder, lateral, threshold = ista(self.dictionary.double(), self.sparsity)
-        self.encoder.copy_(encoder)
-        self.lateral.copy_(lateral)
-        self.log_threshold.copy_(threshold.log().expand_as(self.log_threshold))

@@ -83,7 +83,13 @@ def find(name: str, revision: str | None) -> tuple[str, str]:
     at = f'@{revision}' if revision else ''
     if name.startswith('hf-hub:'):
         return 'hf-hub', name.removeprefix('hf-hub:') + at
-    name = name.removeprefix('local-dir:')
+    if name.startswith('local-dir:'):
+        folder = Path(name.removeprefix('local-dir:'))
+        if not folder.is_dir():
+            raise ValueError(f"There is no folder '{folder}'.")
+        if revision is not None:
+            raise ValueError(f"{revision=} is for the Hub, but '{folder}' is a folder.")
+        return 'local-dir', str(folder)
     is_released = name in RELEASED
     folder = CHECKOUT / name if is_released else Path(name)
     if name and folder.is_dir():

@@ -25,7 +25,9 @@ _WHOLE = re.compile(_BEFORE.replace('END', '$') + '(.+)')
 # As all that a pair of quotes holds; or up to a space, a quote, or what closes a list.
 _INSIDE = re.compile(
     r'(?<=(["\']))' + _BEFORE.replace('END', r'\1') + r'(.+?)(?=\1)'
-    r'|(?<![^\s=,:(\[{"\'])' + _BEFORE.replace('END', r'(?![^\s\'",)\]}])') + r'([^\s\'",)\]}]+)'
+    r'|(?<![^\s=,:;(\[{"\'`>|@&])'
+    + _BEFORE.replace('END', r'(?![^\s\'",)\]}`>|;&])')
+    + r'([^\s\'",)\]}`>|;&]+)'
     r'|(checkpoint[-_]path["\'\s:=]+)((?<=["\'])[^"\']+|[^\s\'",)\]}]+)'
 )
 

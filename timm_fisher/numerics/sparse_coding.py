@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -20,7 +22,7 @@ class SparseCoder(nn.Module):
         self.encoder = nn.Parameter(torch.empty(code_dim, d))
         self.lateral = nn.Parameter(torch.empty(code_dim, code_dim))
         self.log_threshold = nn.Parameter(torch.empty(code_dim))
-        self.start(self.dictionary)
+        start_lista(self)
 
     def forward(self, y: Tensor) -> tuple[Tensor, Tensor]:
         """Codes `[B, N, m]` and residuals `[B, N, d]` of descriptors `[B, N, d]`."""
@@ -33,15 +35,27 @@ class SparseCoder(nn.Module):
     def start(self, dictionary: Tensor) -> None:
         """From a dictionary, for which the codes are those of plain ISTA."""
         self.dictionary.copy_(dictionary)
-        encoder, lateral, threshold = ista(self.dictionary.double(), self.sparsity)
-        self.encoder.copy_(encoder)
-        self.lateral.copy_(lateral)
-        self.log_threshold.copy_(threshold.log().expand_as(self.log_threshold))
+        start_lista(self)
 
-    @torch.no_grad()
     def project_(self) -> None:
         """Atoms longer than 1 are cut back to length 1."""
-        self.dictionary.div_(self.dictionary.norm(dim=0).clamp_min(1))
+        shorten_atoms_(self.dictionary)
+
+
+@torch.no_grad()
+def start_lista(coder: Any) -> None:
+    """Set the `encoder`, `lateral` and `log_threshold` of a module from its `dictionary` and
+    `sparsity`, to what gives the codes of plain ISTA."""
+    encoder, lateral, threshold = ista(coder.dictionary.double(), coder.sparsity)
+    coder.encoder.copy_(encoder)
+    coder.lateral.copy_(lateral)
+    coder.log_threshold.copy_(threshold.log().expand_as(coder.log_threshold))
+
+
+@torch.no_grad()
+def shorten_atoms_(dictionary: Tensor) -> None:
+    """Cut columns that are longer than 1 back to length 1, in place."""
+    dictionary.div_(dictionary.norm(dim=0).clamp_min(1))
 
 
 def lista(

@@ -18,13 +18,14 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import timm
 import torch
 from PIL import Image
 from torch import Tensor
 
 from timm_fisher.device import to_device
+from timm_fisher.files import replacing
 from timm_fisher.hub.pypi import from_pretrained_or_pypi
+from timm_fisher.images import ENDINGS
 from timm_fisher.retrieval.index import embed_files, embed_prepared, fingerprint, list_images
 from timm_fisher.vectors import Prepared
 
@@ -211,11 +212,9 @@ class Extractor:
         table = table.replace_schema_metadata({'about': self._about(part), 'problems': problems})
         path = self.output / f'{part.name}.parquet'
         self.output.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(f'.{path.name}.{os.getpid()}.partial')
-        pyarrow.parquet.write_table(table, beside)
-        size = beside.stat().st_size
-        os.replace(beside, path)
-        return size
+        with replacing(path) as beside:
+            pyarrow.parquet.write_table(table, beside)
+        return path.stat().st_size
 
     def _about(self, part: Part) -> str:
         return f'{self.fingerprint} {part.about}'
@@ -223,10 +222,9 @@ class Extractor:
 
 def _members(shard: Path) -> Iterator[tuple[str, bytes]]:
     """Names and contents of a shard's images and labels."""
-    endings = (*timm.data.get_img_extensions(), '.webp', '.cls')
     with tarfile.open(shard) as file:
         for member in file:
-            is_wanted = member.isfile() and member.name.lower().endswith(endings)
+            is_wanted = member.isfile() and member.name.lower().endswith((*ENDINGS, '.cls'))
             content = file.extractfile(member) if is_wanted else None
             if content is not None:
                 yield member.name, content.read()

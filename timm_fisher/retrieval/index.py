@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 from timm_fisher.backbone import digest
 from timm_fisher.errors import LoadError
 from timm_fisher.files import save_tensors
+from timm_fisher.images import ENDINGS
 from timm_fisher.model import PooledModel
 from timm_fisher.retrieval.search import check_vectors
 from timm_fisher.vectors import Prepared, embed
@@ -66,8 +67,9 @@ def fingerprint(model: PooledModel) -> str:
     return hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def save_index(index: Index, folder: Path) -> None:
+def save_index(index: Index, folder: str | Path) -> None:
     """Write an index into a folder, in place of the one that is there."""
+    folder = Path(folder)
     entries = [[path, *about] for path, about in index.files.items()]
     files = torch.frombuffer(bytearray(json.dumps(entries).encode()), dtype=torch.uint8)
     tensors = {'vectors': index.vectors.contiguous(), 'files': files}
@@ -76,13 +78,13 @@ def save_index(index: Index, folder: Path) -> None:
     save_tensors(tensors, folder / FILE, about)
 
 
-def load_index(folder: Path, model: PooledModel) -> Index | None:
+def load_index(folder: str | Path, model: PooledModel) -> Index | None:
     """The index of a folder, None if there is none.
 
     Raises:
         LoadError: it is damaged, of another model, or holds what no index of a folder can.
     """
-    path = folder / FILE
+    path = Path(folder) / FILE
     if not path.exists():
         return None
     advice = f"Delete '{path}', or give another folder for the index."
@@ -107,8 +109,8 @@ def load_index(folder: Path, model: PooledModel) -> Index | None:
 
 
 def update_index(
-    folder: Path,
-    gallery: Path,
+    folder: str | Path,
+    gallery: str | Path,
     model: PooledModel,
     *,
     batch_size: int = 32,
@@ -139,6 +141,7 @@ def update_index(
         ValueError: no images, none that can be embedded, an index of other images, or one that
             another process is writing.
     """
+    folder, gallery = Path(folder), Path(gallery)
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / '.lock', timeout=0)
     try:
@@ -153,10 +156,9 @@ def list_images(folder: Path) -> dict[str, tuple[int, int]]:
     """Size in bytes and time of the last change, in nanoseconds, of all images of a folder and of
     its subfolders, by their paths in it, in ascending order; -1 for those that are not there, such
     as broken links. ValueError if there are none."""
-    endings = timm.data.get_img_extensions()
     files = {}
     for path in folder.rglob('*'):
-        if path.suffix.lower() in endings:
+        if path.suffix.lower() in ENDINGS:
             try:
                 status = path.stat()
             except OSError:
@@ -166,7 +168,7 @@ def list_images(folder: Path) -> dict[str, tuple[int, int]]:
                 about = (status.st_size, status.st_mtime_ns)
                 files[path.relative_to(folder).as_posix()] = about
     if not files:
-        raise ValueError(f"'{folder}' is no folder, or holds no image ({' '.join(endings)}).")
+        raise ValueError(f"'{folder}' is no folder, or holds no image ({' '.join(ENDINGS)}).")
     return dict(sorted(files.items()))
 
 

@@ -100,7 +100,7 @@ def _numbered(
     """Labels as numbers `[n]`, which are added to `numbers`."""
     if isinstance(labels, np.ndarray | Tensor):
         labels = labels.tolist()
-    values = list(labels or ())
+    values = [] if labels is None else list(labels)
     if len(values) != len(vectors):
         raise ValueError(f'{len(values)} labels of the {what} do not fit {len(vectors)} vectors.')
     found = [numbers.setdefault(value, len(numbers)) for value in values]

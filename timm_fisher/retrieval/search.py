@@ -56,11 +56,13 @@ class Search:
         backend: 'torch', or 'faiss' for `faiss.IndexFlatIP`, which is exact, too, on the CPU.
 
     Raises:
-        ValueError: vectors of another shape or length.
+        ValueError: vectors of another shape or length, or an unknown backend.
         ModuleNotFoundError: faiss is not installed.
     """
 
     def __init__(self, vectors: Tensor, *, backend: Literal['torch', 'faiss'] = 'torch') -> None:
+        if backend not in ('torch', 'faiss'):
+            raise ValueError(f"{backend=} is neither 'torch' nor 'faiss'.")
         self.vectors = check_vectors(vectors, 'The vectors to search')
         dim = vectors.shape[1]
         # Twice the error of a similarity: of sums in float32, and of multiples of 2^-25.

@@ -262,8 +262,8 @@ def _load_timm(config: Config) -> tuple[dict[str, Split], list[str]]:
         if splits['train'].labels.max() >= len(classes):
             raise ValueError(f'--classes names {len(classes)}; there are labels above that.')
     elif class_to_index:
-        names = {index: name for name, index in reversed(class_to_index.items())}
-        classes = [names[index] for index in sorted(names)]  # the first of synonyms
+        first_names = {index: name for name, index in reversed(class_to_index.items())}
+        classes = [first_names[index] for index in sorted(first_names)]  # others are synonyms
     else:
         classes = [str(label) for label in range(int(splits['train'].labels.max()) + 1)]
     return splits, classes
