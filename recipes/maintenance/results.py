@@ -1,4 +1,4 @@
-"""Rebuild the tables of results in the recipes' pages from the rows that runs left.
+"""Rebuild the tables of results in the pages from the rows that runs left.
 
     python recipes/maintenance/results.py
     python recipes/maintenance/results.py runs/probe/results.jsonl
@@ -12,7 +12,7 @@ and what is between them is replaced:
     <!-- results: probe -->
     <!-- end of results -->
 
-Plots of comparisons go to .github/pictures/, named after the protocol.
+Plots of comparisons, named after the protocol, go to .github/pictures/ if a page shows them.
 """
 
 from __future__ import annotations
@@ -45,18 +45,18 @@ BLOCK = re.compile(r'(<!-- results: (\w+) -->\n).*?(<!-- end of results -->)', r
 
 @dataclass
 class Settings:
-    """Rebuild the tables of results in the recipes' pages.
+    """Rebuild the tables of results in the pages.
 
     Args:
         add: files of rows to add first.
         results: folder of the rows.
-        pages: folder of the pages, those in its subfolders included.
+        pages: folders of the pages, those in their subfolders included.
         pictures: folder of the plots.
     """
 
     add: list[Path] = field(default_factory=list)
     results: Path = ROOT / 'recipes/results'
-    pages: Path = ROOT / 'recipes'
+    pages: list[Path] = field(default_factory=lambda: [ROOT / 'recipes', ROOT / 'hub_cards'])
     pictures: Path = ROOT / '.github/pictures'
 
 
@@ -66,12 +66,13 @@ def main(settings: Settings) -> None:
     rows = [row for path in settings.add if path not in of_papers for row in read_results(path)]
     add(lines, 'table', settings.results / 'papers', merge_measurements)
     add(rows, 'protocol', settings.results, merge)
+    pages = [page for folder in settings.pages for page in sorted(folder.glob('**/*.md'))]
+    texts = {page: page.read_text() for page in pages}
     for path in sorted(settings.results.glob('*.jsonl')):
-        rows = read_results(path)
-        plot(rows, settings.pictures / f'{path.stem}.png')
-        plot_costs(rows, settings.pictures / f'{path.stem}_costs.png')
-    for page in sorted(settings.pages.glob('**/*.md')):
-        text = page.read_text()
+        for name, draw in ((f'{path.stem}.png', plot), (f'{path.stem}_costs.png', plot_costs)):
+            if any(f'/{name})' in text for text in texts.values()):
+                draw(read_results(path), settings.pictures / name)
+    for page, text in texts.items():
         rebuilt = rebuild(text, settings.results)
         if rebuilt != text:
             write(page, rebuilt)

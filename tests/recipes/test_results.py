@@ -17,7 +17,9 @@ def results():
 
 
 PAGES = [
-    page for page in sorted(ROOT.glob('recipes/**/*.md')) if '<!-- results:' in page.read_text()
+    page
+    for page in [*sorted(ROOT.glob('recipes/**/*.md')), ROOT / 'hub_cards/README.md']
+    if '<!-- results:' in page.read_text()
 ]
 
 
@@ -61,7 +63,11 @@ def test_rows_are_added(results, tmp_path, capsys):
         folder.mkdir()
     write_results(rows[:1], folders['results'] / f'{protocol}.jsonl')
     page = folders['pages'] / 'README.md'
-    page.write_text(f'before\n<!-- results: {protocol} -->\nold\n<!-- end of results -->\nafter\n')
+    picture = f'![accuracies](pictures/{protocol}.png)'
+    page.write_text(
+        f'before\n<!-- results: {protocol} -->\nold\n<!-- end of results -->\n{picture}\nafter\n'
+    )
+    folders['pages'] = [folders['pages']]
     results.main(results.Settings(add=[sent], **folders))
     assert read_results(folders['results'] / f'{protocol}.jsonl') == rows
     assert f'{protocol}.jsonl: 3 rows, 2 of them new' in capsys.readouterr().out
@@ -70,7 +76,7 @@ def test_rows_are_added(results, tmp_path, capsys):
     assert text.endswith('\nafter\n')
     assert '| a \\| b |' in text
     assert 'old' not in text
-    assert (folders['pictures'] / f'{protocol}.png').exists()
+    assert [path.name for path in folders['pictures'].iterdir()] == [f'{protocol}.png']
 
 
 def test_lines_of_experiments_are_added(results, tmp_path):
@@ -81,6 +87,7 @@ def test_lines_of_experiments_are_added(results, tmp_path):
     page = folders['pages'] / 'cluster.md'
     page.write_text('before\n<!-- results: cluster_leaves -->\n<!-- end of results -->\nafter\n')
     sent = tmp_path / 'measurements.jsonl'
+    folders['pages'] = [folders['pages']]
     for seed, share in ((0, 0.5), (1, 0.7)):
         write_measurements([Measurement('cluster_leaves', 'CNN', seed, {'k-means': share})], sent)
         results.main(results.Settings(add=[sent], **folders))
