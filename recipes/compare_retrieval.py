@@ -94,27 +94,28 @@ class Comparison:
 
 
 def main(comparison: Comparison) -> None:
-    output = Path(comparison.output)
-    free = ('output', 'seeds', 'heads', 'search')
-    settings = {k: v for k, v in vars(comparison).items() if k not in free}
-    keep_settings(output, settings | {'first_seed': comparison.seeds[0]})
-    for name, options in comparison.heads.items():
-        if embeddings.parse_options({**comparison.train, **options}).classifies:
+    heads = {name: {**comparison.train, **own} for name, own in comparison.heads.items()}
+    trained = {name: {**own, 'projection': comparison.size} for name, own in heads.items()}
+    for name, options in trained.items():
+        if embeddings.parse_options(options).classifies:
             raise ValueError(
                 f"A stage of '{name}' trains a classifier. Give each a loss of metric learning."
             )
+    output = Path(comparison.output)
+    free = ('output', 'seeds', 'heads', 'search')
+    settings = {k: v for k, v in vars(comparison).items() if k not in free}
+    keep_settings(output, settings)
     folder = Path(comparison.train['data_dir'])
     if comparison.data_dir.endswith('.npz') and not folder.exists():
         write_by_classes(Path(comparison.data_dir), folder)
     measured: list[Measurement] = []
-    for name, options in comparison.heads.items():
-        path = output / f'{file_name(name)}.jsonl'
-        options = {**comparison.train, **options}
-        keep_settings(output / file_name(name), options)
+    for name in heads:
+        path, options = output / f'{file_name(name)}.jsonl', trained[name]
+        frozen = {**heads[name], 'whiten': 0.0, 'seed': comparison.seeds[0]}
         if not path.exists():
-            write_measurements(measure_frozen(name, options, comparison), path)
+            write_measurements(measure_frozen(name, frozen, comparison), path)
+        keep_settings(output / file_name(name), frozen)
         measured += read_measurements(path)
-        options['projection'] = comparison.size
         for seed, settings, metrics in train(name, options, comparison):
             about = {
                 'settings': {key.split('.')[-1]: value for key, value in settings.items()},
@@ -177,8 +178,7 @@ def measure_frozen(
     name: str, options: dict[str, Any], comparison: Comparison
 ) -> Iterator[Measurement]:
     """Lines of a head on the frozen backbone."""
-    seed = comparison.seeds[0]
-    config = embeddings.parse_options({**options, 'seed': seed})
+    config = embeddings.parse_options(options)
     splits, _ = load_splits(config)
     model = embeddings.create_embedder(config)
     features = embeddings.cache_splits(model, splits, config)
@@ -189,7 +189,7 @@ def measure_frozen(
     }
     seconds, _ = timed(lambda: embeddings.head_vectors(model, features['test']))
     pooling = {'ms': 1000 * seconds / len(vectors['test'])}
-    line = partial(measurement, options, seed=seed)
+    line = partial(measurement, options, seed=config.seed)
     found, size = found_among(vectors['test'], splits['test']), vectors['test'].shape[1]
     yield line(f'{name}, full', found=found, size=size, costs=pooling)
 

@@ -30,7 +30,7 @@ from timm_fisher.explain import attention, class_names, explain, overlay
 from timm_fisher.files import save_png, write
 from timm_fisher.hub.pypi import from_pretrained_or_pypi
 from timm_fisher.hub.text import csv_cell, shown
-from timm_fisher.images import read_image
+from timm_fisher.images import endings, read_image
 from timm_fisher.training.command_line import run
 
 BATCH = 8  # images
@@ -126,21 +126,21 @@ def find_images(given: Sequence[Path], overlays: Path) -> dict[Path, Path]:
     """The files that were given, and all images in the folders, sorted; each of them once, and
     without the overlays of an earlier call. For each the path of its overlay: as it is below the
     folder that all images are in."""
-    endings = timm.data.get_img_extensions()
+    known = endings()
     images: list[Path] = []
     for path in given:
         if not path.exists():
             raise ValueError(f"'{shown(path)}' is neither a file nor a folder.")
         files = [path]
         if path.is_dir():
-            files = [p for p in sorted(path.rglob('*')) if p.suffix.lower() in endings]
+            files = [p for p in sorted(path.rglob('*')) if p.suffix.lower() in known]
             drawn = Path(os.path.realpath(overlays))
             # Unlike Path.resolve(), realpath takes a link to itself.
             real = [Path(os.path.realpath(p)) for p in files]
             pairs = zip(files, real, strict=True)
             files = [p for p, place in pairs if not p.is_dir() and drawn not in place.parents]
             if not files:
-                raise ValueError(f"'{shown(path)}' holds no image ({' '.join(endings)}).")
+                raise ValueError(f"'{shown(path)}' holds no image ({' '.join(known)}).")
         images += files
     once = {os.path.abspath(path): path for path in images}
     above = os.path.commonpath([os.path.dirname(full) for full in once])

@@ -139,6 +139,12 @@ def test_reset_classifier_forgets_the_names_of_the_old_classes(tmp_path):
     timm_fisher.save_model(model, tmp_path, label_names=['ash', 'elm'])
     model = timm_fisher.from_pretrained(tmp_path)
     assert class_names(model) == ['ash', 'elm']
+    for pretrained in (True, False):
+        other = timm_fisher.from_pretrained(tmp_path, num_classes=3, pretrained=pretrained)
+        assert len(class_names(other)) == 3
+    names = {'label_names': ['a', 'b', 'c']}
+    other = timm_fisher.from_pretrained(tmp_path, num_classes=3, pretrained_cfg_overlay=names)
+    assert class_names(other) == ['a', 'b', 'c']
     model.reset_classifier(2)
     assert 'ash' not in class_names(model)
     timm_fisher.save_model(model, tmp_path / 'again')

@@ -79,6 +79,8 @@ def test_mistakes(model, photographs, tmp_path):
             timm_fisher.embed(model, one)
     with pytest.raises(TypeError, match=r'no batch of a loader. Of files give a list, as in'):
         timm_fisher.embed(model, paths[0].parent.glob('*.png'))
+    with pytest.raises(RuntimeError):  # as the model itself says it
+        timm_fisher.embed(model, torch.zeros(2, 3, 32, 32, dtype=torch.uint8))
     x = torch.zeros(5, 3, 32, 32)
     x[3, 0, 0, 0] = torch.nan
     with pytest.raises(ValueError, match='vector of image 3 is NaN'):

@@ -16,9 +16,10 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A file beside `path`, to write to, which then takes its place; on an error it is deleted."""
-    beside = path.with_name(f'.{path.name}.partial')
+def replacing(path: Path, ending: str = '') -> Iterator[Path]:
+    """A file beside `path`, to write to, which then takes its place; on an error it is deleted. Its
+    name is that of `path` with an ending."""
+    beside = path.with_name(f'.{path.name}{ending}.partial')
     try:
         yield beside
         os.replace(beside, path)

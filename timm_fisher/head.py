@@ -170,6 +170,11 @@ def like(module: nn.Module) -> dict[str, Any]:
     return {'device': tensor.device, 'dtype': tensor.dtype}
 
 
+def placed(x: Tensor, where: dict[str, Any]) -> Tensor:
+    """On the device of `like`, and, if it is of floating point, in its type."""
+    return x.to(**where) if x.is_floating_point() else x.to(where['device'])
+
+
 def check_range(
     head: str, /, **arguments: tuple[Any, float, float] | tuple[Any, float, float, None]
 ) -> None:

@@ -12,7 +12,10 @@ import numpy as np
 import timm
 from PIL import Image
 
-ENDINGS = (*timm.data.get_img_extensions(), '.webp')  # of files that are taken for images
+
+def endings() -> tuple[str, ...]:
+    """Of files that are taken for images where a folder or a shard is searched for them."""
+    return (*timm.data.get_img_extensions(), '.webp')
 
 
 def read_image(path: str | Path, channels: int = 3) -> Image.Image:

@@ -154,8 +154,8 @@ def check_arguments(
     for key, parameter in parameters.items():
         if parameter.default is inspect.Parameter.empty and key not in arguments:
             raise ArgumentError(f"{what} needs the argument '{key}'.")
-        value = arguments.get(key)
-        if isinstance(parameter.default, bool) and value is not None and type(value) is not bool:
+        value = arguments.get(key, parameter.default)
+        if isinstance(parameter.default, bool) and type(value) is not bool:
             raise ArgumentError(f'{what} takes {key}=True or {key}=False, not {value!r}.')
 
 

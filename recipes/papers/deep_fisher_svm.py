@@ -28,13 +28,14 @@ from typing import Any, Literal, cast
 
 import timm
 import torch
+import yaml
 from accelerate import Accelerator
 from matplotlib.figure import Figure
 from torch import Tensor
 
 import timm_fisher
 from timm_fisher import PooledModel
-from timm_fisher.files import keep_settings, save_png, write
+from timm_fisher.files import save_png, write
 from timm_fisher.heads.gmm_fisher import GMMFisher, Mixture
 from timm_fisher.numerics.linalg import unit_length
 from timm_fisher.training import command_line, embeddings, tables
@@ -102,7 +103,8 @@ def main(settings: DeepFisher) -> None:
         raise ValueError('test_split of train is null; give the name of a split.')
     if (output / 'metrics.json').exists():
         raise ValueError(f"'{output}' holds a finished run already. Give another --output.")
-    keep_settings(output, {k: v for k, v in asdict(settings).items() if k != 'output'})
+    output.mkdir(parents=True, exist_ok=True)
+    write(output / 'config.yaml', yaml.safe_dump(asdict(settings), sort_keys=False))
 
     # Data, backbone, PCA and EM; C
     model, data = prepare(config)

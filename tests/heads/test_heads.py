@@ -386,7 +386,7 @@ def test_flags_are_true_or_false(name):
     for parameter in inspect.signature(get_head(name)).parameters.values():
         if isinstance(parameter.default, bool):
             said = rf'takes {parameter.name}=True or {parameter.name}=False, not .*'
-            for wrong in ('false', 0, 1.0):
+            for wrong in ('false', 0, 1.0, None):
                 with pytest.raises(TypeError, match=f"{said}{wrong}'?\\.$"):
                     create_head(name, CHANNELS, **{parameter.name: wrong})
 

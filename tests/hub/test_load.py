@@ -406,7 +406,7 @@ def test_names_with_their_source(tmp_path, monkeypatch):
     # What is said to be a folder is neither a released model nor a repository.
     timm_fisher.save_model(create('avg'), 'trashnet-fisher')
     assert timm_fisher.from_pretrained('local-dir:trashnet-fisher').num_classes == 5
-    for name in ('runs/modle', 'trashnet-3g'):
+    for name in ('runs/modle', 'trashnet-3g', ''):
         with pytest.raises(ValueError, match=f"There is no folder '{name}'"):
             timm_fisher.from_pretrained(f'local-dir:{name}')
     with pytest.raises(ValueError, match="is for the Hub, but 'runs/model' is a folder"):

@@ -140,7 +140,6 @@ def test_of_a_path_the_last_name_stays(given, published):
     for form in (
         '{}', '--backbone {}', '--backbone={}', 'run "{}" x', "run '{}' x", '--config={},x', '({})',
         """run --kwargs '{{"a": ["{}"], "b": 1}}' \\\n    --c {}""", "it's {} isn't it", '{}\n{}',
-        'of `{}`', 'x 2>{}', '@{}', 'a|{};b&{}',
     ):  # fmt: skip
         assert command(form.format(given, given)) == form.format(published, published)
     metrics = {'backbone': given, 'list': [{'deep': given}], 'command': f'run {given} {given}'}
@@ -150,6 +149,14 @@ def test_of_a_path_the_last_name_stays(given, published):
         'command': f'run {published} {published}',
         'n': 1,
     }
+
+
+@pytest.mark.parametrize('form', ['of `{}`', 'x 2>{}', '@{}', 'a|{}', '{};b&{}', 'x;{}'])
+@pytest.mark.parametrize('path', ['/home/me/data', '/R&D/me;/data', '~/me|you/data'])
+def test_paths_between_signs(form, path):
+    text = command(form.format(*[path] * form.count('{}')))
+    assert not re.search('me|R&D|you|home', text)
+    assert 'data' in text
 
 
 @pytest.mark.parametrize(('given', 'published'), PATHS)

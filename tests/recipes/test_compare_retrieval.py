@@ -113,6 +113,9 @@ def test_run(script, tmp_path, monkeypatch):
     kept.clear()
     script.main(comparison)
     assert not kept
+    comparison.heads['avg'] = {'head': 'gem'}
+    with pytest.raises(ValueError, match=r"out/avg' holds results of other settings"):
+        script.main(comparison)
     assert (tmp_path / 'out/table.md').read_text() == table
 
 
@@ -166,9 +169,10 @@ def test_arrays_are_those_of_the_other_recipes(script, tmp_path):
 def test_stage_that_trains_a_classifier_is_refused(script, tmp_path):
     """Its epochs would be compared by something else than what is chosen by."""
     train = {'data_dir': 'x', 'stages': {'a': {'train': 'classifier'}}}
-    comparison = script.Comparison(output=str(tmp_path), train=train)
+    comparison = script.Comparison(output=str(tmp_path / 'out'), train=train)
     with pytest.raises(ValueError, match="A stage of 'avg' trains a classifier"):
         script.main(comparison)
+    assert not (tmp_path / 'out').exists()
 
 
 def test_no_path_is_made_of_a_class(script, tmp_path):

@@ -256,7 +256,7 @@ def test_output_that_is_nan(command, tmp_path, monkeypatch, overlay):
 @pytest.mark.parametrize(
     ('arguments', 'error'),
     [
-        (['empty'], r"'empty' holds no image \(.png .jpg .jpeg\)"),
+        (['empty'], r"'empty' holds no image \(.png .jpg .jpeg .webp\)"),
         (['typo.png'], "'typo.png' is neither a file nor a folder"),
         (['photo.png', '--topk=0'], '--topk is 0; give 1 or more'),
         (['photo.png', '--model=typo'], "'typo' is no released model, no folder"),

@@ -84,9 +84,10 @@ def find(name: str, revision: str | None) -> tuple[str, str]:
     if name.startswith('hf-hub:'):
         return 'hf-hub', name.removeprefix('hf-hub:') + at
     if name.startswith('local-dir:'):
-        folder = Path(name.removeprefix('local-dir:'))
-        if not folder.is_dir():
-            raise ValueError(f"There is no folder '{folder}'.")
+        place = name.removeprefix('local-dir:')
+        folder = Path(place)
+        if not place or not folder.is_dir():
+            raise ValueError(f"There is no folder '{place}'.")
         if revision is not None:
             raise ValueError(f"{revision=} is for the Hub, but '{folder}' is a folder.")
         return 'local-dir', str(folder)
@@ -141,12 +142,12 @@ def load(
 
     Errors as those of `from_pretrained`.
     """
+    arguments = {key: value for key, value in arguments.items() if value is not None}
     check_arguments('A saved model', PooledModel, arguments, given=('backbone', 'lora', *LOADING))
     saved = read_config(source, place, cache_dir, trust_config=trust_config)
     lora = (
         LoRA.of(saved.arguments.pop('lora')) if merge_lora and 'lora' in saved.arguments else None
     )
-    arguments = {key: value for key, value in arguments.items() if value is not None}
     head = saved.arguments['head']
     if 'head_kwargs' in arguments and arguments.get('head', head) == head:
         arguments['head_kwargs'] = saved.arguments.get('head_kwargs', {}) | arguments['head_kwargs']
@@ -160,15 +161,18 @@ def load(
         model.backbone_weights = None if any_backbone else saved.backbone_weights
     elif torch.get_default_device().type != 'meta':
         model = PooledModel(**{**saved.arguments, **arguments})
+    images, num_classes = saved.images, arguments.get('num_classes')
+    if num_classes not in (None, model.num_classes):
+        model.reset_classifier(num_classes)
+    if num_classes not in (None, images['num_classes']):  # whose names are those of other classes
+        images = {key: value for key, value in images.items() if not key.startswith('label_')}
     origin = {'source': source, 'hf_hub_id' if source == 'hf-hub' else 'file': place}
     cfg = resolve_pretrained_cfg(
-        'timm_fisher', {**saved.images, **origin, **(pretrained_cfg_overlay or {})}
+        'timm_fisher', {**images, **origin, **(pretrained_cfg_overlay or {})}
     ).to_dict()
     own = {key: model.pretrained_cfg[key] for key in ('classifier', 'first_conv', 'pool_size')}
     model.pretrained_cfg = {**cfg, **own}
-    num_classes, size = arguments.get('num_classes'), arguments.get('img_size')
-    if num_classes not in (None, model.num_classes):
-        model.reset_classifier(num_classes)
+    size = arguments.get('img_size')
     if size not in (None, saved.arguments.get('img_size')):
         model.set_input_size(size)
     return model

@@ -26,8 +26,8 @@ _WHOLE = re.compile(_BEFORE.replace('END', '$') + '(.+)')
 _INSIDE = re.compile(
     r'(?<=(["\']))' + _BEFORE.replace('END', r'\1') + r'(.+?)(?=\1)'
     r'|(?<![^\s=,:;(\[{"\'`>|@&])'
-    + _BEFORE.replace('END', r'(?![^\s\'",)\]}`>|;&])')
-    + r'([^\s\'",)\]}`>|;&]+)'
+    + _BEFORE.replace('END', r'(?![^\s\'",)\]}])')
+    + r'([^\s\'",)\]}]+)'
     r'|(checkpoint[-_]path["\'\s:=]+)((?<=["\'])[^"\']+|[^\s\'",)\]}]+)'
 )
 

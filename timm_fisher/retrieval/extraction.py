@@ -25,7 +25,7 @@ from torch import Tensor
 from timm_fisher.device import to_device
 from timm_fisher.files import replacing
 from timm_fisher.hub.pypi import from_pretrained_or_pypi
-from timm_fisher.images import ENDINGS
+from timm_fisher.images import endings
 from timm_fisher.retrieval.index import embed_files, embed_prepared, fingerprint, list_images
 from timm_fisher.vectors import Prepared
 
@@ -104,7 +104,9 @@ class Extractor:
         self.model = to_device(from_pretrained_or_pypi(model, backbone), device).eval()
         half = HALF[mixed_precision]
         self.autocast = torch.autocast(device, half, enabled=half is not None)
-        self.fingerprint = f'{fingerprint(self.model)} {mixed_precision}'
+        self.fingerprint = fingerprint(self.model)
+        if half is not None:
+            self.fingerprint += f' {mixed_precision}'
         self.prepared = Prepared([], self.model)
         self.folder, self.output = Path(folder), Path(output)
         self.batch_size, self.workers = batch_size, workers
@@ -212,9 +214,10 @@ class Extractor:
         table = table.replace_schema_metadata({'about': self._about(part), 'problems': problems})
         path = self.output / f'{part.name}.parquet'
         self.output.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as beside:
+        # Its own name: another process may write the same part.
+        with replacing(path, f'.{os.getpid()}') as beside:
             pyarrow.parquet.write_table(table, beside)
-        return path.stat().st_size
+            return beside.stat().st_size
 
     def _about(self, part: Part) -> str:
         return f'{self.fingerprint} {part.about}'
@@ -224,7 +227,7 @@ def _members(shard: Path) -> Iterator[tuple[str, bytes]]:
     """Names and contents of a shard's images and labels."""
     with tarfile.open(shard) as file:
         for member in file:
-            is_wanted = member.isfile() and member.name.lower().endswith((*ENDINGS, '.cls'))
+            is_wanted = member.isfile() and member.name.lower().endswith((*endings(), '.cls'))
             content = file.extractfile(member) if is_wanted else None
             if content is not None:
                 yield member.name, content.read()

@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 from timm_fisher.backbone import digest
 from timm_fisher.errors import LoadError
 from timm_fisher.files import save_tensors
-from timm_fisher.images import ENDINGS
+from timm_fisher.images import endings
 from timm_fisher.model import PooledModel
 from timm_fisher.retrieval.search import check_vectors
 from timm_fisher.vectors import Prepared, embed
@@ -156,9 +156,9 @@ def list_images(folder: Path) -> dict[str, tuple[int, int]]:
     """Size in bytes and time of the last change, in nanoseconds, of all images of a folder and of
     its subfolders, by their paths in it, in ascending order; -1 for those that are not there, such
     as broken links. ValueError if there are none."""
-    files = {}
+    files, known = {}, endings()
     for path in folder.rglob('*'):
-        if path.suffix.lower() in ENDINGS:
+        if path.suffix.lower() in known:
             try:
                 status = path.stat()
             except OSError:
@@ -168,7 +168,7 @@ def list_images(folder: Path) -> dict[str, tuple[int, int]]:
                 about = (status.st_size, status.st_mtime_ns)
                 files[path.relative_to(folder).as_posix()] = about
     if not files:
-        raise ValueError(f"'{folder}' is no folder, or holds no image ({' '.join(ENDINGS)}).")
+        raise ValueError(f"'{folder}' is no folder, or holds no image ({' '.join(known)}).")
     return dict(sorted(files.items()))
 
 
