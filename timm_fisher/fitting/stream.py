@@ -238,6 +238,7 @@ class ModelStream(DescriptorStream):
         self.descriptors = list(model.descriptors)[self.place]
         self.num_features = self.descriptors.num_features
         self.like = like(model)
+        self.device = self.like['device']
         if max_images is not None and (type(max_images) is not int or max_images < 1):
             raise ValueError(f'{max_images=} is not a whole number from 1, or None for all images.')
         dataset: Any = getattr(loader, 'dataset', None)
@@ -265,7 +266,7 @@ class ModelStream(DescriptorStream):
     def _of_batch(self, x: Any) -> Any:
         """The backbone's features of a batch of the loader."""
         if self.from_features:
-            return (x[self.place] if isinstance(x, tuple | list) else x).to(self.like['device'])
+            return (x[self.place] if isinstance(x, tuple | list) else x).to(self.device)
         return self.descriptors.features(self.model.backbone, placed(x, self.like))
 
     @torch.no_grad()
@@ -356,8 +357,8 @@ class PooledStream(ModelStream):
 
     def _of_batch(self, x: Any) -> Any:
         if self.from_features:
-            several, device = isinstance(x, tuple | list), self.like['device']
-            return [one.to(device) for one in x] if several else x.to(device)
+            several = isinstance(x, tuple | list)
+            return [one.to(self.device) for one in x] if several else x.to(self.device)
         return self.model.forward_features(placed(x, self.like))
 
 
