@@ -170,7 +170,7 @@ def like(module: nn.Module) -> dict[str, Any]:
     return {'device': tensor.device, 'dtype': tensor.dtype}
 
 
-def placed(x: Tensor, where: dict[str, Any]) -> Tensor:
+def cast_like(x: Tensor, where: dict[str, Any]) -> Tensor:
     """On the device of `like`, and, if it is of floating point, in its type."""
     return x.to(**where) if x.is_floating_point() else x.to(where['device'])
 

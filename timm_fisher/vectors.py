@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from timm_fisher.head import like, placed
+from timm_fisher.head import cast_like, like
 from timm_fisher.images import convert, read_image
 from timm_fisher.model import PooledModel
 
@@ -56,7 +56,7 @@ def embed(
     vectors: list[Tensor] = []
     try:
         for x in batches:
-            pooled = model.pool(model.forward_features(placed(x, where)), x.shape[2:]).float()
+            pooled = model.pool(model.forward_features(cast_like(x, where)), x.shape[2:]).float()
             bad = (~pooled.isfinite().all(1)).nonzero().flatten().tolist()
             if bad:
                 done = sum(map(len, vectors))

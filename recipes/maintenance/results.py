@@ -69,9 +69,10 @@ def main(settings: Settings) -> None:
     pages = [page for folder in settings.pages for page in sorted(folder.glob('**/*.md'))]
     texts = {page: page.read_text() for page in pages}
     for path in sorted(settings.results.glob('*.jsonl')):
+        rows = read_results(path)
         for name, draw in ((f'{path.stem}.png', plot), (f'{path.stem}_costs.png', plot_costs)):
             if any(f'/{name})' in text for text in texts.values()):
-                draw(read_results(path), settings.pictures / name)
+                draw(rows, settings.pictures / name)
     for page, text in texts.items():
         rebuilt = rebuild(text, settings.results)
         if rebuilt != text:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 from tqdm.auto import tqdm
 
-from timm_fisher.head import like, placed
+from timm_fisher.head import cast_like, like
 from timm_fisher.numerics.hashing import (
     numbers_of_contents,
     numbers_of_names,
@@ -267,7 +267,7 @@ class ModelStream(DescriptorStream):
         """The backbone's features of a batch of the loader."""
         if self.from_features:
             return (x[self.place] if isinstance(x, tuple | list) else x).to(self.device)
-        return self.descriptors.features(self.model.backbone, placed(x, self.like))
+        return self.descriptors.features(self.model.backbone, cast_like(x, self.like))
 
     @torch.no_grad()
     def _features(self, n: int | None = None) -> Iterator[tuple[Tensor, Any, Sequence[int]]]:
@@ -359,7 +359,7 @@ class PooledStream(ModelStream):
         if self.from_features:
             several = isinstance(x, tuple | list)
             return [one.to(self.device) for one in x] if several else x.to(self.device)
-        return self.model.forward_features(placed(x, self.like))
+        return self.model.forward_features(cast_like(x, self.like))
 
 
 def _progress(loader: Any) -> Any:

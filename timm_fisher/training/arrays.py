@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -27,11 +30,23 @@ class ArrayImages(Dataset[tuple[Image.Image, int]]):
 
 def read_arrays(file: str) -> dict[str, np.ndarray]:
     """All arrays of an .npz file, by name. ValueError if it is none."""
+    with _opened(file) as arrays:
+        return {key: arrays[key] for key in arrays.files}
+
+
+def array_names(file: str) -> list[str]:
+    """Their names alone, without reading them; errors as those of `read_arrays`."""
+    with _opened(file) as arrays:
+        return list(arrays.files)
+
+
+@contextmanager
+def _opened(file: str) -> Iterator[Any]:
     if not os.path.isfile(file):
         raise ValueError(f"'{file}' is not a file; give --data-dir FILE.npz.")
     try:
         with np.load(file, allow_pickle=False) as arrays:
-            return {key: arrays[key] for key in arrays.files}
+            yield arrays
     except (AttributeError, EOFError, OSError, ValueError, zipfile.BadZipFile) as error:
         raise ValueError(f"'{file}' cannot be read as an .npz file of arrays: {error}") from error
 

@@ -23,7 +23,7 @@ from timm_fisher import PooledModel
 from timm_fisher.device import to_device
 from timm_fisher.explain import class_names
 from timm_fisher.files import save_png
-from timm_fisher.training.arrays import read_arrays
+from timm_fisher.training.arrays import array_names
 from timm_fisher.training.config import Config
 from timm_fisher.training.data import (
     Split,
@@ -110,7 +110,7 @@ def draw_confusion(
 def _load_split(data_dir: str, split: str, model: PooledModel) -> Split:
     names = model.pretrained_cfg.get('label_names')
     if data_dir.endswith('.npz'):
-        if split != 'test' or 'x_test' not in read_arrays(data_dir):
+        if split != 'test' or 'x_test' not in array_names(data_dir):
             raise ValueError(
                 f"Of '{data_dir}' only test images in arrays of their own, x_test and y_test, can "
                 f'be measured: which others were {split} images depended on the run, whose '
