@@ -60,33 +60,41 @@ def random_svms(kernel, data, bias=False):
 # The SVM
 
 
+def equation_4(w, phi, signs, costs):
+    hinge = (1 - signs * (phi @ w)).clamp_min(0).square()
+    return 0.5 * w.square().sum(0) + torch.tensor(costs) / len(phi) * hinge.sum(0)
+
+
 @pytest.mark.parametrize('images', [30, 200])  # fewer and more than features
 def test_svm_minimises_equation_4(images):
     generator = torch.Generator().manual_seed(0)
     phi = torch.nn.functional.normalize(torch.randn(images, 60, generator=generator).double())
     signs = torch.where(torch.rand(images, 2, generator=generator) < 0.3, 1.0, -1.0).double()
     costs = [7.0, 300.0]
-
-    def equation_4(w):
-        hinge = (1 - signs * (phi @ w)).clamp_min(0).square()
-        return 0.5 * w.square().sum(0) + torch.tensor(costs) / images * hinge.sum(0)
-
-    w = solve_svms(phi, signs, costs).requires_grad_()
-    at_solution = equation_4(w)
-    (gradient,) = torch.autograd.grad(at_solution.sum(), w)
-    assert (gradient.norm(dim=0) < 1e-4 * w.norm(dim=0)).all()
-
+    w = solve_svms(phi, signs, costs)
     other = torch.zeros(60, 2, dtype=torch.float64, requires_grad=True)
     lbfgs = torch.optim.LBFGS([other], max_iter=500, tolerance_grad=1e-10, tolerance_change=0,
                               line_search_fn='strong_wolfe')  # fmt: skip
 
     def closure():
         lbfgs.zero_grad()
-        equation_4(other).sum().backward()
-        return equation_4(other).sum()
+        equation_4(other, phi, signs, costs).sum().backward()
+        return equation_4(other, phi, signs, costs).sum()
 
     lbfgs.step(closure)
-    torch.testing.assert_close(at_solution, equation_4(other), rtol=1e-6, atol=0)
+    torch.testing.assert_close(w, other, rtol=0, atol=1e-5 * w.abs().max().item())
+    start = torch.randn(60, 2, generator=generator).double()
+    torch.testing.assert_close(solve_svms(phi, signs, costs, start), w, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize('seed', [6, 12, 35, 43, 45])
+def test_svm_where_full_newton_steps_never_end(seed):
+    generator = torch.Generator().manual_seed(seed)
+    phi = torch.nn.functional.normalize(torch.randn(12, 8, generator=generator).double())
+    signs = torch.where(torch.rand(12, 1, generator=generator) < 0.5, 1.0, -1.0).double()
+    w = solve_svms(phi, signs, [30_000.0]).requires_grad_()
+    (gradient,) = torch.autograd.grad(equation_4(w, phi, signs, [30_000.0]).sum(), w)
+    assert gradient.norm() < 1e-9 * w.norm()
 
 
 def test_costs_are_chosen_on_validation(problem):
