@@ -47,14 +47,14 @@ from timm_fisher.training.boltzmann_kernels import BoltzmannKernel
 from timm_fisher.training.classifiers import nearest_labels, stack
 from timm_fisher.training.config import Config
 from timm_fisher.training.data import load_splits, preprocessing
-from timm_fisher.training.measurements import Measurement, table_name, write_measurements
+from timm_fisher.training.measurements import Measurement, table_name, table_of, write_measurements
 from timm_fisher.training.report import COMMIT, data_name
-from timm_fisher.training.tables import percent, records
 from timm_fisher.training.tsne import plot_tsne
 
 EPOCHS = 30  # of SGD in sgd.png
 TOP = 3  # features of each sign and class in features.png
-METHODS = ('IDFK', 'DFK', 'FK')
+# By the vectors that come from them.
+MACHINES = {'IDFK': 'DBM', 'DFK': 'DBM', 'FK': 'RBM'}
 CLASSIFIERS = {'svm': 'linear SVM', '1nn': '1-NN'}
 Setting = dict[str, Any]  # rank and ridge of IDFK, C of an SVM
 
@@ -119,14 +119,14 @@ def main(kernels: Kernels) -> None:
             chosen = json.loads(choice.read_text())
             if (seed, fold) == (kernels.seeds[0], 0):
                 setting = chosen['IDFK']['svm']
-                model = vectors.machines['DFK'].truncated(setting['rank'], setting['ridge'])
+                model = vectors.machines['DBM'].truncated(setting['rank'], setting['ridge'])
                 data_config = preprocessing(model, vectors.config)
                 timm_fisher.save_model(model, output / 'model', data_config=data_config)
                 figures(vectors, chosen, output)
             write(path, json.dumps(measure(vectors, chosen), indent=2) + '\n')
         results.append(json.loads(path.read_text()))
-        write(output / 'table.md', report(results))
         measured = measurements(results, kernels.paper)
+        write(output / 'table.md', f'{table_of(measured)} {describe(results)}\n')
         write_measurements(measured, output / 'measurements.jsonl')
         everything = {'settings': asdict(kernels), 'results': results}
         write(output / 'results.json', json.dumps(everything, indent=2) + '\n')
@@ -147,15 +147,16 @@ class Vectors:
         # The models of all folds would fill a disk.
         folders = [output / name / f's{seed}' if fold == 0 else None for name in ('dbm', 'rbm')]
         self.machines = {
-            'DFK': BoltzmannKernel(config, features, folders[0]),
-            'FK': BoltzmannKernel(rbm, features, folders[1]),
+            'DBM': BoltzmannKernel(config, features, folders[0]),
+            'RBM': BoltzmannKernel(rbm, features, folders[1]),
         }
 
     def get(self, method: str, setting: Setting) -> dict[str, Any]:
         """Vectors of unit length `[n, d]` of each split; dense for IDFK."""
+        machine = self.machines[MACHINES[method]]
         if method == 'IDFK':
-            return self.machines['DFK'].whitened(setting['rank'], setting['ridge'])
-        return self.machines[method].vectors
+            return machine.whitened(setting['rank'], setting['ridge'])
+        return machine.vectors
 
     def accuracy(
         self, method: str, setting: Setting, trained: list[str], split: str, images: int | None
@@ -180,7 +181,7 @@ def svm(c: float, seed: int) -> LinearSVC:
 def search(kernels: Kernels, vectors: Vectors) -> dict[str, Any]:
     """The settings of each method and classifier with the best accuracy on validation images."""
     whitenings = product(kernels.ranks, kernels.ridges)
-    grids: dict[str, list[Setting]] = {method: [{}] for method in METHODS}
+    grids: dict[str, list[Setting]] = {method: [{}] for method in MACHINES}
     grids['IDFK'] = [{'rank': rank, 'ridge': ridge} for rank, ridge in whitenings]
     chosen: dict[str, Any] = {}
     for method, grid in grids.items():
@@ -199,7 +200,7 @@ def search(kernels: Kernels, vectors: Vectors) -> dict[str, Any]:
 def measure(vectors: Vectors, chosen: dict[str, Any]) -> dict[str, Any]:
     """Test accuracy of each method and classifier."""
     seed, rows = vectors.config.seed, dict[str, Any]()
-    for method in METHODS:
+    for method in MACHINES:
         rows[method] = {}
         for classifier in CLASSIFIERS:
             setting = chosen[method][classifier]
@@ -216,6 +217,7 @@ def measure(vectors: Vectors, chosen: dict[str, Any]) -> dict[str, Any]:
         'classes': len(vectors.classes),
         'seconds': {name: machine.seconds for name, machine in vectors.machines.items()},
         'saturated': {name: machine.saturated for name, machine in vectors.machines.items()},
+        'layers': {name: vectors.machines[MACHINES[name]].head.hidden for name in MACHINES},
         'rows': rows,
     }
 
@@ -223,49 +225,52 @@ def measure(vectors: Vectors, chosen: dict[str, Any]) -> dict[str, Any]:
 def measurements(
     results: list[dict[str, Any]], paper: dict[str, dict[str, float]]
 ) -> list[Measurement]:
-    """Lines of all methods and seeds, means over folds."""
+    """Lines of all methods and seeds, means over folds; with what was chosen, if there is one."""
     measured = []
-    for seed, method in product(sorted({result['seed'] for result in results}), METHODS):
+    for seed, method in product(sorted({result['seed'] for result in results}), MACHINES):
         folds = [result for result in results if result['seed'] == seed]
-        shares = {
-            title: statistics.mean(each['rows'][method][key]['accuracy'] for each in folds)
+        rows = {
+            title: [each['rows'][method][key] for each in folds]
             for key, title in CLASSIFIERS.items()
         }
-        about = {'paper': paper.get(method, {}), 'commit': folds[0]['commit']}
-        table = table_name('kernel', folds[0]['data'])
-        measured.append(Measurement(table, method, seed, shares, **about))
+        texts = {
+            title: ', '.join(f'{k} {first[k]:g}' for k in ('rank', 'ridge', 'C') if k in first)
+            for title, (first, *_) in rows.items()
+        }
+        layers = ' x '.join(map(str, folds[0]['layers'][method]))
+        costs = {
+            'dimensions': max(row['dimensions'] for row in rows['linear SVM']),
+            'fit (s)': statistics.median(each['seconds'][MACHINES[method]] for each in folds),
+        }
+        measured.append(
+            Measurement(
+                table=table_name('kernel', folds[0]['data']),
+                row=f'{method} ({layers})',
+                seed=seed,
+                shares={
+                    title: statistics.mean(row['accuracy'] for row in of_folds)
+                    for title, of_folds in rows.items()
+                },
+                paper=paper.get(method, {}),
+                costs=costs,
+                settings={k: v for k, v in texts.items() if v} if len(folds) == 1 else {},
+                commit=folds[0]['commit'],
+            )
+        )
     return measured
 
 
-def report(results: list[dict[str, Any]]) -> str:
-    """Markdown; mean and standard deviation over the seeds, of means over folds, in per cent."""
-    seeds = sorted({result['seed'] for result in results})
-    lines = []
-    for method in METHODS:
-        shares, settings = {}, {}
-        for classifier, title in CLASSIFIERS.items():
-            rows = [(result['seed'], result['rows'][method][classifier]) for result in results]
-            of_seed = [[row['accuracy'] for s, row in rows if s == seed] for seed in seeds]
-            shares[title] = percent([float(np.mean(part)) for part in of_seed], digits=2)
-            values = {key: sorted({row[key] for _, row in rows}) for key in rows[0][1]}
-            del values['accuracy']
-            texts = (f'{key} {" or ".join(f"{v:g}" for v in vs)}' for key, vs in values.items())
-            settings[f'settings of the {title}'] = ', '.join(texts)
-        seconds = [result['seconds']['FK' if method == 'FK' else 'DFK'] for result in results]
-        fit = f'{np.median(seconds):.0f} s'
-        lines.append({'Fisher vectors': method, **shares, 'fit': fit, **settings})
+def describe(results: list[dict[str, Any]]) -> str:
+    """What the table is of."""
+    images = ', '.join(f'{count} {name}' for name, count in results[0]['images'].items())
     saturated = []
     for machine in results[0]['saturated']:
         layers = np.mean([result['saturated'][machine] for result in results], 0)
         saturated.append(f'{machine} {", ".join(f"{100 * share:.0f} %" for share in layers)}')
-    folds = len({result['fold'] for result in results})
-    images = ', '.join(f'{count} {name}' for name, count in results[0]['images'].items())
     return (
-        f'{records(lines)}\n\n'
-        f'Mean and standard deviation over seeds {", ".join(map(str, seeds))}'
-        f'{f" of the mean over {folds} folds" if folds > 1 else ""}; {images} images, of which '
-        'validation images join the training once settings are chosen. Saturated posteriors: '
-        f'{"; ".join(saturated)}.\n'
+        f'Folds: {len({result["fold"] for result in results})}. Images: {images}; those for '
+        'validation join the training once settings are chosen. Saturated posteriors: '
+        f'{"; ".join(saturated)}.'
     )
 
 

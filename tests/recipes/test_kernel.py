@@ -75,9 +75,9 @@ def test_run_leaves_everything(run, capsys):
     assert rows['IDFK']['svm']['dimensions'] in (5, 30)
     # Four classes: 25 % by chance.
     assert min(row[key]['accuracy'] for row in rows.values() for key in ('svm', '1nn')) > 0.6
-    assert '| IDFK |' in (output / 'table.md').read_text()
+    assert '| IDFK (6 x 4) |' in (output / 'table.md').read_text()
     lines = read_measurements(output / 'measurements.jsonl')
-    assert [(line.row, line.seed) for line in lines] == [(name, 0) for name in rows]
+    assert [line.row for line in lines] == ['IDFK (6 x 4)', 'DFK (6 x 4)', 'FK (3)']
     assert lines[1].shares['1-NN'] == rows['DFK']['1nn']['accuracy']
     capsys.readouterr()
 
