@@ -117,12 +117,25 @@ def test_stage_with_a_hyphen(tmp_path):
     assert config.stages['fine-tune'].lr == 0.5
 
 
+@pytest.mark.parametrize('option', ['--backbone_kwargs.a.b=1', '--backbone_kwargs.a.b 1'])
+def test_name_that_reaches_into_a_dict_of_a_dict(tmp_path, capsys, option):
+    """It would drop what else the inner dict holds."""
+    file = tmp_path / 'config.yaml'
+    file.write_text('backbone_kwargs: {a: {b: 2, c: 3}}')
+    with pytest.raises(SystemExit):
+        parse(Config, arguments=['--config', str(file), *option.split()])
+    assert "give all of --backbone_kwargs.a '{...}'" in capsys.readouterr().err
+    whole = ['--backbone_kwargs.a', '{b: 1, c: 3}']
+    config = parse(Config, arguments=['--config', str(file), *whole])
+    assert config.backbone_kwargs == {'a': {'b': 1, 'c': 3}}
+
+
 @pytest.mark.parametrize('option', ['--stages.finetun.lr=0.1', '--stages.finetun.lr 0.1'])
 def test_stage_that_is_not_there(tmp_path, capsys, option):
     """A mistyped name adds no stage; a stage as a whole may be added."""
     file = tmp_path / 'config.yaml'
     file.write_text('stages: {warm: {}, finetune: {lr: 0.5}}')
-    arguments = ['--backbone_kwargs.a.b', '1', *option.split(), '--seed', '1']
+    arguments = ['--backbone_kwargs.a', '1', *option.split(), '--seed', '1']
     with pytest.raises(SystemExit):
         parse(Config, arguments=['--config', str(file), *arguments])
     message = "stages has no 'finetun', only ['warm', 'finetune']. Did you mean 'finetune'?"

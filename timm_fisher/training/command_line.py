@@ -109,7 +109,8 @@ def _add_positional(parser: _Parser, settings: type[Any], name: str) -> None:
 
 
 def _refuse_new_names(parser: _Parser, words: list[str], given: jsonargparse.Namespace) -> None:
-    """A mistyped NAME in `--stages.NAME.lr` would add a stage."""
+    """A mistyped NAME in `--stages.NAME.lr` would add a stage; in a dict of dicts
+    `--train.head_kwargs.p` would drop all of head_kwargs but p."""
     named, others, rest = [], [], iter(words)
     for word in rest:
         match = re.match(r'--(\w+)\.([^.=]+)\.[^=]+(=)?', word)
@@ -119,6 +120,8 @@ def _refuse_new_names(parser: _Parser, words: list[str], given: jsonargparse.Nam
             named.append((field, name))
             if not has_value:
                 next(rest)
+        elif match and isinstance(values, dict):
+            parser.error(f"{word} reaches too deep; give all of --{field}.{name} '{{...}}'.")
         else:
             others.append(word)
     known = parser.parse_args(others) if named else given
