@@ -86,7 +86,12 @@ class Settings:
 def main(settings: Settings) -> None:
     folder = settings.output or Path('runs/benchmark_fits', settings.part)
     parts = {settings.part: partial(PARTS[settings.part], settings)}
-    report(parts, folder / 'benchmark_fits', asdict(settings), data=settings.data or 'random')
+    report(
+        parts,
+        folder / 'benchmark_fits',
+        asdict(settings),
+        data=settings.data.name if settings.data else 'random',
+    )
 
 
 # The parts

@@ -6,8 +6,9 @@
 The second adds rows first: your own, or those that somebody sent. Rows of comparisons
 (results.jsonl) are kept in recipes/results/, a file for each protocol, one row for each run; of
 several rows of one run the last one counts. Those of the papers' experiments (measurements.jsonl)
-are kept in recipes/results/papers/, a file for each table. A page has a table between two lines,
-and what is between them is replaced:
+are kept in recipes/results/papers/, a file for each table. benchmarks/ has what the scripts of
+recipes/benchmarks left (OUTPUT/*.json), copied there under the name of the table. A page has a
+table between two lines, and what is between them is replaced:
 
     <!-- results: probe -->
     <!-- end of results -->
@@ -24,6 +25,7 @@ from pathlib import Path
 
 from timm_fisher.files import write
 from timm_fisher.training.command_line import run
+from timm_fisher.training.measure import tables_of
 from timm_fisher.training.measurements import (
     merge_measurements,
     read_measurements,
@@ -98,11 +100,14 @@ def rebuild(text: str, results: Path) -> str:
     """A page with its tables made anew."""
 
     def table(match: re.Match[str]) -> str:
-        before, protocol, after = match.groups()
-        experiment = results / 'papers' / f'{protocol}.jsonl'
+        before, name, after = match.groups()
+        benchmark = results / 'benchmarks' / f'{name}.json'
+        experiment = results / 'papers' / f'{name}.jsonl'
+        if benchmark.exists():
+            return f'{before}{tables_of(benchmark)}{after}'
         if experiment.exists():
             return f'{before}{table_of(read_measurements(experiment))}\n{after}'
-        rows = read_results(results / f'{protocol}.jsonl')
+        rows = read_results(results / f'{name}.jsonl')
         return f'{before}{describe(rows)}\n\n{note(rows)}\n{after}'
 
     return BLOCK.sub(table, text)

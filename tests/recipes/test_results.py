@@ -7,6 +7,7 @@ import re
 import pytest
 from conftest import ROOT, load_script
 
+from timm_fisher.training.measure import report
 from timm_fisher.training.measurements import Measurement, write_measurements
 from timm_fisher.training.results import read_results, result_of, write_results
 
@@ -93,3 +94,15 @@ def test_lines_of_experiments_are_added(results, tmp_path):
         results.main(results.Settings(add=[sent], **folders))
     assert '| CNN | 60.0 ± 14.1 |' in page.read_text()
     assert page.read_text().endswith('seeds 0, 1.\n<!-- end of results -->\nafter\n')
+
+
+def test_benchmark_is_shown_as_it_was_left(results, tmp_path):
+    """But for paths of the machine, which are not kept."""
+    (tmp_path / 'benchmarks').mkdir()
+    path = tmp_path / 'benchmarks/speed'
+    settings = {'device': 'cpu', 'threads': None, 'output': path, 'batch': 2}
+    report({'part': lambda: iter([('Title', '| a |\n| - |', [{'a': 1}])])}, path, settings)
+    assert str(tmp_path) not in path.with_suffix('.json').read_text()
+    page = results.rebuild('<!-- results: speed -->\n<!-- end of results -->', tmp_path)
+    assert '**Title**\n\n| a |\n| - |\n\nMeasured with torch' in page
+    assert path.with_suffix('.md').read_text() in page

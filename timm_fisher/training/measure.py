@@ -36,7 +36,8 @@ def report(
     Args:
         parts: by name; each gives sections.
         path: of the files, without `.md` and `.json`.
-        settings: of the benchmark, with `device` and `threads` (None for as many as PyTorch takes).
+        settings: of the benchmark, with `device` and `threads` (None for as many as PyTorch takes);
+            those that are paths are not kept.
         **about: what results depend on besides the machine.
 
     Raises:
@@ -51,27 +52,43 @@ def report(
         torch.set_num_threads(settings['threads'])
     torch.manual_seed(0)
     environment = {
-        'versions': f'torch {torch.__version__}, timm {timm.__version__}',
+        'torch': torch.__version__,
+        'timm': timm.__version__,
         'device': processor(device),
         'threads': torch.get_num_threads(),
         'load before': load(),
         **about,
     }
-    sections = ['\n'.join(f'- {key}: {value}' for key, value in environment.items())]
-    print(sections[0], flush=True)
     path.parent.mkdir(parents=True, exist_ok=True)
+    options = {k: v for k, v in settings.items() if not isinstance(v, Path)}
+    tables: list[tuple[str, str]] = []
     rows: list[Row] = []
     measured = ((name, section) for name, part in parts.items() for section in part())
     for name, (title, text, of_section) in measured:
-        sections.append(f'### {title}\n\n{text}')
-        print(f'\n{sections[-1]}', flush=True)
+        tables.append((title, text))
+        print(f'\n{_section(title, text)}', flush=True)
         rows += [{'part': name, **row} for row in of_section]
         environment['load after'] = load()
-        write(path.with_suffix('.md'), '\n\n'.join(sections) + '\n')
-        record = {'environment': environment, 'options': settings, 'results': rows}
+        record = dict(environment=environment, options=options, tables=tables, results=rows)
         write(path.with_suffix('.json'), json.dumps(record, indent=1, default=str) + '\n')
-    print(f'\nAll of it is in {path.parent}.')
+        write(path.with_suffix('.md'), tables_of(path.with_suffix('.json')))
+    print(f'\n{_conditions(environment)}\n\nAll of it is in {path.parent}.')
     return rows
+
+
+def tables_of(path: Path) -> str:
+    """Markdown of a `.json` file that `report` left: its tables, and what measured them."""
+    record = json.loads(path.read_text())
+    tables = [_section(title, text) for title, text in record['tables']]
+    return '\n\n'.join([*tables, _conditions(record['environment'])]) + '\n'
+
+
+def _section(title: str, text: str) -> str:
+    return f'**{title}**\n\n{text}'
+
+
+def _conditions(environment: Mapping[str, Any]) -> str:
+    return f'Measured with {", ".join(f"{key} {value}" for key, value in environment.items())}.'
 
 
 def median_times(*runs: Callable[[], object], device: str, repetitions: int) -> list[float]:
