@@ -90,16 +90,17 @@ def test_table():
     """Mean and deviation of the chosen rows; a line of one data set alone stays empty elsewhere."""
     rows = [
         row(0.1, 0), row(0.1, 1, accuracy=0.6), row(0.1, 0, name='a | <b>', knn_accuracy=0.25),
-        row(0.1, 0, data='trees', out_features=9), row(0.1, 1, data='trees'),
+        row(0.1, 0, data='trees', out_features=9, train_seconds=3.0), row(0.1, 1, data='trees', train_seconds=5.0),
     ]  # fmt: skip
     assert describe(rows).splitlines() == [
         '| head | pooled vector | leaves: validation | leaves: test | leaves: k-NN '
-        '| leaves: chosen | trees: validation | trees: test | trees: chosen | fit | training |',
-        '| --- |' + ' ---: |' * 10,
-        '| gem | 7 | 60.0 ± 0.0 | 55.0 ± 7.1 |  | lr 0.1 | 60.0 ± 0.0 | 50.0 ± 0.0 | lr 0.1 '
-        '| 1.0 s | 20 s |',
-        '| a \\| &lt;b&gt; | 7 | 60.0 | 50.0 (1 of 2 seeds) | 25.0 | lr 0.1 |  |  |  '
-        '| 1.0 s | 20 s |',
+        '| leaves: chosen | leaves: fit | leaves: training | trees: validation | trees: test '
+        '| trees: chosen | trees: fit | trees: training |',
+        '| --- |' + ' ---: |' * 12,
+        '| gem | 7 | 60.0 ± 0.0 | 55.0 ± 7.1 |  | lr 0.1 | 1.0 s | 20 s '
+        '| 60.0 ± 0.0 | 50.0 ± 0.0 | lr 0.1 | 1.0 s | 4 s |',
+        '| a \\| &lt;b&gt; | 7 | 60.0 | 50.0 (1 of 2 seeds) | 25.0 | lr 0.1 | 1.0 s | 20 s '
+        '|  |  |  |  |  |',
     ]
     one = describe(rows[:2]).splitlines()
     assert one[0] == '| head | pooled vector | validation | test | chosen | fit | training |'

@@ -1,4 +1,4 @@
-"""Global average pooling: what timm does, and the baseline that every other head must beat."""
+"""Global average pooling: what timm does, and the baseline that other heads are compared with."""
 
 from __future__ import annotations
 

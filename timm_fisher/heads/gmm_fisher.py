@@ -15,7 +15,7 @@ for the variance. Eq. 3 divides by the square root of the L1 norm, which is the 
 signed square roots.
 
 `fit` is PCA, then EM: from k-means on a sample, then on over the whole stream. The paper's own
-training is Algorithm 1, `recipes/papers/deep_fisher_svm.py`; end to end works as well.
+training is Algorithm 1, `recipes/papers/deep_fisher_svm.py`; it can be trained end to end, too.
 
 Paper: Sydorov, Sakurada and Lampert, "Deep Fisher Kernels - End to End Learning of the Fisher
 Kernel GMM Parameters", CVPR 2014.

@@ -190,21 +190,22 @@ def describe(results: Iterable[Result]) -> str:
     lines = []
     for label in _labels(chosen):
         of_data = {data: named[label] for data, named in chosen.items() if label in named}
-        rows = next(iter(of_data.values()))
-        line = {'head': escape_markdown(label), 'pooled vector': str(rows[0].out_features)}
+        vector = next(iter(of_data.values()))[0].out_features
+        line = {'head': escape_markdown(label), 'pooled vector': str(vector)}
         for data, measured in of_data.items():
             cells = _accuracies(measured, seeds)
             if len(stages) > 1:
                 best = Counter(row.best_stage for row in measured)
                 cells['best in'] = ', '.join(f'{escape_markdown(k)} {n}' for k, n in best.items())
+            if len(devices) == 1:  # else times cannot be compared
+                cells['fit'] = f'{statistics.median(row.fit_seconds for row in measured):.1f} s'
+                taken = statistics.median(row.train_seconds for row in measured)
+                cells['training'] = f'{taken:.0f} s'
             line |= {f'{prefixes[data]}{title}': cell for title, cell in cells.items()}
-        if len(devices) == 1:  # else times cannot be compared
-            line['fit'] = f'{statistics.median(row.fit_seconds for row in rows):.1f} s'
-            line['training'] = f'{statistics.median(row.train_seconds for row in rows):.0f} s'
         lines.append(line)
-    kinds = ('validation', 'val', 'test', 'k-NN', 'best in', 'chosen')
+    kinds = ('validation', 'val', 'test', 'k-NN', 'best in', 'chosen', 'fit', 'training')
     columns = [f'{prefix}{kind}' for prefix in prefixes.values() for kind in kinds]
-    titles = ['head', 'pooled vector', *columns, 'fit', 'training']
+    titles = ['head', 'pooled vector', *columns]
     return records(lines, [title for title in titles if any(line.get(title) for line in lines)])
 
 
@@ -238,8 +239,8 @@ def note(results: Iterable[Result]) -> str:
     if len({result.best_stage for result in results}) > 1:
         text += ' Best in: stages that the best epochs were in, and how many.'
     text += (
-        f' Times are medians of the first data set, on {escape_markdown(devices)}. Training '
-        'includes validation, unless all heads were trained in one pass.'
+        f' Times are medians, on {escape_markdown(devices)}; what else ran there is in them. '
+        'Training includes validation, unless all heads were trained in one pass.'
     )
     if any(result.knn_accuracy is not None for result in results):
         text += ' k-NN: of heads that are only fitted, k chosen on validation images, cosine.'
