@@ -131,7 +131,7 @@ def test_run_leaves_everything(cluster, settings, tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(cluster, 'measure', None)
     capsys.readouterr()
     start()
-    assert 'over seeds 0.' in capsys.readouterr().out
+    assert 'In %, of seed 0.' in capsys.readouterr().out
     with pytest.raises(ValueError, match='holds results of other settings'):
         start('--neighbours=5')
 

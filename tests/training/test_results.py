@@ -90,7 +90,8 @@ def test_table():
     """Mean and deviation of the chosen rows; a line of one data set alone stays empty elsewhere."""
     rows = [
         row(0.1, 0), row(0.1, 1, accuracy=0.6), row(0.1, 0, name='a | <b>', knn_accuracy=0.25),
-        row(0.1, 0, data='trees', out_features=9, train_seconds=3.0), row(0.1, 1, data='trees', train_seconds=5.0),
+        row(0.1, 0, data='trees', out_features=9, train_seconds=3.0),
+        row(0.1, 1, data='trees', train_seconds=5.0),
     ]  # fmt: skip
     assert describe(rows).splitlines() == [
         '| head | pooled vector | leaves: validation | leaves: test | leaves: k-NN '

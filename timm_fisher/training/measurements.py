@@ -93,5 +93,7 @@ def table_of(measurements: Iterable[Measurement], digits: int = 1) -> str:
             line['chosen'] = ', '.join(f'{k} {v}' for k, v in of_seeds[0].settings.items())
         lines.append(line)
     columns = list(dict.fromkeys(column for line in lines for column in line))
-    seeds = ', '.join(str(s) for s in dict.fromkeys(m.seed for of in rows.values() for m in of))
-    return f'{records(lines, columns)}\n\nIn %, mean and standard deviation over seeds {seeds}.'
+    seeds = sorted({m.seed for of_seeds in rows.values() for m in of_seeds})
+    several = f'mean and standard deviation over seeds {", ".join(map(str, seeds))}'
+    text = several if len(seeds) > 1 else f'of seed {seeds[0]}'
+    return f'{records(lines, columns)}\n\nIn %, {text}.'
