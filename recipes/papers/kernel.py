@@ -239,7 +239,7 @@ def measurements(
         }
         layers = ' x '.join(map(str, folds[0]['layers'][method]))
         costs = {
-            'dimensions': max(row['dimensions'] for row in rows['linear SVM']),
+            'dimensions (linear SVM)': max(row['dimensions'] for row in rows['linear SVM']),
             'fit (s)': statistics.median(each['seconds'][MACHINES[method]] for each in folds),
         }
         measured.append(

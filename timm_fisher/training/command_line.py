@@ -121,7 +121,8 @@ def _refuse_new_names(parser: _Parser, words: list[str], given: jsonargparse.Nam
             if not has_value:
                 next(rest)
         elif match and isinstance(values, dict):
-            parser.error(f"{word} reaches too deep; give all of --{field}.{name} '{{...}}'.")
+            hint = f"give all of --{field}.{name} '{{...}}', or change the file"
+            parser.error(f'{word} reaches too deep; {hint}.')
         else:
             others.append(word)
     known = parser.parse_args(others) if named else given

@@ -142,14 +142,21 @@ def solve_svms(
     features, which counts in the norm of w. A start of their shape, near them, saves time.
 
     A minimiser is sum_i a_i phi_i. Time and memory are those of an `n x n` matrix or two: little
-    where there are fewer images than features.
+    where there are fewer images than features. Of unit vectors, a C beyond 1e10 loses digits.
+
+    Raises:
+        ValueError: phi or start is not finite.
     """
-    phi, signs = phi.double(), signs.to(phi.device)
-    gram = phi @ phi.T
+    phi = phi.double()
+    if start is None:
+        start = phi.new_zeros(phi.shape[1], signs.shape[1])
+    signs, start = signs.to(phi), start.to(phi)
+    if not (phi.isfinite().all() and start.isfinite().all()):
+        raise ValueError('The Fisher vectors, or the SVMs to start from, are not finite.')
+    gram, scores = phi @ phi.T, phi @ start
     weights = []
-    for task, cost in enumerate(costs):
-        scores = signs.new_zeros(len(phi)) if start is None else phi @ start[:, task]
-        weights.append(phi.T @ _solve_svm(gram, signs[:, task], len(phi) / (2 * cost), scores))
+    for sign, score, cost in zip(signs.T, scores.T, costs, strict=True):
+        weights.append(phi.T @ _solve_svm(gram, sign, len(phi) / (2 * cost), score))
     return torch.stack(weights, 1)
 
 

@@ -59,6 +59,7 @@ def report(
         'load before': load(),
         **about,
     }
+    print(_conditions(environment), flush=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     options = {k: v for k, v in settings.items() if not isinstance(v, Path)}
     tables: list[tuple[str, str]] = []
