@@ -152,7 +152,7 @@ def test_folds_choose_for_themselves(run, tmp_path):
     (line, *_) = read_measurements(output / 'measurements.jsonl')
     of_folds = [result['rows']['IDFK']['svm']['accuracy'] for result in results]
     assert line.shares['linear SVM'] == pytest.approx(np.mean(of_folds))
-    assert 'of the mean over 3 folds' in (output / 'table.md').read_text()
+    assert 'Folds: 3.' in (output / 'table.md').read_text()
 
 
 @pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)
