@@ -18,6 +18,7 @@ Plots of comparisons, named after the protocol, go to .github/pictures/ if a pag
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -25,7 +26,7 @@ from pathlib import Path
 
 from timm_fisher.files import write
 from timm_fisher.training.command_line import run
-from timm_fisher.training.measure import tables_of
+from timm_fisher.training.measure import benchmark_tables
 from timm_fisher.training.measurements import (
     merge_measurements,
     read_measurements,
@@ -104,7 +105,7 @@ def rebuild(text: str, results: Path) -> str:
         benchmark = results / 'benchmarks' / f'{name}.json'
         experiment = results / 'papers' / f'{name}.jsonl'
         if benchmark.exists():
-            return f'{before}{tables_of(benchmark)}{after}'
+            return f'{before}{benchmark_tables(json.loads(benchmark.read_text()))}{after}'
         if experiment.exists():
             return f'{before}{table_of(read_measurements(experiment))}\n{after}'
         rows = read_results(results / f'{name}.jsonl')

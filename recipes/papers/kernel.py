@@ -217,7 +217,7 @@ def measure(vectors: Vectors, chosen: dict[str, Any]) -> dict[str, Any]:
         'classes': len(vectors.classes),
         'seconds': {name: machine.seconds for name, machine in vectors.machines.items()},
         'saturated': {name: machine.saturated for name, machine in vectors.machines.items()},
-        'layers': {name: vectors.machines[MACHINES[name]].head.hidden for name in MACHINES},
+        'layers': {name: machine.head.hidden for name, machine in vectors.machines.items()},
         'rows': rows,
     }
 
@@ -237,7 +237,7 @@ def measurements(
             title: ', '.join(f'{k} {first[k]:g}' for k in ('rank', 'ridge', 'C') if k in first)
             for title, (first, *_) in rows.items()
         }
-        layers = ' x '.join(map(str, folds[0]['layers'][method]))
+        layers = ' x '.join(map(str, folds[0]['layers'][MACHINES[method]]))
         costs = {
             'dimensions (linear SVM)': max(row['dimensions'] for row in rows['linear SVM']),
             'fit (s)': statistics.median(each['seconds'][MACHINES[method]] for each in folds),

@@ -72,14 +72,13 @@ def report(
         environment['load after'] = load()
         record = dict(environment=environment, options=options, tables=tables, results=rows)
         write(path.with_suffix('.json'), json.dumps(record, indent=1, default=str) + '\n')
-        write(path.with_suffix('.md'), tables_of(path.with_suffix('.json')))
+        write(path.with_suffix('.md'), benchmark_tables(record))
     print(f'\n{_conditions(environment)}\n\nAll of it is in {path.parent}.')
     return rows
 
 
-def tables_of(path: Path) -> str:
-    """Markdown of a `.json` file that `report` left: its tables, and what measured them."""
-    record = json.loads(path.read_text())
+def benchmark_tables(record: Mapping[str, Any]) -> str:
+    """Markdown of what a `.json` file of `report` holds: its tables, and what measured them."""
     tables = [_section(title, text) for title, text in record['tables']]
     return '\n\n'.join([*tables, _conditions(record['environment'])]) + '\n'
 

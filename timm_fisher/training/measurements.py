@@ -74,7 +74,7 @@ def merge_measurements(measurements: Iterable[Measurement]) -> list[Measurement]
     return list({(m.table, m.row, m.seed): m for m in measurements}.values())
 
 
-def table_of(measurements: Iterable[Measurement], digits: int = 1) -> str:
+def table_of(measurements: Iterable[Measurement]) -> str:
     """Markdown table, in per cent: mean and standard deviation over the seeds; beside them the
     paper's figures, the mean costs and what was chosen."""
     rows: dict[str, list[Measurement]] = {}
@@ -84,7 +84,7 @@ def table_of(measurements: Iterable[Measurement], digits: int = 1) -> str:
     for title, of_seeds in rows.items():
         line = {'': escape_markdown(title)}
         for column in of_seeds[0].shares:
-            line[column] = percent([m.shares[column] for m in of_seeds], digits)
+            line[column] = percent([m.shares[column] for m in of_seeds])
             if column in of_seeds[0].paper:
                 line[f'{column} (paper)'] = f'{of_seeds[0].paper[column]:g}'
         for column in of_seeds[0].costs:
@@ -94,6 +94,5 @@ def table_of(measurements: Iterable[Measurement], digits: int = 1) -> str:
         lines.append(line)
     columns = list(dict.fromkeys(column for line in lines for column in line))
     seeds = sorted({m.seed for of_seeds in rows.values() for m in of_seeds})
-    several = f'mean and standard deviation over seeds {", ".join(map(str, seeds))}'
-    text = several if len(seeds) > 1 else f'of seed {seeds[0]}'
-    return f'{records(lines, columns)}\n\nIn %, {text}.'
+    means = 'mean and standard deviation over seeds' if len(seeds) > 1 else 'of seed'
+    return f'{records(lines, columns)}\n\nIn %, {means} {", ".join(map(str, seeds))}.'

@@ -29,10 +29,10 @@ def records(
     return table([str(title) for title in titles], lines)
 
 
-def percent(shares: Sequence[float], digits: int = 1) -> str:
+def percent(shares: Sequence[float]) -> str:
     """`91.2 ± 0.3` of shares from 0 to 1; the sample's standard deviation."""
-    mean = f'{100 * statistics.mean(shares):.{digits}f}'
-    return f'{mean} ± {100 * statistics.stdev(shares):.{digits}f}' if len(shares) > 1 else mean
+    mean = f'{100 * statistics.mean(shares):.1f}'
+    return f'{mean} ± {100 * statistics.stdev(shares):.1f}' if len(shares) > 1 else mean
 
 
 def three_digits(value: float) -> str:
