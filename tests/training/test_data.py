@@ -60,6 +60,22 @@ def test_classes_with_synonyms(monkeypatch):
     assert load_splits(Config(dataset='torch/imagenet'))[1] == ['tench', 'goldfish']
 
 
+@pytest.mark.parametrize(('label', 'classes'), [(-1, []), (2, []), (2, ['red', 'blue'])])
+def test_labels_outside_the_classes(monkeypatch, label, classes):
+    """Public test splits often have -1 for a label that is kept secret."""
+
+    def create(dataset, data_dir, split, **options):
+        pixels = np.full((4, 8, 8), ('train', 'val', 'test').index(split), np.uint8)
+        return data.ArrayImages(pixels, np.array([0, 1, 1, label if split == 'test' else 0]))
+
+    monkeypatch.setattr(data, '_create_dataset', create)
+    options = {'dataset': 'hfds/some', 'classes': classes, 'stages': {'only': Stage(epochs=1)}}
+    with pytest.raises(ValueError, match="'test' has labels from .*, but there are 2.*--test_split null"):
+        load_splits(Config(**options))
+    splits, _ = load_splits(Config(**options, test_split=None))
+    assert list(splits) == ['train', 'val']
+
+
 @pytest.mark.parametrize('val_split', ['val', None])
 def test_one_class_only(recipe, few, val_split):
     for split in ('train', 'val'):

@@ -196,7 +196,8 @@ def load_splits(config: Config) -> tuple[dict[str, Split], list[str]]:
 
     Raises:
         ValueError: a folder that is missing, empty or holds one class, classes that the training
-            split lacks, files that are no images, or arrays that are none.
+            split lacks, labels outside the classes, files that are no images, or arrays that are
+            none.
     """
     load = {'digits': _load_digits, 'npz': _load_arrays}.get(config.dataset, _load_timm)
     splits, classes = load(config)
@@ -221,6 +222,15 @@ def load_splits(config: Config) -> tuple[dict[str, Split], list[str]]:
             f"The training images of '{config.data_dir or config.dataset}' are all of one class, "
             f'{classes}. Training needs two or more: one subfolder per class.'
         )
+    if config.classifies:
+        for name, split in splits.items():
+            low, high = split.labels.min(), split.labels.max()
+            if low < 0 or high >= len(classes):
+                raise ValueError(
+                    f"The split '{name}' has labels from {low} to {high}, but there are "
+                    f'{len(classes)} classes. Without it: --{name}_split null; --classes names '
+                    'the classes.'
+                )
     return splits, classes
 
 
@@ -259,8 +269,6 @@ def _load_timm(config: Config) -> tuple[dict[str, Split], list[str]]:
             class_to_index = getattr(getattr(dataset, 'reader', dataset), 'class_to_idx', None)
     if config.dataset and config.classes:
         classes = list(config.classes)
-        if splits['train'].labels.max() >= len(classes):
-            raise ValueError(f'--classes names {len(classes)}; there are labels above that.')
     elif class_to_index:
         first_names = {index: name for name, index in reversed(class_to_index.items())}
         classes = [first_names[index] for index in sorted(first_names)]  # others are synonyms
