@@ -81,13 +81,9 @@ class Comparison:
             raise ValueError(
                 f'--only names {sorted(unknown)}; the variants are {list(self.variants)}.'
             )
-        command_line.check_lists(self, 'seeds')
-        grids = [self.search, *(v['search'] for v in self.variants.values() if 'search' in v)]
-        for key, values in (pair for grid in grids for pair in grid.items()):
-            if not isinstance(values, list) or len({json.dumps(value) for value in values}) < max(
-                1, len(values)
-            ):
-                raise ValueError(f'search has {key}: {values}; give one or more, all different.')
+        command_line.check_lists({'seeds': self.seeds})
+        for grid in (self.search, *(v.get('search', {}) for v in self.variants.values())):
+            command_line.check_lists(grid)
         if self.data_dir:
             self.train = {**self.train, 'data_dir': self.data_dir}
         kept = {*BASELINES, *(self.only or self.variants)}

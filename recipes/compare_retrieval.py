@@ -83,7 +83,7 @@ class Comparison:
     heads: dict[str, dict[str, Any]] = field(default_factory=lambda: {'avg': {'head': 'avg'}})
 
     def __post_init__(self) -> None:
-        command_line.check_lists(self, 'seeds', 'whiten')
+        command_line.check_lists({'seeds': self.seeds, 'whiten': self.whiten, **self.search})
         if self.data_dir:
             folder, data = self.data_dir, Path(self.data_dir)
             if data.suffix == '.npz':
@@ -194,13 +194,11 @@ def measure_frozen(
     yield line(f'{name}, full', found=found, size=size, costs=pooling)
 
     projection = Projection(size, comparison.size)
-    projection.fit(vectors['train'], 0.0)
-    with torch.no_grad():
-        projected = {split: projection(x) for split, x in vectors.items()}
-    deviations = projected['train'].std(0)
 
+    @torch.no_grad()
     def whitened(split: str, strength: float) -> dict[str, float]:
-        return found_among(F.normalize(projected[split] / deviations**strength), splits[split])
+        projection.fit(vectors['train'], strength)
+        return found_among(F.normalize(projection(vectors[split])), splits[split])
 
     yield line(f'{name}, PCA', found=whitened('test', 0.0), size=comparison.size)
     of_validation = [whitened('val', strength)['map_at_r'] for strength in comparison.whiten]

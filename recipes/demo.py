@@ -82,7 +82,7 @@ class Settings:
     port: int = 7860
 
     def __post_init__(self) -> None:
-        command_line.check_lists(self, 'models')
+        command_line.check_lists({'models': self.models})
         for name in self.models:
             find(name, None)  # refuses what can be no model
 

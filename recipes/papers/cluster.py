@@ -79,7 +79,7 @@ class Clustering:
     paper: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        command_line.check_lists(self, 'seeds')
+        command_line.check_lists({'seeds': self.seeds})
         self.train = {**self.train, 'head': 'gsnmf'}
         if self.data_dir:
             self.train['data_dir'] = self.data_dir

@@ -88,7 +88,8 @@ class Kernels:
     paper: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        command_line.check_lists(self, 'seeds', 'ranks', 'ridges', 'svm_c')
+        lists = ('seeds', 'ranks', 'ridges', 'svm_c')
+        command_line.check_lists({name: getattr(self, name) for name in lists})
         self.train = {**self.train, 'head': 'dbm_idfk'}
         if self.data_dir:
             self.train['data_dir'] = self.data_dir

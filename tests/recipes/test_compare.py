@@ -241,7 +241,7 @@ def test_mistyped_stage_of_a_search_is_refused(compare, tmp_path, capsys):
 
 
 def test_equal_values_of_a_search_are_refused(compare):
-    with pytest.raises(ValueError, match=r'search has a.lr: \[1, 1\]; give one or more'):
+    with pytest.raises(ValueError, match=r'a.lr is \[1, 1\]; give one or more'):
         compare.Comparison(variants={'x': {'search': {'a.lr': [1, 1]}}})
 
 

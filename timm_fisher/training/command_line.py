@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import json
 import re
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
@@ -80,11 +81,11 @@ def parse(
         parser.error(str(error))
 
 
-def check_lists(settings: object, *names: str) -> None:
-    """ValueError if one of these lists of options is empty or holds a value twice."""
-    for name in names:
-        values = getattr(settings, name)
-        if not values or len(set(values)) < len(values):
+def check_lists(lists: Mapping[str, Any]) -> None:
+    """ValueError unless each option, by its name, is a list of one value or more, all different."""
+    for name, values in lists.items():
+        different = {json.dumps(value) for value in values} if isinstance(values, list) else ()
+        if not different or len(different) < len(values):
             raise ValueError(f'{name} is {values}; give one or more, all different.')
 
 
