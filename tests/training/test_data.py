@@ -70,7 +70,9 @@ def test_labels_outside_the_classes(monkeypatch, label, classes):
 
     monkeypatch.setattr(data, '_create_dataset', create)
     options = {'dataset': 'hfds/some', 'classes': classes, 'stages': {'only': Stage(epochs=1)}}
-    with pytest.raises(ValueError, match="'test' has labels from .*, but there are 2.*--test_split null"):
+    with pytest.raises(
+        ValueError, match=r"'test' has labels from .*, but there are 2.*--test_split null"
+    ):
         load_splits(Config(**options))
     splits, _ = load_splits(Config(**options, test_split=None))
     assert list(splits) == ['train', 'val']
