@@ -40,6 +40,9 @@ def test_run_is_neither_overwritten_nor_resumed_with_other_settings(recipe, few)
         recipe(data_dir=few, **NO_TEST)
     with pytest.raises(ValueError, match=r'with other settings: .*batch_size was 16, is 8'):
         recipe(data_dir=few, resume=True, **{**NO_TEST, 'batch_size': 8})
+    stages = {'only': {**NO_TEST['stages']['only'], 'lr': 0.5}}
+    with pytest.raises(ValueError, match=r'settings: stages\.only\.lr was 0\.001, is 0\.5\. Keep'):
+        recipe(data_dir=few, resume=True, **{**NO_TEST, 'stages': stages})
     assert before == {path: path.read_bytes() for path in run.rglob('*') if path.is_file()}
 
 
@@ -47,6 +50,9 @@ def test_failure_before_training_leaves_the_output_free(recipe, few):
     """A misspelt name must not make the corrected command fail."""
     with pytest.raises(ValueError, match='Unknown head'):
         recipe(data_dir=few, head='avgg', **NO_TEST)
+    stages = {**NO_TEST['stages'], 'later': {'epochs': 1, 'opt': 'adamww'}}
+    with pytest.raises(ValueError, match='adamww'):
+        recipe(data_dir=few, head='avg', **{**NO_TEST, 'stages': stages})
     assert (recipe(data_dir=few, head='avg', **NO_TEST) / 'metrics.json').exists()
 
 

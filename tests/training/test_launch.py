@@ -61,7 +61,7 @@ def test_stages_keep_their_order(started, tmp_path):
     stages = {'warm': {'epochs': 1}, 'adapt': {'epochs': 1}}
     launch({'stages': stages}, tmp_path / 'run')
     assert list(started[0][0]['stages']) == ['warm', 'adapt']
-    with pytest.raises(ValueError, match=r'other settings: stages was'):
+    with pytest.raises(ValueError, match=r'other settings: the order of stages was'):
         launch({'stages': dict(reversed(stages.items()))}, tmp_path / 'run')
 
 

@@ -80,16 +80,25 @@ def check_settings(output: Path, config: Config) -> None:
         )
     old = yaml.safe_load((output / 'config.yaml').read_text())
     new = yaml.safe_load(config.to_yaml())
-    free = config.of_no_consequence
-    changed = [key for key in new if key not in free and new[key] != old.get(key)]
-    if 'stages' not in changed and list(new['stages']) != list(old['stages']):
-        changed.append('stages')  # whose order counts
-    if changed:
-        text = '; '.join(f'{key} was {old.get(key)!r}, is {new[key]!r}' for key in changed)
+    matter = [key for key in new if key not in config.of_no_consequence]
+    was, now = (dict(_dotted({key: each.get(key) for key in matter})) for each in (old, new))
+    changed = [key for key in {**now, **was} if now.get(key) != was.get(key)]
+    text = '; '.join(f'{key} was {was.get(key)!r}, is {now.get(key)!r}' for key in changed)
+    if not changed and list(new['stages']) != list(old['stages']):
+        text = f'the order of stages was {list(old["stages"])}, is {list(new["stages"])}'
+    if text:
         raise ValueError(
             f"'{output}' holds a run with other settings: {text}. Keep them to continue it, or "
             'give another --output.'
         )
+
+
+def _dotted(options: dict[str, Any], prefix: str = '') -> Iterator[tuple[str, Any]]:
+    for key, value in options.items():
+        if value and isinstance(value, dict):
+            yield from _dotted(value, f'{prefix}{key}.')
+        else:
+            yield prefix + key, value
 
 
 def latest_checkpoint(output: Path) -> Path | None:

@@ -86,14 +86,16 @@ def train(config: Config) -> dict[str, Any]:
         for name, stage in config.stages.items():
             # Refuse what does not fit before anything is computed.
             freeze(model, name, stage)
-            create_objective(model, stage, 'images', len(classes))
+            create_optimizer(create_objective(model, stage, 'images', len(classes)), stage)
         model.requires_grad_(True)
         data_config = preprocessing(model, config)
         create = create_streams if config.streamed else create_datasets
         images: Any = create(config, splits, data_config)
         sizes = ', '.join(f'{len(images[name])} {name}' for name in splits)
         say(f'{len(classes)} classes; {sizes} images at {data_config["input_size"]}')
-        say(f'{head_names(config)} on {config.backbone}: {model.head_hidden_size} pooled features')
+        weights = '' if config.pretrained else ', from random weights'
+        size = model.head_hidden_size
+        say(f'{head_names(config)} on {config.backbone}{weights}: {size} pooled features')
 
         # Fit
         precision = accelerator.mixed_precision
