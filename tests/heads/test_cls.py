@@ -21,7 +21,7 @@ def test_gives_the_class_token(dtype):
 
 def test_power_l2():
     token = torch.tensor([[4.0, -9.0, 0.0, 12.0]])
-    z = ClassToken(4, power_l2=True)(torch.zeros(1, 2, 4), class_token=token)
+    z = ClassToken(4, normalize=True)(torch.zeros(1, 2, 4), class_token=token)
     expected = torch.tensor([[0.4, -0.6, 0.0, 12**0.5 / 5]])
     torch.testing.assert_close(z, expected, atol=1e-5, rtol=1e-5)
 
