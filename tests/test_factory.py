@@ -1,5 +1,7 @@
 """`create_model` and `timm.create_model`: arguments, and who takes them."""
 
+from functools import partial
+
 import pytest
 import timm
 import torch
@@ -12,13 +14,16 @@ import timm_fisher
 
 def test_both_ways_to_create_are_the_same():
     arguments = {'backbone': 'test_resnet', 'head': 'sparse_fisher', 'num_classes': 3}
-    torch.manual_seed(0)
-    long = timm.create_model('timm_fisher', head_kwargs={'code_dim': 3}, **arguments)
-    torch.manual_seed(0)
-    short = timm_fisher.create_model(code_dim=3, **arguments)
+    made = []
+    for function in (partial(timm.create_model, 'timm_fisher'), timm_fisher.create_model):
+        for of_head in ({'code_dim': 3}, {'head_kwargs': {'code_dim': 3}}):
+            torch.manual_seed(0)
+            made.append(function(**arguments, **of_head))
     assert timm.is_model('timm_fisher')
-    assert repr(long) == repr(short)
-    torch.testing.assert_close(long.state_dict(), short.state_dict(), rtol=0, atol=0)
+    assert made[0].head.dictionary.shape[1] == 3
+    for other in made[1:]:
+        assert repr(other) == repr(made[0])
+        torch.testing.assert_close(other.state_dict(), made[0].state_dict(), rtol=0, atol=0)
 
 
 def test_arguments_of_the_head_may_come_both_ways():

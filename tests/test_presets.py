@@ -119,6 +119,7 @@ def test_vgg_is_read_at_conv5_3():
 def test_arguments_take_the_place_of_the_presets():
     model = on_meta('vgg16_sparse_fisher', head_kwargs={'code_dim': 7}, img_size=96, num_classes=3)
     assert (model.head.in_features, model.head_hidden_size) == (512, 512 * 7)  # still no reduction
+    assert on_meta('vgg16_sparse_fisher', code_dim=7).head_hidden_size == 512 * 7
     assert model.pretrained_cfg['input_size'] == (3, 96, 96)
     model = on_meta('resnet18_3g', head='avg', backbone='resnet34')
     assert model.head_hidden_size == 512

@@ -33,7 +33,7 @@ def create_model(
     pretrained: bool = False,
     **arguments: Any,
 ) -> PooledModel:
-    """`timm.create_model('timm_fisher', ...)` with the head's arguments beside the model's.
+    """`timm.create_model('timm_fisher', ...)`, shorter and with its types.
 
     ```python
     create_model('resnet50', head='avg + sparse_fisher@-2', code_dim=100, num_classes=67)
@@ -41,22 +41,13 @@ def create_model(
 
     Args:
         backbone, head, pretrained: as `PooledModel` takes them.
-        **arguments: others of `timm.create_model('timm_fisher', ...)`, and of its `head_kwargs`.
+        **arguments: others of `PooledModel`, of the head and of the backbone.
 
     Raises:
         ValueError: an unknown backbone, head, stage or class-token mode.
         TypeError: an argument that neither model, head nor backbone has; the nearest ones are
             named.
     """
-    of_model = set(inspect.signature(PooledModel).parameters)
-    of_head = argument_names(head)
-    for key in of_model & of_head & set(arguments):
-        raise ArgumentError(
-            f"Both the model and the head '{head}' have an argument '{key}'. Create the model by "
-            f"timm.create_model('timm_fisher', ..., head_kwargs=dict({key}=...))."
-        )
-    for_head = {key: arguments.pop(key) for key in list(arguments) if key in of_head - of_model}
-    arguments['head_kwargs'] = (arguments.get('head_kwargs') or {}) | for_head
     model = timm.create_model(
         'timm_fisher', pretrained=pretrained, backbone=backbone, head=head, **arguments
     )
@@ -74,8 +65,9 @@ def timm_fisher(
     backbone_weights: dict[str, str | None] | None = None,
     **arguments: Any,
 ) -> nn.Module:
-    """timm's entry point for a `PooledModel`; the arguments are those of the class, and of its
-    backbone, such as `output_stride`, which are `backbone_kwargs` then.
+    """timm's entry point for a `PooledModel`; the arguments are those of the class, of its head,
+    such as `code_dim`, which are `head_kwargs` then, and of its backbone, such as `output_stride`,
+    which are `backbone_kwargs`. Where the class and the head share a name it is the class's.
 
     `pretrained=True` on the plain name loads the backbone's weights; on `hf-hub:` or `local-dir:`
     it loads everything that was saved, and takes the arguments of `timm_fisher.from_pretrained`,
@@ -115,8 +107,11 @@ def timm_fisher(
     of_model = set(inspect.signature(PooledModel).parameters)
     given = {key: arguments[key] for key in arguments if key in of_model}
     check_arguments('timm_fisher', PooledModel, given, given=LOADING)
-    options = given.pop('backbone_kwargs', None) or {}
-    options = {**options, **{key: arguments[key] for key in arguments if key not in of_model}}
+    options = {key: arguments[key] for key in arguments if key not in of_model}
+    of_head = argument_names(given.get('head', 'avg'))
+    for_head = {key: options.pop(key) for key in list(options) if key in of_head}
+    given['head_kwargs'] = {**(given.get('head_kwargs') or {}), **for_head}
+    options = {**(given.pop('backbone_kwargs', None) or {}), **options}
     given |= {
         'pretrained': pretrained,
         'pretrained_cfg_overlay': pretrained_cfg_overlay,
