@@ -72,8 +72,8 @@ def test_without_figures_or_classes(tmp_path):
 def test_card_says_how_the_model_is_built(tmp_path):
     heads = [{'name': 'avg', 'normalize': True}, {'name': 'gmm_fisher', 'components': 2}]
     loaded = card(tmp_path, create(heads, stage=-2))
-    assert '| head | `gmm_fisher`, components 2 |' in loaded.text
-    assert '| stage | -2, an earlier one |' in loaded.text
+    assert r'| head | `avg`, stage \-2, normalize True |' in loaded.text
+    assert r'| head | `gmm_fisher`, stage \-2, components 2 |' in loaded.text
     assert {'avg', 'gmm_fisher'} < set(loaded.data.tags)
 
 

@@ -80,12 +80,13 @@ def make_card(
     dataset = dataset or metrics.get('dataset') or ''
     if weights:
         license = license or model.backbone.pretrained_cfg.get('license') or ''
-    asked = arguments['head']
-    if isinstance(asked, str):
-        asked = [
-            {'name': name, **({} if stage == -1 else {'stage': stage}), **options}
-            for name, stage, options in parse_heads(asked, arguments.get('head_kwargs'))
-        ]
+    specs = parse_heads(
+        arguments['head'], arguments.get('head_kwargs'), arguments.get('stage', -1)
+    )
+    asked = [
+        {'name': name, **({} if stage == -1 else {'stage': stage}), **options}
+        for name, stage, options in specs
+    ]
     metadata = {
         'base_model': base,
         'base_model_relation': base and ('adapter' if adapter else 'finetune'),
