@@ -7,6 +7,7 @@ import timm
 import torch
 from small_models import BACKBONES, create, images, names
 from timm.models import get_model_input_config, save_for_hf
+from torch import nn
 
 import timm_fisher
 
@@ -77,6 +78,24 @@ def test_class_token(class_token, expected):
 def test_wrong_values(backbone, arguments, error):
     with pytest.raises(ValueError, match=error):
         create(backbone, **arguments)
+
+
+def test_a_folder_without_a_model(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r'holds no config\.json.*lite0_weights\.py'):
+        create(f'local-dir:{tmp_path}')
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'error'),
+    [
+        ({'backbone': nn.Linear(3, 4)}, "such as 'resnet50', not a Linear"),
+        ({'head': nn.Linear}, "given by their names, as in 'gem' .*; got <class"),
+        ({'lora': 8}, "lora is a dict, such as {'r': 8}, not 8"),
+    ],
+)
+def test_wrong_types(arguments, error):
+    with pytest.raises(TypeError, match=error):
+        timm_fisher.create_model(**{'backbone': 'test_resnet', **arguments})
 
 
 def test_registers_can_be_kept():

@@ -215,6 +215,8 @@ def test_features_of_a_saved_model(tmp_path, stage, left):
         timm.create_model(name, features_only=True, out_indices=(left,))
     with pytest.raises(ValueError, match="feature_cls='list' is not supported"):
         timm.create_model(name, features_only=True, feature_cls='list')
+    with pytest.raises(TypeError, match="'out_indices'"):
+        timm.create_model(name, out_indices=(1, 2))
 
 
 def test_feature_info_is_of_this_model():

@@ -21,6 +21,7 @@ from timm.models import get_model_input_config, model_entrypoint
 from torch import Tensor, nn
 
 from timm_fisher.descriptors import StageDescriptors, find_descriptors, remove_unused
+from timm_fisher.errors import ArgumentError
 from timm_fisher.head import PoolingHead
 from timm_fisher.lora import LoRA
 from timm_fisher.registry import get_head, nearest
@@ -177,8 +178,19 @@ def create_features(
 
 
 def _check_name(name: str) -> None:
-    """Refuse the name of an architecture that is none of timm's backbones."""
+    """Refuse what names none of timm's backbones, nor a folder that holds one."""
+    if not isinstance(name, str):
+        raise ArgumentError(
+            "backbone is the name of a timm model, such as 'resnet50', not a "
+            f'{type(name).__name__}.'
+        )
     source, architecture = timm.models.parse_model_name(name)
+    if source == 'local-dir' and not Path(architecture, 'config.json').is_file():
+        raise FileNotFoundError(
+            f"'{architecture}' is no folder of a timm model: it holds no config.json. (That of "
+            'tf_efficientnet_lite0 is written by `python recipes/maintenance/lite0_weights.py '
+            'FOLDER`, without the Hub.)'
+        )
     architecture = timm.models.get_arch_name(architecture)
     if source is None and (not timm.is_model(architecture) or is_ours(architecture)):
         known = [known for known in timm.list_models() if not is_ours(known)]

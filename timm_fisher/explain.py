@@ -122,6 +122,8 @@ def attention(model: PooledModel, images: Tensor) -> Tensor | None:
         model: which is left in evaluation mode.
         images: `[B, C, H, W]`, preprocessed as the model wants it, on its device.
     """
+    if not any(hasattr(type(head), 'attention') for head, _ in model.heads):
+        return None
     model.eval()
     features, size = model.descriptors.features(model.backbone, images), images.shape[2:]
     maps = []
@@ -135,8 +137,6 @@ def attention(model: PooledModel, images: Tensor) -> Tensor | None:
             # Without the prefix tokens, which may be kept among the descriptors.
             weights = look(head, x).mean(1)[:, -math.prod(grid) :].unflatten(1, grid)
             maps.append(F.interpolate(weights[:, None].float(), size, mode='bilinear')[:, 0])
-    if not maps:
-        return None
     total = torch.stack([one / one.amax((1, 2), keepdim=True) for one in maps]).mean(0)
     return total / total.amax((1, 2), keepdim=True)
 

@@ -23,7 +23,7 @@ from timm_fisher.place import with_place
 from timm_fisher.registry import check_arguments, nearest
 from timm_fisher.specification import argument_names
 
-FEATURES = ('features_only', 'out_indices', 'feature_cls')  # timm's arguments for maps
+OF_MAPS = ('out_indices', 'feature_cls')  # timm's arguments beside features_only
 
 
 def create_model(
@@ -88,7 +88,8 @@ def timm_fisher(
         # timm has merged what config.json says into the caller's arguments.
         saved = pretrained_model_args or {}
         given = {key: arguments[key] for key in arguments if arguments[key] is not saved.get(key)}
-        maps = {key: given.pop(key) for key in FEATURES if key in given}
+        features_only = given.pop('features_only', False)
+        maps = {key: given.pop(key) for key in OF_MAPS if features_only and key in given}
         source = pretrained_cfg['source']
         model = load(
             source,
@@ -98,7 +99,7 @@ def timm_fisher(
             cache_dir=cache_dir,
             **given,
         )
-        return _features_of(model, **maps) if maps else model
+        return _features_of(model, **maps) if features_only else model
     if isinstance(pretrained_cfg, str):
         raise ValueError(
             f"There is no tag '{pretrained_cfg}': the models of timm_fisher have none. Weights of "
@@ -128,13 +129,10 @@ def timm_fisher(
 def _features_of(
     model: PooledModel,
     *,
-    features_only: bool,
     out_indices: int | tuple[int, ...] | None = None,
     feature_cls: str = 'getter',
 ) -> nn.Module:
-    """A loaded model, or the maps of its backbone, by default of its last five stages at most."""
-    if not features_only:
-        return model
+    """The maps of a loaded model's backbone, by default of its last five stages at most."""
     if feature_cls != 'getter':
         raise ValueError(
             f"{feature_cls=} is not supported for a saved model. Use feature_cls='getter'."

@@ -18,6 +18,7 @@ from timm.layers import Conv2dSame
 from torch import Tensor, nn
 
 from timm_fisher.descriptors import StageDescriptors, operations
+from timm_fisher.errors import ArgumentError
 from timm_fisher.registry import check_arguments, nearest
 
 A, B = '.lora_A.weight', '.lora_B.weight'
@@ -57,6 +58,8 @@ class LoRA:
     @classmethod
     def of(cls, arguments: Mapping[str, Any]) -> Self:
         """From its arguments, checked by their names."""
+        if not isinstance(arguments, Mapping):
+            raise ArgumentError(f"lora is a dict, such as {{'r': 8}}, not {arguments!r:.100}.")
         check_arguments('lora', cls, arguments)
         return cls(**arguments)
 

@@ -73,9 +73,9 @@ def _parse_list(
     for given in head if isinstance(head, list | tuple) else [None]:
         if not isinstance(given, dict) or not isinstance(given.get('name'), str):
             raise ArgumentError(
-                "Several heads are named as in 'avg + sparse_fisher@-2', or given as a list of "
-                "dicts with a name, such as [dict(name='gmm_fisher', stage=-2, components=64), "
-                f'...]; got {head!r:.200}.'
+                "Heads are given by their names, as in 'gem' or 'avg + sparse_fisher@-2', or as a "
+                "list of dicts with a name, such as [dict(name='gmm_fisher', stage=-2, "
+                f'components=64), ...]; got {head!r:.200}.'
             )
         arguments = dict(given)
         name, own_stage = arguments.pop('name'), arguments.pop('stage', stage)

@@ -22,8 +22,8 @@ import timm_fisher
 from timm_fisher.hub.load import CHECKOUT, HUB_USER
 from timm_fisher.specification import argument_names
 from timm_fisher.training.command_line import run
-from timm_fisher.training.config import Config
 from timm_fisher.training.data import load_splits
+from timm_fisher.training.embeddings import parse_options
 from timm_fisher.training.evaluate import evaluate
 from timm_fisher.training.launch import launch
 
@@ -56,7 +56,7 @@ def main(settings: Settings) -> None:
     options, published = read_release(settings.models, settings.name)
     options['data_dir'] = settings.data_dir
     # A mistaken folder of images is found before a run binds later calls to these options.
-    load_splits(Config(**{key: value for key, value in options.items() if key != 'stages'}))
+    load_splits(parse_options(options))
     metrics = [train(options, seed, runs / f's{seed}') for seed in SEEDS]
     accuracies = [result['test']['accuracy'] for result in metrics]
     seeds = dict(zip(map(str, SEEDS), accuracies, strict=True))

@@ -29,7 +29,6 @@ from typing import Any, Literal, cast
 import timm
 import torch
 import yaml
-from accelerate import Accelerator
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -96,8 +95,6 @@ class DeepFisher:
 
 
 def main(settings: DeepFisher) -> None:
-    if Accelerator().num_processes > 1:
-        raise ValueError(f'This runs in one process, not in {Accelerator().num_processes}.')
     output, config = Path(settings.output), settings.config
     if not config.test_split:
         raise ValueError('test_split of train is null; give the name of a split.')

@@ -337,7 +337,7 @@ def test_arguments_of_the_factory(saved, name):
 
 
 def test_no_config(tmp_path):
-    with pytest.raises(LoadError, match=r'holds no config\.json\. Save it by'):
+    with pytest.raises(LoadError, match=r'holds no config\.json\. The model of a run is'):
         timm_fisher.from_pretrained(tmp_path)
 
 

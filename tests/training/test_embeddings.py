@@ -74,6 +74,17 @@ def test_model_is_that_of_training():
         torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
+def test_projection_is_whitened_as_asked(maps):
+    weights = []
+    for whiten in (0.0, 1.0):
+        config = parse_options({**GSNMF, 'projection': 2, 'whiten': whiten})
+        model = create_embedder(config)
+        fit_once(model, [([x], 0) for x in maps], None, config)
+        weights.append(model.projection.weight.norm(dim=1))
+    torch.testing.assert_close(weights[0], torch.ones(2))
+    assert (weights[1] > 1.5).all()
+
+
 def test_vectors_are_those_of_the_model(maps, features):
     model = create_embedder(parse_options({**GSNMF, 'drop_rate': 0.5}))
     with torch.no_grad():

@@ -115,7 +115,7 @@ def test_fifo_among_the_images(tmp_path):
         ({'num_classes': 2}, 'images', r'3 classes .*; the model has 2, without names'),
         ({'num_classes': 1000}, 'images', r'3 classes .*; the model has 1000, without names'),
         ({'names': ['blue', 'red']}, 'images', 'has 3 classes, but 2 names'),
-        ({'names': ['blue', 'red', 'x']}, 'images', r"training lacks: \['green'\].*'x'\]"),
+        ({'names': ['blue', 'red', 'x']}, 'images', r"not those of training: \['green'\].*'x'\]"),
         ({}, 'images/test', r"test/test' is not a folder; .* must hold test/CLASS/IMAGE\.$"),
         ({}, 'images/x.npz', r"x\.npz' is not a file"),
     ],

@@ -80,9 +80,7 @@ def make_card(
     dataset = dataset or metrics.get('dataset') or ''
     if weights:
         license = license or model.backbone.pretrained_cfg.get('license') or ''
-    specs = parse_heads(
-        arguments['head'], arguments.get('head_kwargs'), arguments.get('stage', -1)
-    )
+    specs = parse_heads(arguments['head'], arguments.get('head_kwargs'), arguments.get('stage', -1))
     asked = [
         {'name': name, **({} if stage == -1 else {'stage': stage}), **options}
         for name, stage, options in specs

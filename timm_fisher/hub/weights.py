@@ -58,8 +58,9 @@ def find_file(name: str, source: str, place: str, cache_dir: str | Path | None) 
     path = Path(place, name)
     if not path.is_file():
         raise LoadError(
-            f"'{place}' holds no {name}. Save it by timm_fisher.save_pretrained, or by "
-            'timm.models.save_for_hf(model, folder, safe_serialization=True).'
+            f"'{place}' holds no {name}. The model of a run is in its folder model/. Save others "
+            'by timm_fisher.save_pretrained, or by timm.models.save_for_hf(model, folder, '
+            'safe_serialization=True).'
         )
     return path
 

@@ -102,8 +102,8 @@ def load_index(folder: str | Path, model: PooledModel) -> Index | None:
     wanted = fingerprint(model)
     if about.get('model') != wanted or vectors.shape[1] != model.head_hidden_size:
         raise LoadError(
-            f"The index '{path}' is of another model, {about.get('model')!a:.12}, not of this one, "
-            f'{wanted:.10}, whose vectors cannot be compared with its own. {advice}'
+            f"The index '{path}' is of another model, not of {wanted:.10}, this "
+            f'one, whose vectors cannot be compared with its own. {advice}'
         )
     return Index(wanted, files, vectors)
 

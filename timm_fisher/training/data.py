@@ -301,7 +301,8 @@ def load_folder(
         unknown = sorted(set(dataset.reader.class_to_idx) - set(known))
         if unknown and not others:
             raise ValueError(
-                f"The split '{name}' has classes that training lacks: {unknown}, not {list(known)}."
+                f"The split '{name}' has classes that are not those of training: {unknown}, "
+                f'not {list(known)}.'
             )
         class_map = known | {other: len(known) + i for i, other in enumerate(unknown)}
         dataset = _create_dataset('', data_dir, name, class_map=class_map)

@@ -44,16 +44,25 @@ def parse_options(options: Mapping[str, Any], changes: Mapping[str, Any] | None 
 
 def create_embedder(config: Config, **head_kwargs: Any) -> PooledModel:
     """The model of a configuration without its classifier, in evaluation mode, on accelerate's
-    device, after setting all seeds; `head_kwargs` stand in place of those in the configuration."""
+    device, after setting all seeds; `head_kwargs` stand in place of those in the configuration.
+    ValueError in one of several processes."""
     set_seed(config.seed)
     config = replace(config, head_kwargs={**config.head_kwargs, **head_kwargs})
-    return to_device(create_model(config, num_classes=0), Accelerator().device).eval()
+    return to_device(create_model(config, num_classes=0), _accelerator(config).device).eval()
 
 
 def cache_splits(model: PooledModel, splits: dict[str, Split], config: Config) -> dict[str, Cached]:
     """Features of the model's backbone for the images of each split, in `config.cache_dir`."""
     datasets = create_datasets(config, splits, preprocessing(model, config))
-    return {name: cache_features(model, datasets[name], config, Accelerator()) for name in splits}
+    accelerator = _accelerator(config)
+    return {name: cache_features(model, datasets[name], config, accelerator) for name in splits}
+
+
+def _accelerator(config: Config) -> Accelerator:
+    accelerator = Accelerator(mixed_precision=config.mixed_precision)
+    if accelerator.num_processes > 1:
+        raise ValueError(f'This runs in one process, not in {accelerator.num_processes}.')
+    return accelerator
 
 
 def fit_once(model: PooledModel, features: Cached, folder: Path | None, config: Config) -> float:
@@ -64,7 +73,14 @@ def fit_once(model: PooledModel, features: Cached, folder: Path | None, config: 
         load_weights(model, folder)
         return float(json.loads((folder / 'seconds.json').read_text()))
     loader = DataLoader(features, config.batch_size)
-    fit = partial(timm_fisher.fit, model, loader, from_features=True, max_images=config.max_fit)
+    fit = partial(
+        timm_fisher.fit,
+        model,
+        loader,
+        from_features=True,
+        whiten=config.whiten,
+        max_images=config.max_fit,
+    )
     seconds, _ = timed(fit)
     if folder is not None:
         timm_fisher.save_model(model, folder, data_config=preprocessing(model, config))

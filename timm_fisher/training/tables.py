@@ -37,4 +37,4 @@ def percent(shares: Sequence[float]) -> str:
 
 def three_digits(value: float) -> str:
     """Three digits; an exponent only where there would be many zeros."""
-    return f'{value:.0f}' if value >= 100 else f'{value:#.3g}'
+    return f'{value:.0f}' if value >= 99.95 else f'{value:#.3g}'
