@@ -37,10 +37,9 @@ from timm_fisher.training.results import (
     note,
     plot,
     plot_costs,
-    read_results,
     result_of,
-    write_results,
 )
+from timm_fisher.training.rows import read_rows, write_rows
 
 
 @dataclass
@@ -99,7 +98,7 @@ def main(comparison: Comparison) -> None:
                 f"No stage of '{name}' trains a classifier, by whose accuracy heads are compared. "
                 'Add one.'
             )
-    known = read_results(Path(comparison.known)) if comparison.known else []
+    known = read_rows(Path(comparison.known), Result) if comparison.known else []
     output = Path(comparison.output)
     output.mkdir(parents=True, exist_ok=True)
     results: list[Result] = []
@@ -108,7 +107,7 @@ def main(comparison: Comparison) -> None:
     for group in [names] if comparison.one_pass else [[name] for name in names]:
         for result in compare_variants(group, comparison, known):
             results.append(result)
-            write_results(results, output / 'results.jsonl')
+            write_rows(results, output / 'results.jsonl')
         write(output / 'table.md', f'{describe(results)}\n\n{note(results)}\n')
         plot(results, output / 'plot.png')
         plot_costs(results, output / 'costs.png')

@@ -47,12 +47,11 @@ from timm_fisher.training.launch import combinations, file_name, launch, run_fol
 from timm_fisher.training.measure import timed
 from timm_fisher.training.measurements import (
     Measurement,
-    read_measurements,
     table_name,
     table_of,
-    write_measurements,
 )
 from timm_fisher.training.report import data_name
+from timm_fisher.training.rows import read_rows, write_rows
 
 MEASURES = {'recall_at_1': 'recall@1', 'map_at_r': 'MAP@R'}
 
@@ -113,9 +112,9 @@ def main(comparison: Comparison) -> None:
         path, options = output / f'{file_name(name)}.jsonl', trained[name]
         frozen = {**heads[name], 'whiten': 0.0, 'seed': comparison.seeds[0]}
         if not path.exists():
-            write_measurements(measure_frozen(name, frozen, comparison), path)
+            write_rows(measure_frozen(name, frozen, comparison), path)
         keep_settings(output / file_name(name), frozen)
-        measured += read_measurements(path)
+        measured += read_rows(path, Measurement)
         for seed, settings, metrics in train(name, options, comparison):
             about = {
                 'settings': {key.split('.')[-1]: value for key, value in settings.items()},
@@ -123,7 +122,7 @@ def main(comparison: Comparison) -> None:
             }
             row, found = f'{name}, trained', metrics['test']
             measured.append(measurement(options, row, seed, found, comparison.size, **about))
-        write_measurements(measured, output / 'measurements.jsonl')
+        write_rows(measured, output / 'measurements.jsonl')
         write(output / 'table.md', f'{table_of(measured)}\n')
     print((output / 'table.md').read_text())
 

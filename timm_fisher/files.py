@@ -55,9 +55,6 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str
 
 
 def save_png(figure: Figure, path: Path) -> None:
-    """A figure, which is closed, as a whole or not at all."""
-    import matplotlib.pyplot as plt
-
+    """A figure, as a whole or not at all."""
     with replacing(path) as beside:
         figure.savefig(beside, format='png', dpi=120)
-    plt.close(figure)

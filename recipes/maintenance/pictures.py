@@ -30,7 +30,8 @@ from timm_fisher.training.command_line import run
 from timm_fisher.training.data import load_folder
 from timm_fisher.training.evaluate import draw_confusion, predict
 from timm_fisher.training.launch import launch
-from timm_fisher.training.results import BASELINES, choose, read_results
+from timm_fisher.training.results import BASELINES, Result, choose
+from timm_fisher.training.rows import read_rows
 from timm_fisher.training.tsne import plot_tsne
 from timm_fisher.vectors import Prepared
 
@@ -91,7 +92,7 @@ def train(name: str, data: str, settings: Settings) -> PooledModel:
     """A model of probe.yaml at the rate that validated best, on the images given."""
     config = yaml.safe_load((RECIPES / 'configs/probe.yaml').read_text())
     variants = {**BASELINES, **config['variants']}
-    chosen = choose(r for r in read_results(RECIPES / 'results/probe.jsonl') if r.data == data)
+    chosen = choose(r for r in read_rows(RECIPES / 'results/probe.jsonl', Result) if r.data == data)
     if name not in variants or name not in chosen:
         known = [each for each in variants if each in chosen]
         raise ValueError(f"There is no result of '{name}' on '{data}', only of {known}.")

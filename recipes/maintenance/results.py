@@ -28,17 +28,17 @@ from timm_fisher.files import write
 from timm_fisher.training.command_line import run
 from timm_fisher.training.measure import benchmark_tables
 from timm_fisher.training.measurements import (
+    Measurement,
     merge_measurements,
-    read_measurements,
     table_of,
 )
 from timm_fisher.training.results import (
+    Result,
     describe,
     merge,
     note,
     plot,
     plot_costs,
-    read_results,
 )
 from timm_fisher.training.rows import Row, read_rows, write_rows
 
@@ -65,14 +65,18 @@ class Settings:
 
 def main(settings: Settings) -> None:
     of_papers = {path for path in settings.add if path.name == 'measurements.jsonl'}
-    lines = [line for path in settings.add if path in of_papers for line in read_measurements(path)]
-    rows = [row for path in settings.add if path not in of_papers for row in read_results(path)]
+    lines = [
+        line for path in settings.add if path in of_papers for line in read_rows(path, Measurement)
+    ]
+    rows = [
+        row for path in settings.add if path not in of_papers for row in read_rows(path, Result)
+    ]
     add(lines, 'table', settings.results / 'papers', merge_measurements)
     add(rows, 'protocol', settings.results, merge)
     pages = [page for folder in settings.pages for page in sorted(folder.glob('**/*.md'))]
     texts = {page: page.read_text() for page in pages}
     for path in sorted(settings.results.glob('*.jsonl')):
-        rows = read_results(path)
+        rows = read_rows(path, Result)
         for name, draw in ((f'{path.stem}.png', plot), (f'{path.stem}_costs.png', plot_costs)):
             if any(f'/{name})' in text for text in texts.values()):
                 draw(rows, settings.pictures / name)
@@ -107,8 +111,8 @@ def rebuild(text: str, results: Path) -> str:
         if benchmark.exists():
             return f'{before}{benchmark_tables(json.loads(benchmark.read_text()))}{after}'
         if experiment.exists():
-            return f'{before}{table_of(read_measurements(experiment))}\n{after}'
-        rows = read_results(results / f'{name}.jsonl')
+            return f'{before}{table_of(read_rows(experiment, Measurement))}\n{after}'
+        rows = read_rows(results / f'{name}.jsonl', Result)
         return f'{before}{describe(rows)}\n\n{note(rows)}\n{after}'
 
     return BLOCK.sub(table, text)

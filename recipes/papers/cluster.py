@@ -41,8 +41,9 @@ from timm_fisher.training.classifiers import validated_svm
 from timm_fisher.training.clusters import evaluate_clusters
 from timm_fisher.training.data import load_splits
 from timm_fisher.training.launch import launch
-from timm_fisher.training.measurements import Measurement, table_name, table_of, write_measurements
+from timm_fisher.training.measurements import Measurement, table_name, table_of
 from timm_fisher.training.report import COMMIT, data_name
+from timm_fisher.training.rows import write_rows
 from timm_fisher.training.run import load_weights
 from timm_fisher.training.tsne import plot_tsne
 
@@ -98,7 +99,7 @@ def main(clustering: Clustering) -> None:
             write(path, json.dumps(measure(clustering, seed, output), indent=2) + '\n')
         results.append(json.loads(path.read_text()))
         measured = measurements(results, clustering.paper)
-        write_measurements(measured, output / 'measurements.jsonl')
+        write_rows(measured, output / 'measurements.jsonl')
         write(output / 'table.md', f'{table_of(measured)} {describe(results[0])}\n')
         everything = {'settings': asdict(clustering), 'results': results}
         write(output / 'results.json', json.dumps(everything, indent=2) + '\n')

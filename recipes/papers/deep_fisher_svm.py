@@ -41,8 +41,9 @@ from timm_fisher.training import command_line, embeddings, tables
 from timm_fisher.training import deep_fisher_svm as algorithm
 from timm_fisher.training.config import Config
 from timm_fisher.training.data import load_splits, preprocessing
-from timm_fisher.training.measurements import Measurement, table_name, write_measurements
+from timm_fisher.training.measurements import Measurement, table_name
 from timm_fisher.training.report import data_name
+from timm_fisher.training.rows import write_rows
 
 
 @dataclass
@@ -177,7 +178,7 @@ def main(settings: DeepFisher) -> None:
     }
     text = table(results, settings)
     write(output / 'tables.md', text)
-    write_measurements([measurement(results, settings)], output / 'measurements.jsonl')
+    write_rows([measurement(results, settings)], output / 'measurements.jsonl')
     write(output / 'metrics.json', json.dumps(metrics, indent=2) + '\n')
     print(f'\n{text}\n-> {output}')
 

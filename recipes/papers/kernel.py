@@ -47,8 +47,9 @@ from timm_fisher.training.boltzmann_kernels import BoltzmannKernel
 from timm_fisher.training.classifiers import nearest_labels, stack
 from timm_fisher.training.config import Config
 from timm_fisher.training.data import load_splits, preprocessing
-from timm_fisher.training.measurements import Measurement, table_name, table_of, write_measurements
+from timm_fisher.training.measurements import Measurement, table_name, table_of
 from timm_fisher.training.report import COMMIT, data_name
+from timm_fisher.training.rows import write_rows
 from timm_fisher.training.tsne import plot_tsne
 
 EPOCHS = 30  # of SGD in sgd.png
@@ -128,7 +129,7 @@ def main(kernels: Kernels) -> None:
         results.append(json.loads(path.read_text()))
         measured = measurements(results, kernels.paper)
         write(output / 'table.md', f'{table_of(measured)} {describe(results)}\n')
-        write_measurements(measured, output / 'measurements.jsonl')
+        write_rows(measured, output / 'measurements.jsonl')
         everything = {'settings': asdict(kernels), 'results': results}
         write(output / 'results.json', json.dumps(everything, indent=2) + '\n')
     print((output / 'table.md').read_text())

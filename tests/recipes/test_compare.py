@@ -12,6 +12,7 @@ import yaml
 from conftest import ROOT, TINY, load_script
 
 from timm_fisher.training.config import Config, Stage
+from timm_fisher.training.results import Result
 from timm_fisher.training.run import create_model
 
 
@@ -70,14 +71,14 @@ def test_settings_are_chosen_on_validation_data_of_the_first_seed(compare, tmp_p
 def test_known_runs_are_not_repeated(compare, tmp_path, launched):
     """Those of a file of results; a run with other options is another run."""
     compare.main(comparison_of(compare, tmp_path))
-    rows = compare.read_results(tmp_path / 'out/results.jsonl')
+    rows = compare.read_rows(tmp_path / 'out/results.jsonl', Result)
     assert len(rows) == len(launched) == 15
     kept = rows[:-1]
-    compare.write_results(kept, tmp_path / 'known.jsonl')
+    compare.write_rows(kept, tmp_path / 'known.jsonl')
     launched.clear()
     compare.main(comparison_of(compare, tmp_path, known=str(tmp_path / 'known.jsonl')))
     assert launched == [(0.2, 6)]
-    assert compare.read_results(tmp_path / 'out/results.jsonl') == rows
+    assert compare.read_rows(tmp_path / 'out/results.jsonl', Result) == rows
     launched.clear()
     other = comparison_of(compare, tmp_path, known=str(tmp_path / 'known.jsonl'))
     other.train['batch_size'] = 7
@@ -168,7 +169,7 @@ def test_one_pass(compare, images, tmp_path, monkeypatch, capsys):
     comparison.known, comparison.output = str(tmp_path / 'out/results.jsonl'), str(tmp_path / 'b')
     compare.main(comparison)
     assert calls == [8, 4]
-    rows = compare.read_results(tmp_path / 'out/results.jsonl')
+    rows = compare.read_rows(tmp_path / 'out/results.jsonl', Result)
     assert [row.seed for row in rows] == [0] * 8 + [1] * 4
     assert {row.data for row in rows} == {images.name}
 

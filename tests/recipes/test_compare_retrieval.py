@@ -14,7 +14,8 @@ from sklearn.preprocessing import normalize
 from timm_fisher.retrieval import evaluate_retrieval
 from timm_fisher.training.data import Split
 from timm_fisher.training.embeddings import parse_options
-from timm_fisher.training.measurements import read_measurements
+from timm_fisher.training.measurements import Measurement
+from timm_fisher.training.rows import read_rows
 
 
 @pytest.fixture(scope='module')
@@ -74,7 +75,7 @@ def test_run(script, tmp_path, monkeypatch):
     assert len(list(folder.rglob('*.png'))) == 120
     assert launched == [(4, 0, 0.5), (4, 0, 0.25), (4, 1, 0.25)]
 
-    lines = read_measurements(tmp_path / 'out/measurements.jsonl')
+    lines = read_rows(tmp_path / 'out/measurements.jsonl', Measurement)
     assert {line.table for line in lines} == {'retrieval_spots'}
     shares = {(line.row, line.seed): line.shares for line in lines}
     lines = {(line.row, line.seed): line for line in lines}

@@ -14,7 +14,8 @@ from sklearn.metrics import average_precision_score
 from torch.utils.data import DataLoader
 
 from timm_fisher.training.command_line import parse
-from timm_fisher.training.measurements import read_measurements
+from timm_fisher.training.measurements import Measurement
+from timm_fisher.training.rows import read_rows
 
 SMALL = {'iterations': 3, 'C': 100.0}
 TRAIN = {**TINY, 'head_kwargs': {'reduce_dim': 6, 'components': 4}}
@@ -77,7 +78,7 @@ def test_run_leaves_everything(script, run, images, mode, monkeypatch):
     folder = run(mode=mode, data_dir=images, bias=mode == 'single')
     metrics = json.loads((folder / 'metrics.json').read_text())
     check_tables(folder, metrics)
-    (line,) = read_measurements(folder / 'measurements.jsonl')
+    (line,) = read_rows(folder / 'measurements.jsonl', Measurement)
     assert line.shares['(b) test: deep'] == metrics['transfer']['deep']['mean_average_precision']
     assert metrics['images'] == {'train': 120, 'val': 33, 'test': 51}
     assert set(metrics['C'].values()) == {100.0}

@@ -18,7 +18,8 @@ from sklearn.preprocessing import normalize
 from timm_fisher.training.command_line import parse
 from timm_fisher.training.data import load_splits
 from timm_fisher.training.embeddings import create_embedder
-from timm_fisher.training.measurements import read_measurements
+from timm_fisher.training.measurements import Measurement
+from timm_fisher.training.rows import read_rows
 
 CONFIGS = sorted(ROOT.glob('recipes/configs/kernel_*.yaml'))
 
@@ -76,7 +77,7 @@ def test_run_leaves_everything(run, capsys):
     # Four classes: 25 % by chance.
     assert min(row[key]['accuracy'] for row in rows.values() for key in ('svm', '1nn')) > 0.6
     assert '| IDFK (6 x 4) |' in (output / 'table.md').read_text()
-    lines = read_measurements(output / 'measurements.jsonl')
+    lines = read_rows(output / 'measurements.jsonl', Measurement)
     assert [line.row for line in lines] == ['IDFK (6 x 4)', 'DFK (6 x 4)', 'FK (3)']
     assert lines[1].shares['1-NN'] == rows['DFK']['1nn']['accuracy']
     capsys.readouterr()
@@ -149,7 +150,7 @@ def test_folds_choose_for_themselves(run, tmp_path):
     for fold, result in enumerate(results):
         chosen = json.loads((output / f'chosen-f{fold}.json').read_text())
         assert result['rows']['IDFK']['svm']['ridge'] == chosen['IDFK']['svm']['ridge']
-    (line, *_) = read_measurements(output / 'measurements.jsonl')
+    (line, *_) = read_rows(output / 'measurements.jsonl', Measurement)
     of_folds = [result['rows']['IDFK']['svm']['accuracy'] for result in results]
     assert line.shares['linear SVM'] == pytest.approx(np.mean(of_folds))
     assert 'Folds: 3.' in (output / 'table.md').read_text()

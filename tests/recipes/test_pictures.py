@@ -7,6 +7,8 @@ from conftest import load_script
 from PIL import Image
 from small_models import create
 
+from timm_fisher.training.results import Result
+
 
 @pytest.fixture(scope='module')
 def script():
@@ -53,7 +55,7 @@ def test_a_model_is_trained_at_the_rate_that_was_chosen(script, tmp_path, monkey
     monkeypatch.setattr(script, 'launch', launch)
     with pytest.raises(KeyboardInterrupt):
         script.train('ep (32)', 'trashnet', script.Settings(tmp_path, runs=tmp_path, seed=3))
-    rows = script.read_results(script.RECIPES / 'results/probe.jsonl')
+    rows = script.read_rows(script.RECIPES / 'results/probe.jsonl', Result)
     (rate,) = {
         row.settings['stages.only.lr']
         for row in rows

@@ -8,8 +8,9 @@ import pytest
 from conftest import ROOT, load_script
 
 from timm_fisher.training.measure import report
-from timm_fisher.training.measurements import Measurement, write_measurements
-from timm_fisher.training.results import read_results, result_of, write_results
+from timm_fisher.training.measurements import Measurement
+from timm_fisher.training.results import Result, result_of
+from timm_fisher.training.rows import read_rows, write_rows
 
 
 @pytest.fixture
@@ -58,11 +59,11 @@ def test_rows_are_added(results, tmp_path, capsys):
     """New ones, and those that replace others; the page around the table stays."""
     protocol, rows = 'made_up', [row_of(seed) for seed in range(3)]
     sent = tmp_path / 'sent.jsonl'
-    write_results(rows, sent)
+    write_rows(rows, sent)
     folders = {name: tmp_path / name for name in ('results', 'pages', 'pictures')}
     for folder in folders.values():
         folder.mkdir()
-    write_results(rows[:1], folders['results'] / f'{protocol}.jsonl')
+    write_rows(rows[:1], folders['results'] / f'{protocol}.jsonl')
     page = folders['pages'] / 'README.md'
     picture = f'![accuracies](pictures/{protocol}.png)'
     page.write_text(
@@ -70,7 +71,7 @@ def test_rows_are_added(results, tmp_path, capsys):
     )
     folders['pages'] = [folders['pages']]
     results.main(results.Settings(add=[sent], **folders))
-    assert read_results(folders['results'] / f'{protocol}.jsonl') == rows
+    assert read_rows(folders['results'] / f'{protocol}.jsonl', Result) == rows
     assert f'{protocol}.jsonl: 3 rows, 2 of them new' in capsys.readouterr().out
     text = page.read_text()
     assert text.startswith('before\n')
@@ -90,7 +91,7 @@ def test_lines_of_experiments_are_added(results, tmp_path):
     sent = tmp_path / 'measurements.jsonl'
     folders['pages'] = [folders['pages']]
     for seed, share in ((0, 0.5), (1, 0.7)):
-        write_measurements([Measurement('cluster_leaves', 'CNN', seed, {'k-means': share})], sent)
+        write_rows([Measurement('cluster_leaves', 'CNN', seed, {'k-means': share})], sent)
         results.main(results.Settings(add=[sent], **folders))
     assert '| CNN | 60.0 ± 14.1 |' in page.read_text()
     assert page.read_text().endswith('seeds 0, 1.\n<!-- end of results -->\nafter\n')

@@ -7,11 +7,10 @@ import pytest
 from timm_fisher.training.measurements import (
     Measurement,
     merge_measurements,
-    read_measurements,
     table_name,
     table_of,
-    write_measurements,
 )
+from timm_fisher.training.rows import read_rows, write_rows
 
 
 def line(row, seed, share, **options):
@@ -21,8 +20,8 @@ def line(row, seed, share, **options):
 def test_file(tmp_path):
     """Read as written; a later line of one row and seed replaces the first."""
     lines = [line('CNN', 0, 0.5), line('CNN', 1, 0.7, paper={'k-means': 46.75})]
-    write_measurements(lines, tmp_path / 'lines.jsonl')
-    assert read_measurements(tmp_path / 'lines.jsonl') == lines
+    write_rows(lines, tmp_path / 'lines.jsonl')
+    assert read_rows(tmp_path / 'lines.jsonl', Measurement) == lines
     assert merge_measurements([*lines, line('CNN', 0, 0.9)]) == [line('CNN', 0, 0.9), lines[1]]
 
 

@@ -16,9 +16,8 @@ from timm_fisher.training.results import (
     note,
     plot,
     plot_costs,
-    read_results,
-    write_results,
 )
+from timm_fisher.training.rows import read_rows, write_rows
 
 ROW = Result(
     protocol='probe', data='leaves', name='gem', settings={'stages.only.lr': 0.1},
@@ -44,8 +43,8 @@ def test_file(tmp_path):
     """Read as written; a foreign line is named."""
     rows = [row(), row(seed=1, knn_accuracy=0.3, diverged=True)]
     path = tmp_path / 'rows.jsonl'
-    write_results(rows, path)
-    assert read_results(path) == rows
+    write_rows(rows, path)
+    assert read_rows(path, Result) == rows
     foreign = [
         replace_in(rows[0], **change)
         for change in (
@@ -56,7 +55,7 @@ def test_file(tmp_path):
     for line in ('{"accuracy": 1}', 'no JSON', '[]', *foreign):
         path.write_text(path.read_text().splitlines()[0] + f'\n{line}\n')
         with pytest.raises(ValueError, match=r"Line 2 of '.*rows.jsonl' is not a row of results"):
-            read_results(path)
+            read_rows(path, Result)
 
 
 def test_merge():

@@ -7,18 +7,12 @@ import re
 import statistics
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import timm
-import torch
-
+from timm_fisher.hub.card import installed_versions
 from timm_fisher.hub.text import escape_markdown
 from timm_fisher.training.report import COMMIT
-from timm_fisher.training.rows import read_rows, write_rows
 from timm_fisher.training.tables import percent, records, three_digits
-
-VERSIONS = {'torch': torch.__version__, 'timm': timm.__version__}
 
 
 @dataclass(frozen=True)
@@ -47,7 +41,7 @@ class Measurement:
     costs: dict[str, float] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     commit: str = COMMIT
-    versions: dict[str, str] = field(default_factory=lambda: VERSIONS)
+    versions: dict[str, str] = field(default_factory=installed_versions)
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r'\w+', self.table):
@@ -57,16 +51,6 @@ class Measurement:
 def table_name(experiment: str, data: str) -> str:
     """Of an experiment on a data set, by its name in `timm_fisher.training.report.data_name`."""
     return re.sub(r'\W+', '_', f'{experiment}_{data.removesuffix(".npz")}')
-
-
-def read_measurements(path: Path) -> list[Measurement]:
-    """Lines of a file. ValueError, with its number, for one that is none."""
-    return read_rows(path, Measurement)
-
-
-def write_measurements(measurements: Iterable[Measurement], path: Path) -> None:
-    """A file of lines."""
-    write_rows(measurements, path)
 
 
 def merge_measurements(measurements: Iterable[Measurement]) -> list[Measurement]:

@@ -21,7 +21,6 @@ from matplotlib.ticker import NullFormatter
 
 from timm_fisher.files import save_png
 from timm_fisher.hub.text import escape_markdown, problem
-from timm_fisher.training.rows import read_rows, write_rows
 from timm_fisher.training.tables import percent, records
 
 # What every table must hold: timm's pool, and what the Fisher vectors' normalisation alone brings.
@@ -124,20 +123,6 @@ def result_of(
         train_seconds=metrics['seconds']['train'],
         knn_accuracy=metrics['knn']['accuracy'] if 'knn' in metrics else None,
     )
-
-
-def read_results(path: Path) -> list[Result]:
-    """Rows of a file.
-
-    Raises:
-        ValueError: a line is no row; the message has its number.
-    """
-    return read_rows(path, Result)
-
-
-def write_results(results: Iterable[Result], path: Path) -> None:
-    """A file of rows."""
-    write_rows(results, path)
 
 
 def merge(results: Iterable[Result]) -> list[Result]:
