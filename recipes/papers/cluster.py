@@ -15,9 +15,9 @@ L2-normalised, they are clustered by k-means and spectral clustering, with as ma
 are classes. Labels serve to measure: accuracy and mutual information of the clusters, and a linear
 SVM on the labelled training images (table 5), whose C is chosen on the validation split.
 
-Leaves in `--output`: table.md, measurements.jsonl, results.json, tsne.png, the models, loadable by
-`timm.create_model('local-dir:...', pretrained=True)`, and a log of each fine-tuning; interrupted,
-it goes on where it stopped.
+Leaves in `--output`: table.md, measurements.jsonl, results-sSEED.json, tsne.png, the models,
+loadable by `timm.create_model('local-dir:...', pretrained=True)`, and a log of each fine-tuning;
+interrupted, it goes on where it stopped.
 
 Paper: Gui et al., "Factorized Convolutional Networks: Unsupervised Fine-Tuning for Image
 Clustering", WACV 2018.
@@ -101,8 +101,6 @@ def main(clustering: Clustering) -> None:
         measured = measurements(results, clustering.paper)
         write_rows(measured, output / 'measurements.jsonl')
         write(output / 'table.md', f'{table_of(measured)} {describe(results[0])}\n')
-        everything = {'settings': asdict(clustering), 'results': results}
-        write(output / 'results.json', json.dumps(everything, indent=2) + '\n')
     print((output / 'table.md').read_text())
 
 

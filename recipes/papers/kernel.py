@@ -15,10 +15,10 @@ They go to a linear SVM and to the nearest neighbour (1-NN), less the mean over 
 with the first seed, in each fold by itself; then the classifiers are trained on training and
 validation images, and measured on the test images, for every seed.
 
-Leaves in `--output`: table.md, measurements.jsonl, results.json; of the first fold the models of
-each seed, with the largest rank (`timm.create_model('local-dir:...')`), and model/, with rank and
-ridge as chosen for the SVM; and figures 2 to 4 of the paper, of the first seed and fold: tsne.png,
-features.png (linear SHAP values) and sgd.png. Interrupted, it goes on where it stopped.
+Leaves in `--output`: table.md, measurements.jsonl, results-sSEED-fFOLD.json; of the first fold the
+models of each seed, with the largest rank (`timm.create_model('local-dir:...')`), and model/, with
+rank and ridge as chosen for the SVM; and figures 2 to 4 of the paper, of the first seed and fold:
+tsne.png, features.png (linear SHAP values) and sgd.png. Interrupted, it goes on where it stopped.
 
 Paper: Ahmed, Azim, Early and Ramchurn, "Revisiting Deep Fisher Vectors: Using Fisher Information to
 Improve Object Classification".
@@ -130,8 +130,6 @@ def main(kernels: Kernels) -> None:
         measured = measurements(results, kernels.paper)
         write(output / 'table.md', f'{table_of(measured)} {describe(results)}\n')
         write_rows(measured, output / 'measurements.jsonl')
-        everything = {'settings': asdict(kernels), 'results': results}
-        write(output / 'results.json', json.dumps(everything, indent=2) + '\n')
     print((output / 'table.md').read_text())
 
 

@@ -93,7 +93,7 @@ def settings(tmp_path):
 
 def check_results(output, components):
     names = ['CNN', 'PCA-CNN', 'NMF-FCN', 'GSNMF-FCN-OTS', 'GSNMF-FCN-FT']
-    result = json.loads((output / 'results.json').read_text())['results'][0]
+    result = json.loads((output / 'results-s0.json').read_text())
     assert list(result['rows']) == names
     assert result['images'] == {'train': 56, 'test': 23, 'val': 11}
     assert result['clustered'] == 90

@@ -64,12 +64,16 @@ def run(kernel, digits, tmp_path, monkeypatch):
     return start
 
 
+def read_results(output):
+    return [json.loads(path.read_text()) for path in sorted(output.glob('results-s*.json'))]
+
+
 def test_run_leaves_everything(run, capsys):
     output = run(seeds='[0]')
     for name in ('tsne.png', 'features.png', 'sgd.png'):
         assert (output / name).read_bytes().startswith(b'\x89PNG')
-    results = json.loads((output / 'results.json').read_text())
-    rows = results['results'][0]['rows']
+    (result,) = read_results(output)
+    rows = result['rows']
     assert list(rows) == ['IDFK', 'DFK', 'FK']
     assert rows['DFK']['svm']['dimensions'] == 64 * 6 + 6 * 4
     assert rows['FK']['1nn']['dimensions'] == 64 * 3
@@ -88,9 +92,9 @@ def test_run_leaves_everything(run, capsys):
     run(seeds='[0, 1]')
     assert (output / 'dbm/s0/model.safetensors').stat().st_mtime_ns == before
     assert (output / 'chosen-f0.json').read_text() == chosen
-    again = json.loads((output / 'results.json').read_text())['results']
+    again = read_results(output)
     assert [result['seed'] for result in again] == [0, 1]
-    assert again[0] == results['results'][0]
+    assert again[0] == result
     weights = [
         safetensors.torch.load_file(output / f'dbm/s{seed}/model.safetensors') for seed in (0, 1)
     ]
@@ -129,9 +133,7 @@ def test_settings_are_chosen_on_validation_images(kernel, run, tmp_path, monkeyp
     monkeypatch.setattr(kernel, 'load_splits', garbled)
     second = run(seeds='[0]', output=tmp_path / 'other')
     assert (second / 'chosen-f0.json').read_text() == (first / 'chosen-f0.json').read_text()
-    rows = [
-        json.loads((path / 'results.json').read_text())['results'][0] for path in (first, second)
-    ]
+    rows = [read_results(path)[0] for path in (first, second)]
     assert rows[1]['rows']['IDFK']['svm']['accuracy'] < 0.3
     assert rows[0]['rows']['IDFK']['svm']['accuracy'] > 0.6
 
@@ -144,7 +146,7 @@ def test_folds_choose_for_themselves(run, tmp_path):
     config['train']['folds'] = 3
     file.write_text(yaml.safe_dump(config))
     output = run(seeds='[0]')
-    results = json.loads((output / 'results.json').read_text())['results']
+    results = read_results(output)
     assert [result['fold'] for result in results] == [0, 1, 2]
     assert sum(result['images']['test'] for result in results) == 120
     for fold, result in enumerate(results):
