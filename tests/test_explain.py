@@ -78,10 +78,7 @@ def test_contributions_are_exact_for_average_and_linear(backbone, token):
 
 def test_contributions_of_several_stages():
     """How much the logit changes with the length of each descriptor."""
-    heads = [
-        dict(name='avg', stage=-2, normalize=False),  # the root is steep near zero
-        dict(name='sparse_fisher', reduce_dim=8, code_dim=4),
-    ]
+    heads = [dict(name='avg', stage=-2), dict(name='sparse_fisher', reduce_dim=8, code_dim=4)]
     model = create(head=heads).double().requires_grad_(False)
     x = torch.randn(1, 3, 64, 96, dtype=torch.float64)
     grids = [(4, 6), (2, 3)]

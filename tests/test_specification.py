@@ -52,15 +52,12 @@ def test_what_is_written_is_read():
         (TEXT, SMALL, [{'normalize': True}, SMALL]),
         ('avg + gem', {'normalize': False, 'p': 2}, [{'normalize': False}, {'p': 2}]),
         ('cls + gem', {}, [{'normalize': True}, {}]),
-        ([{'name': 'avg'}, {'name': 'gem', 'p': 2}], None, [{'normalize': True}, {'p': 2}]),
-        ([{'name': 'avg', 'normalize': False}, {'name': 'gem'}], {}, [{'normalize': False}, {}]),
-        ([{'name': 'avg'}], {}, [{}]),
     ],
 )
 def test_arguments_go_to_the_head_that_has_them(text, head_kwargs, expected):
-    given = dict(head_kwargs or {})
+    given = dict(head_kwargs)
     assert [head.arguments for head in parse_heads(text, head_kwargs)] == expected
-    assert (head_kwargs or {}) == given
+    assert head_kwargs == given
 
 
 @pytest.mark.parametrize(

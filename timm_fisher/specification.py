@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from timm_fisher.errors import ArgumentError
 from timm_fisher.registry import get_head, nearest
 
-# What a head beside others ends with, as the others do by default.
+# What a head named beside others ends with, as the others do by default. (A list says it all.)
 BESIDE_OTHERS: dict[str, dict[str, Any]] = {
     'avg': {'normalize': True},
     'cls': {'normalize': True},
@@ -33,11 +33,12 @@ def parse_heads(
     head_kwargs: Mapping[str, Any] | None = None,
     stage: int = -1,
 ) -> list[HeadSpec]:
-    """The heads of a model, in order. Of several, `avg` and `cls` have `normalize=True` by default.
+    """The heads of a model, in order.
 
     Args:
-        head: names of heads with `+` between them, each with its stage behind an `@` or without;
-            or a list of dicts, each of a `name`, its `stage` and its arguments.
+        head: names of heads with `+` between them, each with its stage behind an `@` or without,
+            where `avg` and `cls` beside others have `normalize=True` unless `head_kwargs` says
+            otherwise; or a list of dicts, each of a `name`, its `stage` and its arguments.
         head_kwargs: arguments of heads that are named; of several, each goes to the only one that
             has it.
         stage: of heads that do not say theirs.
@@ -48,22 +49,8 @@ def parse_heads(
         ValueError: an empty list or name, an unknown head, a stage that is not a negative whole
             number or is given twice.
     """
-    heads = (
-        _parse_names(head, head_kwargs or {}, stage)
-        if isinstance(head, str)
-        else _parse_list(head, head_kwargs, stage)
-    )
-    if len(heads) == 1:
-        return heads
-    return [
-        spec._replace(arguments={**BESIDE_OTHERS.get(spec.name, {}), **spec.arguments})
-        for spec in heads
-    ]
-
-
-def _parse_list(
-    head: Sequence[dict[str, Any]], head_kwargs: Mapping[str, Any] | None, stage: int
-) -> list[HeadSpec]:
+    if isinstance(head, str):
+        return _parse_names(head, head_kwargs or {}, stage)
     if head_kwargs:
         raise ArgumentError(
             f'{head_kwargs=} is for heads that are named. In a list, each takes its arguments in '
@@ -121,6 +108,7 @@ def _parse_names(text: str, head_kwargs: Mapping[str, Any], stage: int) -> list[
         known = [_signature(spec.name) for spec in heads]
     except ValueError as error:
         raise ValueError(f"head='{text}': {error}") from None
+    heads = [spec._replace(arguments=dict(BESIDE_OTHERS.get(spec.name, {}))) for spec in heads]
     for key, value in head_kwargs.items():
         owners = [spec for spec, names in zip(heads, known, strict=True) if key in names]
         if not owners:
