@@ -26,6 +26,13 @@ def test_both_ways_to_create_are_the_same():
         torch.testing.assert_close(other.state_dict(), made[0].state_dict(), rtol=0, atol=0)
 
 
+def test_none_is_a_value():
+    """timm drops what is None from the arguments of a model."""
+    for of_head in ({'reduce_dim': None}, {'head_kwargs': {'reduce_dim': None}}):
+        model = timm_fisher.create_model('resnet18', 'sparse_fisher', code_dim=2, **of_head)
+        assert model.head_hidden_size == 512 * 2
+
+
 def test_arguments_of_the_head_may_come_both_ways():
     head = create(
         head='sparse_fisher', head_kwargs={'iterations': 4, 'code_dim': 9}, code_dim=3

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,6 +23,7 @@ from timm_fisher.place import with_place
 from timm_fisher.registry import check_arguments, nearest
 from timm_fisher.specification import argument_names
 
+OF_MODEL = frozenset(inspect.signature(PooledModel).parameters)
 OF_MAPS = ('out_indices', 'feature_cls')  # timm's arguments beside features_only
 
 
@@ -48,8 +49,15 @@ def create_model(
         TypeError: an argument that neither model, head nor backbone has; the nearest ones are
             named.
     """
+    # Here already, for timm drops arguments that are None.
+    head_kwargs, others = _of_head(head, arguments)
     model = timm.create_model(
-        'timm_fisher', pretrained=pretrained, backbone=backbone, head=head, **arguments
+        'timm_fisher',
+        pretrained=pretrained,
+        backbone=backbone,
+        head=head,
+        head_kwargs=head_kwargs,
+        **others,
     )
     return cast(PooledModel, model)
 
@@ -67,7 +75,8 @@ def timm_fisher(
 ) -> nn.Module:
     """timm's entry point for a `PooledModel`; the arguments are those of the class, of its head,
     such as `code_dim`, which are `head_kwargs` then, and of its backbone, such as `output_stride`,
-    which are `backbone_kwargs`. Where the class and the head share a name it is the class's.
+    which are `backbone_kwargs`. Where the class and the head share a name it is the class's. timm
+    drops arguments that are None, unless they stand in `head_kwargs`.
 
     `pretrained=True` on the plain name loads the backbone's weights; on `hf-hub:` or `local-dir:`
     it loads everything that was saved, and takes the arguments of `timm_fisher.from_pretrained`,
@@ -105,14 +114,12 @@ def timm_fisher(
             f"There is no tag '{pretrained_cfg}': the models of timm_fisher have none. Weights of "
             "the backbone are chosen by its own name, as in backbone='resnet50.a1_in1k'."
         )
-    of_model = set(inspect.signature(PooledModel).parameters)
-    given = {key: arguments[key] for key in arguments if key in of_model}
+    head_kwargs, arguments = _of_head(arguments.get('head', 'avg'), arguments)
+    given = {key: arguments[key] for key in arguments if key in OF_MODEL}
     check_arguments('timm_fisher', PooledModel, given, given=LOADING)
-    options = {key: arguments[key] for key in arguments if key not in of_model}
-    of_head = argument_names(given.get('head', 'avg'))
-    for_head = {key: options.pop(key) for key in list(options) if key in of_head}
-    given['head_kwargs'] = {**(given.get('head_kwargs') or {}), **for_head}
-    options = {**(given.pop('backbone_kwargs', None) or {}), **options}
+    given['head_kwargs'] = head_kwargs
+    options = given.pop('backbone_kwargs', None) or {}
+    options = {**options, **{key: arguments[key] for key in arguments if key not in OF_MODEL}}
     given |= {
         'pretrained': pretrained,
         'pretrained_cfg_overlay': pretrained_cfg_overlay,
@@ -124,6 +131,18 @@ def timm_fisher(
         return PooledModel(**given, backbone_kwargs=options)
     except TypeError as error:
         raise _explain_argument(error, options, **given) from error
+
+
+def _of_head(
+    head: str | Sequence[dict[str, Any]], arguments: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """`head_kwargs`, with those arguments that the head alone has, and the other arguments."""
+    others = dict(arguments)
+    head_kwargs = dict(others.pop('head_kwargs', None) or {})
+    for key in argument_names(head) - OF_MODEL:
+        if key in others:
+            head_kwargs[key] = others.pop(key)
+    return head_kwargs, others
 
 
 def _features_of(

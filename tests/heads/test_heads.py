@@ -30,7 +30,7 @@ OPTIONS = {
     '3g': [{'blocks': 1, 'shrinkage': 0.5}, {'reduce_dim': 8}],
     'avg': [{'normalize': True}],
     'bilinear': [{'reduce_dim': None}, {'normalize': False}],
-    'cls': [{'power_l2': True}],
+    'cls': [{'normalize': True}],
     'compact_bilinear': [{'sketch_dim': 5, 'seed': 3}],  # so short that it takes the FFT
     'dbm_idfk': [
         {'hidden': [5, 4], 'rank': None, 'ridge': 0.1},
@@ -348,9 +348,7 @@ def test_equals_reference(name):
     rows = reference(name[0]).pool(numpy_state(head), x.numpy(), arguments, **asked)
     expected = torch.from_numpy(rows)
     # The floors of roots and powers show in entries that are near zero.
-    has_root = name[0] in ('compact_bilinear', 'hscfv') or any(
-        arguments.get(key) for key in ('normalize', 'power_l2')
-    )
+    has_root = name[0] in ('compact_bilinear', 'hscfv') or arguments.get('normalize')
     share = 5e-4 if has_root else 1e-5 if name[0] in ('gem', 'smso') else 1e-7
     largest = expected.abs().max().item()
     torch.testing.assert_close(pool(head, x), expected, rtol=share, atol=share * largest)

@@ -16,7 +16,7 @@ def pool(
     """Pooled vectors `[B, C]` of class tokens `[B, C]`."""
     rows = []
     for z in class_token:
-        if arguments['power_l2']:
+        if arguments['normalize']:
             z = np.array([np.sign(value) * np.sqrt(abs(value)) for value in z])
             z = z / np.sqrt(sum(z**2))
         rows.append(z)

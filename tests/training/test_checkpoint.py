@@ -43,6 +43,8 @@ def test_run_is_neither_overwritten_nor_resumed_with_other_settings(recipe, few)
     stages = {'only': {**NO_TEST['stages']['only'], 'lr': 0.5}}
     with pytest.raises(ValueError, match=r'settings: stages\.only\.lr was 0\.001, is 0\.5\. Keep'):
         recipe(data_dir=few, resume=True, **{**NO_TEST, 'stages': stages})
+    with pytest.raises(ValueError, match=r'settings: head_kwargs\.normalize was not there, is Fal'):
+        recipe(data_dir=few, resume=True, **NO_TEST, head_kwargs={'normalize': False})
     assert before == {path: path.read_bytes() for path in run.rglob('*') if path.is_file()}
 
 

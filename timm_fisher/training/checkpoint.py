@@ -82,8 +82,12 @@ def check_settings(output: Path, config: Config) -> None:
     new = yaml.safe_load(config.to_yaml())
     matter = [key for key in new if key not in config.of_no_consequence]
     was, now = (dict(_dotted({key: each.get(key) for key in matter})) for each in (old, new))
-    changed = [key for key in {**now, **was} if now.get(key) != was.get(key)]
-    text = '; '.join(f'{key} was {was.get(key)!r}, is {now.get(key)!r}' for key in changed)
+    missing = object()
+    changed = [key for key in {**now, **was} if now.get(key, missing) != was.get(key, missing)]
+    shown = [
+        [repr(each[key]) if key in each else 'not there' for each in (was, now)] for key in changed
+    ]
+    text = '; '.join(f'{key} was {a}, is {b}' for key, (a, b) in zip(changed, shown, strict=True))
     if not changed and list(new['stages']) != list(old['stages']):
         text = f'the order of stages was {list(old["stages"])}, is {list(new["stages"])}'
     if text:
@@ -95,7 +99,7 @@ def check_settings(output: Path, config: Config) -> None:
 
 def _dotted(options: dict[str, Any], prefix: str = '') -> Iterator[tuple[str, Any]]:
     for key, value in options.items():
-        if value and isinstance(value, dict):
+        if isinstance(value, dict):
             yield from _dotted(value, f'{prefix}{key}.')
         else:
             yield prefix + key, value

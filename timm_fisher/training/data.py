@@ -222,15 +222,16 @@ def load_splits(config: Config) -> tuple[dict[str, Split], list[str]]:
             f"The training images of '{config.data_dir or config.dataset}' are all of one class, "
             f'{classes}. Training needs two or more: one subfolder per class.'
         )
-    if config.classifies:
-        for name, split in splits.items():
-            low, high = split.labels.min(), split.labels.max()
-            if low < 0 or high >= len(classes):
-                raise ValueError(
-                    f"The split '{name}' has labels from {low} to {high}, but there are "
-                    f'{len(classes)} classes. Without it: --{name}_split null; --classes names '
-                    'the classes.'
-                )
+    checked = () if config.unsupervised else splits if config.classifies else ('train',)
+    for name in checked:
+        labels = splits[name].labels
+        wrong = labels[(labels < 0) | (labels >= len(classes))]
+        if len(wrong):
+            without = '' if name == 'train' else f' Training goes without by --{name}_split null.'
+            raise ValueError(
+                f"The split '{name}' has the label {wrong[0]}, but the {len(classes)} classes are "
+                f'0 to {len(classes) - 1}.{without}'
+            )
     return splits, classes
 
 
