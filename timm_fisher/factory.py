@@ -137,12 +137,10 @@ def _of_head(
     head: str | Sequence[dict[str, Any]], arguments: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """`head_kwargs`, with those arguments that the head alone has, and the other arguments."""
-    others = dict(arguments)
-    head_kwargs = dict(others.pop('head_kwargs', None) or {})
-    for key in argument_names(head) - OF_MODEL:
-        if key in others:
-            head_kwargs[key] = others.pop(key)
-    return head_kwargs, others
+    of_head = argument_names(head) - OF_MODEL
+    others = {key: value for key, value in arguments.items() if key not in of_head}
+    for_head = {key: value for key, value in arguments.items() if key in of_head}
+    return {**(others.pop('head_kwargs', None) or {}), **for_head}, others
 
 
 def _features_of(
