@@ -42,9 +42,9 @@ from timm_fisher.layers import Projection
 from timm_fisher.retrieval import evaluate_retrieval
 from timm_fisher.training import command_line, embeddings
 from timm_fisher.training.arrays import read_arrays, to_pixels
+from timm_fisher.training.benchmark import timed
 from timm_fisher.training.data import Split, load_splits
 from timm_fisher.training.launch import combinations, file_name, launch, run_folder
-from timm_fisher.training.measure import timed
 from timm_fisher.training.measurements import (
     Measurement,
     table_name,

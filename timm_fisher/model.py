@@ -20,8 +20,8 @@ from timm_fisher.head import PoolingHead, Unpooled, like
 from timm_fisher.layers import PreNorm, Projection, create_classifier
 from timm_fisher.lora import LoRA
 from timm_fisher.registry import check_output, create_head
-from timm_fisher.script import scriptable
 from timm_fisher.specification import parse_heads
+from timm_fisher.torchscript import scriptable
 
 
 class PooledModel(nn.Module):

@@ -37,10 +37,10 @@ from timm_fisher import ListStream
 from timm_fisher.heads.dbm_idfk import DBMFisher
 from timm_fisher.heads.gsnmf import factorize
 from timm_fisher.numerics.clustering import leading_axes
+from timm_fisher.training.benchmark import Row, Sections, peak_resident, report, timed
 from timm_fisher.training.command_line import run
 from timm_fisher.training.config import Config, Stage
 from timm_fisher.training.data import load_splits
-from timm_fisher.training.measure import Row, Sections, peak_resident, report, timed
 from timm_fisher.training.tables import records, three_digits
 
 FACTORIZE = dict(images=10_000, channels=1280, components=256, rounds=300)

@@ -42,8 +42,8 @@ from timm_fisher.files import save_png
 from timm_fisher.heads.gmm_fisher import GMMFisher
 from timm_fisher.heads.three_g import EPS
 from timm_fisher.numerics.linalg import gram_root, matrix_root
+from timm_fisher.training.benchmark import Row, Sections, median_times, peak_memory, report
 from timm_fisher.training.command_line import run
-from timm_fisher.training.measure import Row, Sections, median_times, peak_memory, report
 from timm_fisher.training.tables import records, three_digits
 
 # Arguments of heads, as they are named in papers; and the values that are tried

@@ -34,12 +34,12 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from tqdm import tqdm
 
 import timm_fisher
+from timm_fisher.training.benchmark import Row, Sections, report
 from timm_fisher.training.command_line import run
 from timm_fisher.training.config import Config, Stage
 from timm_fisher.training.data import create_datasets, load_folder, preprocessing
 from timm_fisher.training.evaluate import evaluate
 from timm_fisher.training.features import cache_features
-from timm_fisher.training.measure import Row, Sections, report
 from timm_fisher.training.run import create_model, train
 from timm_fisher.training.tables import records
 

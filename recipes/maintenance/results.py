@@ -25,8 +25,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from timm_fisher.files import write
+from timm_fisher.training.benchmark import benchmark_tables
 from timm_fisher.training.command_line import run
-from timm_fisher.training.measure import benchmark_tables
 from timm_fisher.training.measurements import (
     Measurement,
     merge_measurements,

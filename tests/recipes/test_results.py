@@ -7,7 +7,7 @@ import re
 import pytest
 from conftest import ROOT, load_script
 
-from timm_fisher.training.measure import report
+from timm_fisher.training.benchmark import report
 from timm_fisher.training.measurements import Measurement
 from timm_fisher.training.results import Result, result_of
 from timm_fisher.training.rows import read_rows, write_rows

@@ -25,11 +25,11 @@ import timm_fisher
 from timm_fisher import PooledModel
 from timm_fisher.device import to_device
 from timm_fisher.files import write
+from timm_fisher.training.benchmark import timed
 from timm_fisher.training.command_line import parse
 from timm_fisher.training.config import Config
 from timm_fisher.training.data import Split, create_datasets, preprocessing
 from timm_fisher.training.features import Cached, cache_features
-from timm_fisher.training.measure import timed
 from timm_fisher.training.run import create_model, load_weights
 
 

@@ -29,11 +29,11 @@ import timm_fisher
 from timm_fisher import PooledModel
 from timm_fisher.device import to_device
 from timm_fisher.specification import HeadSpec, parse_heads
+from timm_fisher.training.benchmark import timed
 from timm_fisher.training.config import Config, Stage
 from timm_fisher.training.data import Gives, create_datasets, load_splits, preprocessing
 from timm_fisher.training.evaluate import accuracies
 from timm_fisher.training.features import Cached, cache_features, cache_pooled
-from timm_fisher.training.measure import timed
 from timm_fisher.training.report import describe
 from timm_fisher.training.run import create_model
 from timm_fisher.training.stages import (

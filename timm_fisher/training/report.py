@@ -21,8 +21,8 @@ from timm_fisher.files import save_png
 from timm_fisher.hub.card import installed_versions
 from timm_fisher.hub.text import hide_paths
 from timm_fisher.specification import parse_heads
+from timm_fisher.training.benchmark import peak_resident
 from timm_fisher.training.config import Config, Stage
-from timm_fisher.training.measure import peak_resident
 
 
 def describe(config: Config, model: PooledModel, accelerator: Accelerator) -> dict[str, Any]:
