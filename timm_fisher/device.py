@@ -1,11 +1,13 @@
-"""Models on a device; on a CPU at the speed that it has."""
+"""Models on a device, from their creation on; on a CPU at the speed that it has."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
 import sys
-from typing import TypeVar
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -14,6 +16,24 @@ Model = TypeVar('Model', bound=nn.Module)
 # Of glibc's malloc.h
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
 INT_MAX = 2**31 - 1
+
+
+def with_device_and_dtype(build: Callable[..., Model]) -> Callable[..., Model]:
+    """Give a function that builds a model the arguments `device` and `dtype` of its tensors, as
+    `timm.create_model` takes them."""
+
+    @functools.wraps(build)
+    def call(
+        *args: Any,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **arguments: Any,
+    ) -> Model:
+        with nullcontext() if device is None else torch.device(device):
+            model = build(*args, **arguments)
+        return model if dtype is None else model.to(dtype=dtype)
+
+    return call
 
 
 def to_device(model: Model, device: torch.device | str) -> Model:

@@ -16,10 +16,10 @@ from timm.models._features import FeatureGetterNet
 from torch import nn
 
 from timm_fisher.backbone import create_features
+from timm_fisher.device import with_device_and_dtype
 from timm_fisher.errors import ArgumentError
 from timm_fisher.hub.load import LOADING, load
 from timm_fisher.model import PooledModel
-from timm_fisher.place import with_place
 from timm_fisher.registry import check_arguments, nearest
 from timm_fisher.specification import argument_names
 
@@ -63,7 +63,7 @@ def create_model(
 
 
 @register_model
-@with_place
+@with_device_and_dtype
 def timm_fisher(
     pretrained: bool = False,
     pretrained_cfg: Any = None,

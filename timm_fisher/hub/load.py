@@ -14,13 +14,13 @@ from timm.models import adapt_input_conv, resolve_pretrained_cfg
 from torch import Tensor, nn
 
 from timm_fisher.backbone import can_resize, digest
+from timm_fisher.device import with_device_and_dtype
 from timm_fisher.errors import LoadError
 from timm_fisher.hub.config import TRUST, SavedConfig, read_config
 from timm_fisher.hub.state import check_rebuildable, rebuild_derived_buffers
 from timm_fisher.hub.weights import Header, check_tensors, is_finite, read_header, read_tensors
 from timm_fisher.lora import LoRA, is_factor
 from timm_fisher.model import PooledModel
-from timm_fisher.place import with_place
 from timm_fisher.registry import check_arguments, nearest
 
 # Arguments of the factory that no model has.
@@ -109,7 +109,7 @@ def find(name: str, revision: str | None) -> tuple[str, str]:
     return 'hf-hub', repo_id + at
 
 
-@with_place
+@with_device_and_dtype
 def load(
     source: str,
     place: str,
