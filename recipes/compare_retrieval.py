@@ -38,7 +38,7 @@ from PIL import Image
 from torch import Tensor
 
 from timm_fisher.files import keep_settings, write
-from timm_fisher.layers import Projection
+from timm_fisher.layers import Projection, whitening
 from timm_fisher.retrieval import evaluate_retrieval
 from timm_fisher.training import command_line, embeddings
 from timm_fisher.training.arrays import read_arrays, to_pixels
@@ -193,11 +193,14 @@ def measure_frozen(
     yield line(f'{name}, full', found=found, size=size, costs=pooling)
 
     projection = Projection(size, comparison.size)
+    projection.fit(vectors['train'], 0.0)
+    with torch.no_grad():
+        projected = {split: projection(x) for split, x in vectors.items()}
+    variances = projected['train'].var(0)
 
-    @torch.no_grad()
     def whitened(split: str, strength: float) -> dict[str, float]:
-        projection.fit(vectors['train'], strength)
-        return found_among(F.normalize(projection(vectors[split])), splits[split])
+        x = projected[split] * whitening(variances, strength)
+        return found_among(F.normalize(x), splits[split])
 
     yield line(f'{name}, PCA', found=whitened('test', 0.0), size=comparison.size)
     of_validation = [whitened('val', strength)['map_at_r'] for strength in comparison.whiten]

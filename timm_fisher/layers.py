@@ -70,11 +70,16 @@ class Projection(nn.Linear):
         x = unit_length(vectors[:, None].double())[:, 0]
         components, mean = pca(x, self.out_features)
         variances = ((x - mean) @ components.T).var(0)
-        scale = variances.clamp_min(LEAST_VARIANCE * variances.amax()) ** (-whiten / 2)
-        scale = torch.where(scale.isfinite(), scale, 1.0)  # all vectors alike
-        weight = components * scale[:, None]
+        weight = components * whitening(variances, whiten)[:, None]
         self.weight.copy_(weight)
         self.bias.copy_(-(weight @ mean))
+
+
+def whitening(variances: Tensor, power: float) -> Tensor:
+    """Factors `[d]` that divide components by their standard deviations to a power, from their
+    variances `[d]`, of which those below rounding errors count as these."""
+    scale = variances.clamp_min(LEAST_VARIANCE * variances.amax()) ** (-power / 2)
+    return torch.where(scale.isfinite(), scale, 1.0)  # all vectors alike
 
 
 def create_classifier(in_features: int, num_classes: int) -> nn.Module:

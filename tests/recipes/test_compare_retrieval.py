@@ -5,12 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import yaml
 from conftest import ROOT, TINY, load_script
 from PIL import Image
 from sklearn.decomposition import PCA
 from sklearn.preprocessing import normalize
 
+from timm_fisher.layers import Projection
 from timm_fisher.retrieval import evaluate_retrieval
 from timm_fisher.training.data import Split
 from timm_fisher.training.embeddings import parse_options
@@ -120,7 +122,25 @@ def test_run(script, tmp_path, monkeypatch):
     assert (tmp_path / 'out/table.md').read_text() == table
 
 
-def test_strength_is_chosen_on_validation_images(script, monkeypatch):
+@pytest.fixture
+def measure_whitened(script, monkeypatch):
+    """The row of vectors that are whitened, from the vectors of each split and their labels."""
+
+    def measure(vectors, labels, **options):
+        splits = {split: Split(None, np.arange(len(labels)), labels) for split in SPLITS}
+        monkeypatch.setattr(script, 'load_splits', lambda config: (splits, list('abcd')))
+        for name in ('create_embedder', 'fit_once'):
+            monkeypatch.setattr(script.embeddings, name, lambda *arguments: None)
+        monkeypatch.setattr(script.embeddings, 'cache_splits', lambda *arguments: vectors)
+        monkeypatch.setattr(script.embeddings, 'head_vectors', lambda model, part: part)
+        comparison = script.Comparison(train={'data_dir': 'x'}, **options)
+        *_, row = script.measure_frozen('avg', comparison.train, comparison)
+        return row
+
+    return measure
+
+
+def test_strength_is_chosen_on_validation_images(measure_whitened):
     """Where they want little whitening, and test images, whose classes lie along small components,
     want all of it."""
     random = np.random.default_rng(0)
@@ -134,14 +154,7 @@ def test_strength_is_chosen_on_validation_images(script, monkeypatch):
         return normalize(x * spread + np.eye(6)[0])
 
     vectors = {'train': draw(), 'val': draw(1, 2), 'test': draw(3, 4)}
-    splits = {split: Split(None, np.arange(80), labels) for split in SPLITS}
-    monkeypatch.setattr(script, 'load_splits', lambda config: (splits, list('abcd')))
-    for name in ('create_embedder', 'fit_once'):
-        monkeypatch.setattr(script.embeddings, name, lambda *arguments: None)
-    monkeypatch.setattr(script.embeddings, 'cache_splits', lambda *arguments: vectors)
-    monkeypatch.setattr(script.embeddings, 'head_vectors', lambda model, part: part)
-    comparison = script.Comparison(size=4, whiten=[0.25, 1.0], train={'data_dir': 'x'})
-    *_, row = script.measure_frozen('avg', comparison.train, comparison)
+    row = measure_whitened(vectors, labels, size=4, whiten=[0.25, 1.0])
 
     def found(split, strength):
         pca = PCA(4, svd_solver='full').fit(vectors['train'])
@@ -152,6 +165,25 @@ def test_strength_is_chosen_on_validation_images(script, monkeypatch):
     assert found('test', 1.0) > found('test', 0.25) + 0.05
     assert row.settings == {'power': 0.25}
     assert row.shares['MAP@R'] == pytest.approx(found('test', 0.25), abs=1e-6)
+
+
+def test_whitening_is_that_of_a_models_projection(measure_whitened):
+    """Also of more components than the training vectors have: rounding errors stay small."""
+    random = np.random.default_rng(0)
+    labels = np.arange(120) % 4
+    centres, axes = random.normal(size=(4, 10)), random.normal(size=(10, 48))
+    vectors = {
+        split: normalize((centres[labels] + random.normal(0, 0.6, (120, 10))) @ axes)
+        for split in SPLITS
+    }
+    row = measure_whitened(vectors, labels, size=32, whiten=[1.0])
+    projection = Projection(48, 32)
+    projection.fit(torch.from_numpy(vectors['train']).float(), 1.0)
+    with torch.no_grad():
+        x = F.normalize(projection(torch.from_numpy(vectors['test']).float()))
+    found = evaluate_retrieval(x, labels.tolist(), ks=(1,))
+    assert row.shares['MAP@R'] == pytest.approx(found['map_at_r'], abs=0.01)
+    assert row.shares['MAP@R'] > 0.4
 
 
 def test_arrays_are_those_of_the_other_recipes(script, tmp_path):
