@@ -81,28 +81,26 @@ def check_settings(output: Path, config: Config) -> None:
     old = yaml.safe_load((output / 'config.yaml').read_text())
     new = yaml.safe_load(config.to_yaml())
     matter = [key for key in new if key not in config.of_no_consequence]
-    was, now = (dict(_dotted({key: each.get(key) for key in matter})) for each in (old, new))
-    missing = object()
-    changed = [key for key in {**now, **was} if now.get(key, missing) != was.get(key, missing)]
-    shown = [
-        [repr(each[key]) if key in each else 'not there' for each in (was, now)] for key in changed
-    ]
-    text = '; '.join(f'{key} was {a}, is {b}' for key, (a, b) in zip(changed, shown, strict=True))
-    if not changed and list(new['stages']) != list(old['stages']):
-        text = f'the order of stages was {list(old["stages"])}, is {list(new["stages"])}'
-    if text:
+    orders = [list(each['stages']) for each in (old, new)]
+    if orders[0] != orders[1] or any(new[key] != old.get(key) for key in matter):
+        was, now = (dict(_dotted({key: each.get(key) for key in matter})) for each in (old, new))
+        changed = [key for key in {**now, **was} if now.get(key) != was.get(key)]
+        changes = [
+            f'{key} was {was.get(key, "not there")}, is {now.get(key, "not there")}'
+            for key in changed
+        ] or [f'the order of stages was {orders[0]}, is {orders[1]}']
         raise ValueError(
-            f"'{output}' holds a run with other settings: {text}. Keep them to continue it, or "
-            'give another --output.'
+            f"'{output}' holds a run with other settings: {'; '.join(changes)}. Keep them to "
+            'continue it, or give another --output.'
         )
 
 
-def _dotted(options: dict[str, Any], prefix: str = '') -> Iterator[tuple[str, Any]]:
+def _dotted(options: dict[str, Any], prefix: str = '') -> Iterator[tuple[str, str]]:
     for key, value in options.items():
         if isinstance(value, dict):
             yield from _dotted(value, f'{prefix}{key}.')
         else:
-            yield prefix + key, value
+            yield prefix + key, repr(value)
 
 
 def latest_checkpoint(output: Path) -> Path | None:
