@@ -75,14 +75,16 @@ def test_model_is_that_of_training():
 
 
 def test_projection_is_whitened_as_asked(maps):
-    weights = []
-    for whiten in (0.0, 1.0):
+    variances = []
+    for whiten in (0.0, 0.5, 1.0):
         config = parse_options({**GSNMF, 'projection': 2, 'whiten': whiten})
         model = create_embedder(config)
         fit_once(model, [([x], 0) for x in maps], None, config)
-        weights.append(model.projection.weight.norm(dim=1))
-    torch.testing.assert_close(weights[0], torch.ones(2))
-    assert (weights[1] > 1.5).all()
+        with torch.no_grad():
+            variances.append(model.forward_head([maps], pre_logits=True).var(0))
+    assert (variances[0] < 0.1).all()
+    torch.testing.assert_close(variances[1], variances[0].sqrt())
+    torch.testing.assert_close(variances[2], torch.ones(2))
 
 
 def test_vectors_are_those_of_the_model(maps, features):
