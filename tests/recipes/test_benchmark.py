@@ -17,7 +17,7 @@ from conftest import load_script
 
 from timm_fisher import create_head, list_heads
 from timm_fisher.numerics.linalg import gram_root
-from timm_fisher.training import command_line, measure
+from timm_fisher.training import benchmark, command_line
 from timm_fisher.training.tables import records
 
 TINY = (
@@ -30,7 +30,7 @@ TINY = (
 def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
     """`script('benchmarks/heads', *arguments)` runs a script of recipes/ in this process."""
     threads = torch.get_num_threads()
-    monkeypatch.setattr(measure, 'LEAST_SECONDS', 0)
+    monkeypatch.setattr(benchmark, 'LEAST_SECONDS', 0)
 
     def run(name: str, *arguments: object) -> None:
         module = load_script(name)
@@ -154,13 +154,13 @@ def test_peak_memory_is_exact():
         c = torch.zeros(2**17)
         b + c[:1]
 
-    assert [measure.peak_memory(run, 'cpu') for _ in range(3)] == [2.5 * 2**20] * 3
+    assert [benchmark.peak_memory(run, 'cpu') for _ in range(3)] == [2.5 * 2**20] * 3
 
 
 def test_times_are_medians_of_runs_in_turn(monkeypatch):
-    monkeypatch.setattr(measure, 'LEAST_SECONDS', 0)
+    monkeypatch.setattr(benchmark, 'LEAST_SECONDS', 0)
     clock, calls = [0.0], []
-    monkeypatch.setattr(measure.time, 'perf_counter', lambda: clock[0])
+    monkeypatch.setattr(benchmark.time, 'perf_counter', lambda: clock[0])
 
     def run(name: str, seconds: list[float]) -> None:
         calls.append(name)
@@ -168,7 +168,7 @@ def test_times_are_medians_of_runs_in_turn(monkeypatch):
 
     first = [100.0, 1.0, 5.0, 2.0]  # the first one is the warm-up
     second = [100.0, 9.0, 7.0, 8.0]
-    medians = measure.median_times(
+    medians = benchmark.median_times(
         lambda: run('a', first), lambda: run('b', second), device='cpu', repetitions=3
     )
     assert medians == [2.0, 8.0]
